@@ -1,0 +1,55 @@
+"""execution-envelope: the open admission contract for AI backends.
+
+One sealed record of who asked for what, under which scope, what policy said, and what the backend really gave.
+"""
+
+from execution_envelope.admission import Admission
+from execution_envelope.controller import AdmissionController
+from execution_envelope.envelope import Ask, Envelope, Subject, Target, established
+from execution_envelope.errors import (
+    Denied,
+    EnvelopeError,
+    Held,
+    IllegalTransition,
+    InvalidField,
+    KeyConflict,
+    LedgerUnavailable,
+    NotFound,
+    Refused,
+    Violation,
+)
+from execution_envelope.grant import Grant
+from execution_envelope.hooks import Decision, Rule
+from execution_envelope.lifecycle import Candidate
+from execution_envelope.record import Record
+from execution_envelope.resources import per_device, per_replica, total
+from execution_envelope.version import __version__
+
+__all__ = [
+    "Admission",
+    "AdmissionController",
+    "Ask",
+    "Candidate",
+    "Decision",
+    "Denied",
+    "Envelope",
+    "EnvelopeError",
+    "Grant",
+    "Held",
+    "IllegalTransition",
+    "InvalidField",
+    "KeyConflict",
+    "LedgerUnavailable",
+    "NotFound",
+    "Record",
+    "Refused",
+    "Rule",
+    "Subject",
+    "Target",
+    "Violation",
+    "__version__",
+    "established",
+    "per_device",
+    "per_replica",
+    "total",
+]

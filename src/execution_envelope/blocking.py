@@ -1,0 +1,80 @@
+"""The seam without an event loop: the same code, run in a loop that lives in a thread meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractAsyncContextManager, contextmanager
+from functools import partial
+from typing import Any, Final, Protocol
+
+from anyio.from_thread import BlockingPortalProvider
+
+from execution_envelope.admission import Admission
+from execution_envelope.envelope import Ask
+from execution_envelope.record import Record
+
+
+class Seam(Protocol):
+    """What of the controller is offered without an event loop."""
+
+    def admit(self, ask: Ask) -> AbstractAsyncContextManager[Admission]: ...
+    async def resume(self, *reference: str, by: str) -> Admission: ...
+    async def record(self, *reference: str) -> Record: ...
+
+
+class BlockingController:
+    """`AdmissionController` without an event loop: the same code, run in one that lives in a thread meanwhile."""
+
+    def __init__(self, controller: Seam) -> None:
+        self._controller = controller
+        self._portals = BlockingPortalProvider()
+
+    @contextmanager
+    def admit(self, ask: Ask) -> Iterator[BlockingAdmission]:
+        """``with controller.blocking().admit(ask) as admission:``, as `AdmissionController.admit`."""
+        with self._portals as portal, portal.wrap_async_context_manager(self._controller.admit(ask)) as admission:
+            yield BlockingAdmission(admission, self._portals)
+
+    def resume(self, *reference: str, by: str) -> BlockingAdmission:
+        with self._portals as portal:
+            admission = portal.call(partial(self._controller.resume, *reference, by=by))
+        return BlockingAdmission(admission, self._portals)
+
+    def record(self, *reference: str) -> Record:
+        with self._portals as portal:
+            return portal.call(self._controller.record, *reference)
+
+
+class BlockingAdmission:
+    """`Admission` without an event loop. Its facts and properties are those of `Admission`, by the same names."""
+
+    _FACTS: Final = frozenset(
+        {
+            "effective",
+            "attempt",
+            "bind",
+            "grant",
+            "release",
+            "ready",
+            "used",
+            "reject",
+            "complete",
+            "fail",
+            "cancel",
+        }
+    )
+
+    def __init__(self, admission: Admission, portals: BlockingPortalProvider) -> None:
+        self._admission = admission
+        self._portals = portals
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._admission, name)
+        if name not in self._FACTS:
+            return value
+
+        def record(*arguments: Any, **options: Any) -> None:
+            with self._portals as portal:
+                portal.call(partial(value, *arguments, **options))
+
+        return record

@@ -1,0 +1,346 @@
+"""The one seam: `AdmissionController.admit()` and its numbered steps.
+
+The seam records; it places and schedules nothing. What it cannot record it does not let start.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+from types import TracebackType
+from typing import Any, Final, Self
+
+import anyio
+import uuid_utils
+
+from execution_envelope import hooks as hook_rules
+from execution_envelope import lifecycle
+from execution_envelope.admission import Admission
+from execution_envelope.blocking import BlockingController
+from execution_envelope.credentials import scrub
+from execution_envelope.envelope import Ask, SealedEnvelope, key_digest, seal, timestamp
+from execution_envelope.errors import Denied, Held, InvalidField, KeyConflict, LedgerUnavailable, NotFound
+from execution_envelope.hooks import Decider, HookChain, Mode
+from execution_envelope.journal import Journal
+from execution_envelope.ledger import AttemptedRequest, Ledger, open_ledger
+from execution_envelope.ledger.contract import KeyRow, KeyTaken, SequenceConflict
+from execution_envelope.lifecycle import EventData
+from execution_envelope.process import Process
+from execution_envelope.reconciliation import Liveness, Prober, Reconciliation, ask_owner, of_process
+from execution_envelope.record import Record
+
+#: Attempted requests a process records in a second, and at once; the rest are counted as dropped.
+ATTEMPTED_PER_SECOND: Final = 20
+ATTEMPTED_BURST: Final = 100
+
+
+def _utc_now() -> datetime:
+    return datetime.now(UTC)
+
+
+def _new_id() -> str:
+    return str(uuid_utils.uuid7())
+
+
+class AdmissionController:
+    """Admits requests for execution and keeps their records. One for each backend process; safe to share by tasks.
+
+    `component` is the name under which this backend records. `hooks` are the deciders, in order; `mode` *observe*
+    records what they say and refuses nothing. `deadline` bounds all deciders of a request together, in seconds.
+    `check_after` is when reconciliation asks after a bound execution whose owner named no time. Clock and ids are
+    injected for tests. Nothing is opened before the first request.
+    """
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        *,
+        hooks: Sequence[Decider] = (),
+        component: str = "backend",
+        mode: Mode = "enforce",
+        deadline: float = 2.0,
+        check_after: timedelta = timedelta(minutes=10),
+        clock: Callable[[], datetime] = _utc_now,
+        new_id: Callable[[], str] = _new_id,
+    ) -> None:
+        if mode not in ("enforce", "observe"):
+            raise InvalidField("mode", f"expected `enforce` or `observe`, got `{mode}`")
+        self.ledger = ledger
+        self._journal = Journal(ledger, component=component, clock=clock)
+        self._hooks = HookChain(hooks, deadline=deadline)
+        self._mode: Mode = mode
+        self._check_after = check_after
+        self._new_id = new_id
+        self._tokens = float(ATTEMPTED_BURST)
+        self._refilled = time.monotonic()
+
+    @property
+    def component(self) -> str:
+        return self._journal.component
+
+    @property
+    def counters(self) -> Counter[str]:
+        """What was counted in this process: admitted, denied, replayed, ungranted, attempted_dropped, ..."""
+        return self._journal.counters
+
+    @classmethod
+    def open(cls, url: str, **options: Any) -> Self:
+        """A controller on the ledger at `url`: ``sqlite:///envelopes.db`` or ``memory://``; options as above."""
+        return cls(open_ledger(url), **options)
+
+    # The seam
+
+    def admit(self, ask: Ask) -> Block:
+        """``async with controller.admit(ask) as admission:`` - recorded and admitted, or an exception.
+
+        Raises `InvalidField` and `Unidentified` (nothing recorded), `Denied`, `Held`, `KeyConflict` and
+        `LedgerUnavailable`. Leaving the block ends what was not bound: completed, or rejected (before a grant) or
+        failed (after one) by an exception, or cancelled.
+        """
+        return Block(self, ask)
+
+    async def begin(self, ask: Ask) -> Admission:
+        """The way into the block, for integrations that call `Admission.leave` themselves."""
+        # 1. Seal: five families, validated, without credentials, in canonical form.
+        sealed = seal(await self._linked(ask), id=self._new_id(), now=self._journal.now())
+        # 2. Recognise a request that was sent before.
+        if sealed.key_digest is not None:
+            first = await self._journal.call(self.ledger.key, sealed.key_digest)
+            if first is not None:
+                return await self._again(sealed, first)
+        # 3. Decide: every decider that covers the kind, within one deadline.
+        verdicts = await self._hooks.decide(sealed.envelope)
+        # 4. Combine what they said.
+        outcome = hook_rules.combine(verdicts, mode=self._mode)
+        # 5. Record: envelope, verdicts, state and key in one transaction.
+        key = sealed.key_digest
+        if isinstance(outcome, lifecycle.Held) and key is None:
+            assert ask.subject is not None  # or it could not have been sealed
+            outcome = lifecycle.Held(outcome.code, outcome.message, key=sealed.envelope.id)
+            key = key_digest(ask.subject, ask.operation, sealed.envelope.id)
+        facts: list[EventData] = [
+            lifecycle.Sealed(sealed.digest, sealed.request_digest, key, sealed.redacted),
+            *verdicts,
+            outcome,
+            *(hook_rules.limits(verdicts) if isinstance(outcome, lifecycle.Admitted) else ()),
+        ]
+        record = Record(sealed.envelope)
+        row = None if key is None else KeyRow(key, sealed.request_digest, record.id)
+        try:
+            await self._journal.write([(record, facts)], by=self.component, sealed=sealed, key=row)
+        except KeyTaken as taken:
+            return await self._again(sealed, taken.row)
+        self.counters["redacted"] += len(sealed.redacted)
+        # 6. Answer.
+        return self._answer(record, verdicts)
+
+    async def resume(self, *reference: str, by: str) -> Admission:
+        """Continue an execution as yourself: ``resume(id, by=...)``, ``resume("deployment", id, by=...)``.
+
+        The reference is no proof of a right: whoever calls must be allowed to, and `by` is recorded. Raises
+        `NotFound`.
+        """
+        return self._handle(await self.record(*reference), by=by)
+
+    async def record(self, *reference: str) -> Record:
+        """The record with this id, ``"kind:reference"`` or ``"kind", "reference"``. Raises `NotFound`."""
+        return await self._journal.record(*reference)
+
+    async def reconcile(
+        self, probers: Mapping[str, Prober], *, everything: bool = False, by: str = "reconcile"
+    ) -> Reconciliation:
+        """Look after every open envelope; end only what its owner no longer knows, as *abandoned*, with the evidence.
+
+        `probers` maps an owner's name to what asks it. A bound execution is asked after when its `check_by` has come,
+        when the process that last recorded it is gone, or when `everything` is to be asked. An unbound one belongs to
+        the process that admitted it. What cannot be found out is *unknown* and stays as it is.
+        """
+        result = Reconciliation()
+        for id in await self._journal.call(self.ledger.unfinished):
+            record = await self.record(id)
+            if record.state == "held":
+                continue
+            liveness = await self._liveness(record, probers, everything)
+            if liveness is None:
+                result.waiting += 1
+                continue
+            if liveness.status == "gone" and not await self._abandon(record, liveness.evidence, by):
+                liveness = Liveness.unknown("it changed while it was asked after")
+            result.found.append((id, liveness))
+        return result
+
+    async def attempted(
+        self, surface: str, reason: str, *, status: int, detail: str = "", request_id: str | None = None
+    ) -> None:
+        """Note a request that never became one: rate-limited, what is left out is counted. Never raises."""
+        self.counters["attempted"] += 1
+        now = time.monotonic()
+        self._tokens = min(ATTEMPTED_BURST, self._tokens + (now - self._refilled) * ATTEMPTED_PER_SECOND)
+        self._refilled = now
+        if self._tokens < 1:
+            self.counters["attempted_dropped"] += 1
+            self.counters["attempted_dropped_since"] += 1
+            return
+        self._tokens -= 1
+        dropped = self.counters.pop("attempted_dropped_since", 0)
+        note = AttemptedRequest(
+            timestamp(self._journal.now()),
+            scrub(surface),
+            reason,
+            status,
+            scrub(detail),
+            request_id and scrub(request_id),
+            dropped,
+        )
+        try:
+            await self._journal.call(self.ledger.note, note)
+        except LedgerUnavailable:
+            # The request was refused anyway; what is lost is the trace of it, and that is counted.
+            self.counters["attempted_dropped"] += 1
+            self.counters["attempted_dropped_since"] += dropped + 1
+
+    def blocking(self) -> BlockingController:
+        """The same seam for threads and scripts without an event loop."""
+        return BlockingController(self)
+
+    async def aclose(self) -> None:
+        """Let go of the ledger; a later call opens it again."""
+        await self._journal.call(self.ledger.close)
+
+    # Steps
+
+    async def _linked(self, ask: Ask) -> Ask:
+        """The ask with its links resolved to envelope ids, each of the asking tenant."""
+        changes: dict[str, str] = {}
+        for link in ("part_of", "runs_on", "supersedes"):
+            reference = getattr(ask, link)
+            if reference is None:
+                continue
+            try:
+                linked = await self.record(reference)
+            except NotFound as error:
+                raise InvalidField(f"correlation.{link}", str(error)) from error
+            # Another tenant's envelope is said not to exist: a link must not tell what others run.
+            if link != "runs_on" and ask.subject is not None and linked.envelope.identity.tenant != ask.subject.tenant:
+                raise InvalidField(f"correlation.{link}", f"expected an envelope, none has the id `{reference[:200]}`")
+            changes[link] = linked.id
+        if not changes:
+            return ask
+        return Ask(**{name: getattr(ask, name) for name in Ask.__slots__} | changes)
+
+    async def _again(self, sealed: SealedEnvelope, first: KeyRow) -> Admission:
+        """The same idempotency key once more."""
+        if first.request != sealed.request_digest:
+            self.counters["key_conflicts"] += 1
+            raise KeyConflict(
+                "expected the request that this idempotency key came with first, got another one",
+                envelope_id=first.envelope,
+            )
+        record = await self.record(first.envelope)
+        if record.state == "held":
+            return await self._decide_again(record)
+        if record.state == "denied":
+            self._answer(record, record.verdicts)
+        if record.is_open and record.bound is None:
+            raise KeyConflict(
+                "the first request with this idempotency key is still in flight, try again later",
+                envelope_id=record.id,
+                retryable=True,
+            )
+        self.counters["replayed"] += 1
+        return self._handle(record, by=self.component, replayed=True)
+
+    async def _decide_again(self, record: Record) -> Admission:
+        """A held request came back: the deciders run again; only a change is recorded."""
+        verdicts = await self._hooks.decide(record.envelope)
+        outcome = hook_rules.combine(verdicts, mode=self._mode)
+        if not isinstance(outcome, lifecycle.Held):
+            facts: list[EventData] = [*verdicts, outcome]
+            if isinstance(outcome, lifecycle.Admitted):
+                facts += hook_rules.limits(verdicts)
+            try:
+                await self._journal.write([(record, facts)], by=self.component)
+            except SequenceConflict as error:
+                raise KeyConflict(
+                    "another request with this idempotency key was admitted just now, try again later",
+                    envelope_id=record.id,
+                    retryable=True,
+                ) from error
+        return self._answer(record, verdicts)
+
+    def _answer(self, record: Record, verdicts: Sequence[lifecycle.Verdict]) -> Admission:
+        """Hand over the admission, or raise what was decided."""
+        self.counters[record.state] += 1
+        reasons = hook_rules.reasons(verdicts)
+        for fact in (event.data for event in reversed(record.events)):
+            if isinstance(fact, lifecycle.Denied):
+                raise Denied(
+                    fact.message or fact.code, envelope_id=record.id, reasons=reasons, retryable=fact.retryable
+                )
+            if isinstance(fact, lifecycle.Held):
+                key = fact.key or record.envelope.correlation.idempotency_key or record.id
+                raise Held(fact.message or fact.code, envelope_id=record.id, reasons=reasons, idempotency_key=key)
+            if isinstance(fact, lifecycle.Admitted):
+                self.counters["undecided"] += fact.undecided
+                break
+        return self._handle(record, by=self.component)
+
+    async def _liveness(self, record: Record, probers: Mapping[str, Prober], everything: bool) -> Liveness | None:
+        """What is known of an open execution's owner; None when it is not time to ask."""
+        bound = record.bound
+        process = await self._writer(record, admitting=bound is None)
+        alive = None if process is None else process.alive()
+        if bound is None:
+            return of_process(process, alive)
+        if not everything and alive is not False and timestamp(self._journal.now()) < bound.check_by:
+            return None
+        prober = probers.get(bound.owner)
+        if prober is None:
+            return Liveness.unknown(f"no prober for owner {bound.owner}")
+        return await ask_owner(prober, record)
+
+    async def _writer(self, record: Record, *, admitting: bool) -> Process | None:
+        """The process that admitted the envelope, or the one that recorded its newest event."""
+        event = record.events[-1]
+        if admitting:
+            event = next(e for e in record.events if isinstance(e.data, lifecycle.Admitted))
+        chain = await self._journal.call(self.ledger.chain_of, record.id, event.sequence)
+        return None if chain is None else await self._journal.call(self.ledger.writer, chain)
+
+    async def _abandon(self, seen: Record, evidence: str, by: str) -> bool:
+        """End it, unless anything was recorded since it was looked at."""
+        try:
+            await self._journal.write([(seen, [lifecycle.Abandoned(scrub(evidence))])], by=by)
+        except SequenceConflict:
+            return False
+        self.counters["abandoned"] += 1
+        return True
+
+    def _handle(self, record: Record, *, by: str, replayed: bool = False) -> Admission:
+        return Admission(self._journal, record, by=by, check_after=self._check_after, replayed=replayed)
+
+
+class Block:
+    """``async with``: enters by `begin`, leaves by `Admission.leave`."""
+
+    def __init__(self, controller: AdmissionController, ask: Ask) -> None:
+        self._controller = controller
+        self._ask = ask
+        self._admission: Admission | None = None
+
+    async def __aenter__(self) -> Admission:
+        self._admission = await self._controller.begin(self._ask)
+        return self._admission
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._admission is not None
+        if error is None:
+            await self._admission.leave()
+        elif isinstance(error, anyio.get_cancelled_exc_class()):
+            await self._admission.leave(cancelled="cancelled while it was resolved")
+        else:
+            await self._admission.leave(failed=(type(error).__name__, str(error)))

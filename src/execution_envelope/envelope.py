@@ -1,0 +1,527 @@
+"""The envelope: five field families, sealed once, with a canonical form and a digest.
+
+`Ask` is what an adapter writes; `seal` turns it into an `Envelope`, the record that never changes afterwards. The
+canonical form is RFC 8785 (JSON Canonicalization Scheme), held by what may be in it: integers up to 2^53 - 1, no
+floats, ASCII keys. Then the fast encoder's sorted output *is* canonical, byte for byte.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, Final, Literal, NoReturn, TypeAlias, cast, get_args
+
+import msgspec
+
+from execution_envelope import credentials
+from execution_envelope.errors import InvalidField, Unidentified
+from execution_envelope.resources import Provenance, Quantity, parse_quantity
+
+SCHEMA_VERSION: Final = "1"
+
+Kind: TypeAlias = Literal["model.deploy", "inference", "evaluation", "data.move", "agent.run", "maintenance"]
+KINDS: Final[tuple[str, ...]] = get_args(Kind)
+LINKS: Final = ("part_of", "runs_on", "supersedes")
+
+#: How many entries each collection of an ask may hold. More is refused: they are written by the backend's own code.
+MAX_ENTRIES: Final = {
+    "roles": 64,
+    "delegation": 16,
+    "scope.hints": 32,
+    "scope.regions": 32,
+    "requested": 32,
+    "constraints": 64,
+    "facets": 16,
+}
+#: A constraint or facet larger than this many bytes, or deeper than `MAX_DEPTH`, is cut; its digest stays.
+MAX_VALUE_BYTES: Final = 4096
+MAX_DEPTH: Final = 6
+
+_KEY: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:/-]{0,127}")
+_TRACEPARENT: Final = re.compile(r"[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
+
+
+class _Sealed(dict[str, Any]):
+    """A mapping of the sealed part: readable as a dict, refuses every change."""
+
+    __slots__ = ()
+
+    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
+        raise TypeError("the sealed part of an envelope does not change; record an event instead")
+
+    __setitem__ = __delitem__ = pop = popitem = clear = update = setdefault = __ior__ = _refuse
+
+
+class _Struct(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
+    """Frozen all the way down, also after a round trip through JSON."""
+
+    def __post_init__(self) -> None:
+        for name in self.__struct_fields__:
+            value = getattr(self, name)
+            if type(value) in (dict, list):
+                msgspec.structs.force_setattr(self, name, _freeze(value))
+
+
+def _freeze(value: Any) -> Any:
+    if isinstance(value, dict):
+        return _Sealed({key: _freeze(item) for key, item in value.items()})
+    if isinstance(value, list):
+        return tuple(_freeze(item) for item in value)
+    return value
+
+
+class Party(_Struct, frozen=True):
+    """Somebody or something that acts: `type` such as ``user``, ``service``, ``agent``."""
+
+    type: str
+    id: str
+
+
+class Authentication(_Struct, frozen=True):
+    """How the subject was authenticated. Never the credential itself."""
+
+    method: str
+    issuer: str | None = None
+    session: str | None = None
+
+
+class Identity(_Struct, frozen=True):
+    """Who asked. `delegation` says who acts for whom, outermost first; the subject is the one acting."""
+
+    subject: Party
+    tenant: str | None = None
+    roles: tuple[str, ...] = ()
+    delegation: tuple[Party, ...] = ()
+    authentication: Authentication | None = None
+
+
+class Target(_Struct, frozen=True):
+    """What the execution is about: a model, a data set, an agent."""
+
+    type: str
+    id: str
+    version: str | None = None
+
+
+class SourceRequest(_Struct, frozen=True):
+    """The service-specific request: the name of its schema and the SHA-256 of its body after secrets were taken out."""
+
+    schema: str
+    sha256: str
+
+
+class Execution(_Struct, frozen=True):
+    """What was asked."""
+
+    kind: Kind
+    operation: str
+    target: Target
+    entrypoint: str | None = None
+    request: SourceRequest | None = None
+
+
+class Scoped(_Struct, frozen=True):
+    """A scope value and where it comes from: the caller asserted it, or the backend established it, and by what."""
+
+    value: str | int | tuple[str, ...]
+    provenance: Literal["asserted", "established"] = "asserted"
+    by: str | None = None
+
+
+class Scope(_Struct, frozen=True):
+    """Under which policy-relevant scope. `hints` are governance hints, open names."""
+
+    project: Scoped | None = None
+    workroom: Scoped | None = None
+    environment: Scoped | None = None
+    purpose: Scoped | None = None
+    classification: Scoped | None = None
+    regions: Scoped | None = None
+    priority: Scoped | None = None
+    hints: Mapping[str, Scoped] = {}
+
+
+class Constraint(_Struct, frozen=True):
+    """A demand that is not an amount: engine, device, region. Open names, JSON values without floats."""
+
+    value: Any
+    provenance: Provenance = "asserted"
+
+
+class Requested(_Struct, frozen=True):
+    """Which resources, as the caller wrote them, before defaults and estimates."""
+
+    resources: Mapping[str, Quantity] = {}
+    constraints: Mapping[str, Constraint] = {}
+
+
+class Facet(_Struct, frozen=True):
+    """An extension: who produced it, its schema, its JSON text (cut when large), the digest of the whole."""
+
+    producer: str
+    text: str
+    sha256: str
+    schema: str | None = None
+
+
+class Correlation(_Struct, frozen=True):
+    """How it ties together. `id` is a UUIDv7, `created_at` RFC 3339 in UTC with microseconds."""
+
+    id: str
+    schema_version: str
+    created_at: str
+    request_id: str | None = None
+    traceparent: str | None = None
+    tracestate: str | None = None
+    idempotency_key: str | None = None
+    part_of: str | None = None
+    runs_on: str | None = None
+    supersedes: str | None = None
+    facets: Mapping[str, Facet] = {}
+
+
+class Envelope(_Struct, frozen=True):
+    """The sealed record of one request for execution."""
+
+    identity: Identity
+    execution: Execution
+    scope: Scope
+    requested: Requested
+    correlation: Correlation
+
+    @property
+    def id(self) -> str:
+        return self.correlation.id
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """Who asks. ``Subject("user", "dana", tenant="acme", roles=["operator"])``.
+
+    `delegation` lists those on whose behalf the subject acts, outermost first, as ``(type, id)`` pairs.
+    """
+
+    type: str
+    id: str
+    tenant: str | None = None
+    roles: Sequence[str] = ()
+    delegation: Sequence[tuple[str, str]] = ()
+    method: str | None = None
+    issuer: str | None = None
+    session: str | None = None
+
+
+def established(value: str | int | Sequence[str], *, by: str) -> Scoped:
+    """A scope value that the backend found out itself, by a token, a server default or a policy."""
+    return Scoped(value if isinstance(value, str | int) else tuple(value), "established", by)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ask:
+    """What an adapter says of one request: the families in the words of people, nothing sealed yet.
+
+    `requested` maps resource names to amounts (``"512MiB"``, ``2``, ``per_replica("1GiB")``), `constraints` open
+    names to JSON values; None is absent. `client_defaults` names values that a known client always sends: a value
+    equal to one is recorded as *client default* and never reported as ignored. `body` is the service-specific
+    request as it arrived; only its digest is sealed, taken after the fields named in `secrets` (``"env.*"``) and
+    every credential in a documented format were removed. `part_of`, `runs_on` and `supersedes` name an envelope id
+    or a reference ``"deployment:ID"``. `facets` maps ``namespace.name`` to ``(producer, schema URL or None, data)``.
+    """
+
+    kind: str
+    operation: str
+    target: Target
+    subject: Subject | None = None
+    scope: Mapping[str, Any] = field(default_factory=dict)
+    requested: Mapping[str, Any] = field(default_factory=dict)
+    constraints: Mapping[str, Any] = field(default_factory=dict)
+    client_defaults: Mapping[str, Any] = field(default_factory=dict)
+    entrypoint: str | None = None
+    schema: str | None = None
+    body: Any = None
+    secrets: Sequence[str] = ()
+    request_id: str | None = None
+    traceparent: str | None = None
+    tracestate: str | None = None
+    idempotency_key: str | None = None
+    part_of: str | None = None
+    runs_on: str | None = None
+    supersedes: str | None = None
+    facets: Mapping[str, tuple[str, str | None, Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class SealedEnvelope:
+    """An envelope with its canonical bytes and their SHA-256.
+
+    `request_digest` is over execution, scope and requested: what "the same request" means for an idempotency key.
+    `key_digest` identifies (tenant, subject, operation, key), None without a key. `redacted` lists the paths at
+    which a credential was taken out.
+    """
+
+    envelope: Envelope
+    body: bytes
+    digest: str
+    request_digest: str
+    key_digest: str | None
+    redacted: tuple[str, ...]
+
+
+_encoder: Final = msgspec.json.Encoder(order="sorted")
+_decoder: Final = msgspec.json.Decoder(Envelope)
+
+
+def canonical(value: Any) -> bytes:
+    """The canonical JSON bytes of a struct or of plain data without floats."""
+    return _encoder.encode(value)
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def decode(body: bytes) -> Envelope:
+    """Read an envelope back from its canonical bytes. Raises `msgspec.ValidationError` or `DecodeError`."""
+    return _decoder.decode(body)
+
+
+def timestamp(moment: datetime) -> str:
+    """RFC 3339 in UTC with microseconds: of fixed width, so that text order is time order."""
+    return moment.strftime("%Y-%m-%dT%H:%M:%S.%f") + "Z"
+
+
+def seal(ask: Ask, *, id: str, now: datetime) -> SealedEnvelope:
+    """Validate, redact, freeze and digest an ask.
+
+    Raises `InvalidField` naming the first field that cannot be sealed, and `Unidentified` when no subject is named.
+    """
+    redacted: list[str] = []
+    envelope = Envelope(
+        identity=_identity(ask.subject),
+        execution=_execution(ask, redacted),
+        scope=_scope(ask.scope),
+        requested=_requested(ask),
+        correlation=_correlation(ask, id, timestamp(now)),
+    )
+    body = _encode(envelope)
+    if credentials.contains(body.decode()):
+        clean = credentials.redact(msgspec.to_builtins(envelope), path="", found=lambda path: redacted.append(path[1:]))
+        envelope = msgspec.convert(clean, Envelope)
+        body = _encode(envelope)
+    same = canonical([envelope.execution, envelope.scope, envelope.requested])
+    key = None
+    if ask.subject is not None and ask.idempotency_key is not None:
+        key = key_digest(ask.subject, ask.operation, ask.idempotency_key)
+    return SealedEnvelope(envelope, body, sha256(body), sha256(same), key, tuple(dict.fromkeys(redacted)))
+
+
+def _encode(envelope: Envelope) -> bytes:
+    try:
+        return canonical(envelope)
+    except UnicodeEncodeError as error:
+        raise InvalidField("ask", "expected text in valid Unicode, got a lone surrogate") from error
+
+
+def _identity(subject: Subject | None) -> Identity:
+    if subject is None:
+        raise Unidentified("expected a subject, got none: name who asks in `Ask.subject` or by `identify`")
+    return Identity(
+        subject=Party(_text(subject.type, "identity.subject.type"), _text(subject.id, "identity.subject.id")),
+        tenant=_optional(subject.tenant, "identity.tenant"),
+        roles=tuple(_text(role, "identity.roles") for role in _few(subject.roles, "roles")),
+        delegation=tuple(
+            Party(_text(kind, "identity.delegation"), _text(name, "identity.delegation"))
+            for kind, name in _few(subject.delegation, "delegation")
+        ),
+        authentication=None
+        if subject.method is None
+        else Authentication(
+            _text(subject.method, "identity.authentication.method"),
+            _optional(subject.issuer, "identity.authentication.issuer"),
+            _optional(subject.session, "identity.authentication.session"),
+        ),
+    )
+
+
+def _execution(ask: Ask, redacted: list[str]) -> Execution:
+    if ask.kind not in KINDS:
+        raise InvalidField("execution.kind", f"expected one of {', '.join(KINDS)}, got `{str(ask.kind)[:64]}`")
+    request = None
+    if ask.schema is not None:
+        body = credentials.remove_fields(ask.body, ask.secrets, found=lambda path: redacted.append(f"request.{path}"))
+        body = credentials.redact(body, path="request", found=redacted.append)
+        try:
+            request = SourceRequest(_text(ask.schema, "execution.request.schema"), sha256(canonical(body)))
+        except (TypeError, UnicodeEncodeError) as error:
+            raise InvalidField("execution.request", f"expected a JSON body: {error}") from error
+    target = Target(
+        _text(ask.target.type, "execution.target.type"),
+        _text(ask.target.id, "execution.target.id"),
+        _optional(ask.target.version, "execution.target.version"),
+    )
+    return Execution(
+        kind=cast(Kind, ask.kind),
+        operation=_text(ask.operation, "execution.operation"),
+        target=target,
+        entrypoint=_optional(ask.entrypoint, "execution.entrypoint"),
+        request=request,
+    )
+
+
+def _scope(values: Mapping[str, Any]) -> Scope:
+    fields: dict[str, Any] = {}
+    for name, value in values.items():
+        if value is None:
+            continue
+        if name == "hints":
+            fields["hints"] = {
+                _key(hint, "scope.hints"): _scoped(item, f"scope.hints.{hint}")
+                for hint, item in _few(value, "scope.hints").items()
+                if item is not None
+            }
+        elif name in Scope.__struct_fields__:
+            fields[name] = _scoped(value, f"scope.{name}")
+        else:
+            names = ", ".join(Scope.__struct_fields__)
+            raise InvalidField(f"scope.{str(name)[:64]}", f"expected one of {names}; other names go into `hints`")
+    return Scope(**fields)
+
+
+def _scoped(value: Any, path: str) -> Scoped:
+    scoped = value if isinstance(value, Scoped) else Scoped(tuple(value) if isinstance(value, list) else value)
+    content = scoped.value
+    if isinstance(content, bool) or not isinstance(content, str | int | tuple):
+        raise InvalidField(path, f"expected text, a whole number or a list of texts, got `{type(content).__name__}`")
+    if isinstance(content, tuple):
+        content = tuple(_text(item, path) for item in _few(content, "scope.regions"))
+    elif isinstance(content, str):
+        content = _text(content, path)
+    else:
+        content = cast(int, _plain(content, path))
+    return Scoped(content, scoped.provenance, _optional(scoped.by, path))
+
+
+def _requested(ask: Ask) -> Requested:
+    resources: dict[str, Quantity] = {}
+    for name, value in _few(ask.requested, "requested").items():
+        if value is None:
+            continue
+        quantity = parse_quantity(name, value, field=f"requested.{str(name)[:64]}")
+        default = ask.client_defaults.get(name)
+        if default is not None and quantity == parse_quantity(name, default, field=f"client_defaults.{name}"):
+            quantity = msgspec.structs.replace(quantity, provenance="client_default")
+        resources[name] = quantity
+    constraints: dict[str, Constraint] = {}
+    for name, value in _few(ask.constraints, "constraints").items():
+        if value is None:
+            continue
+        plain = bounded(value, f"constraints.{_key(name, 'constraints')}")
+        same = name in ask.client_defaults and _equal(ask.client_defaults[name], value)
+        constraints[name] = Constraint(_freeze(plain), "client_default" if same else "asserted")
+    return Requested(resources, constraints)
+
+
+def _correlation(ask: Ask, id: str, created_at: str) -> Correlation:
+    traceparent = ask.traceparent if ask.traceparent and _TRACEPARENT.fullmatch(ask.traceparent) else None
+    return Correlation(
+        id=id,
+        schema_version=SCHEMA_VERSION,
+        created_at=created_at,
+        request_id=_optional(ask.request_id, "correlation.request_id"),
+        traceparent=traceparent,
+        tracestate=_optional(ask.tracestate, "correlation.tracestate") if traceparent else None,
+        idempotency_key=_optional(ask.idempotency_key, "correlation.idempotency_key", limit=255),
+        part_of=_optional(ask.part_of, "correlation.part_of"),
+        runs_on=_optional(ask.runs_on, "correlation.runs_on"),
+        supersedes=_optional(ask.supersedes, "correlation.supersedes"),
+        facets={_key(name, "facets"): _facet(name, *facet) for name, facet in _few(ask.facets, "facets").items()},
+    )
+
+
+def _facet(name: str, producer: str, schema: str | None, data: Any) -> Facet:
+    path = f"facets.{name}"
+    try:
+        text = msgspec.json.encode(data, order="sorted").decode()
+    except (TypeError, UnicodeEncodeError) as error:
+        raise InvalidField(path, f"expected JSON data: {error}") from error
+    # The digest is of the text without credentials: a digest of a short secret could be guessed.
+    text = credentials.redact_text(text)
+    return Facet(
+        _text(producer, path),
+        credentials.cut_text(text, MAX_VALUE_BYTES),
+        sha256(text.encode()),
+        _optional(schema, path),
+    )
+
+
+def key_digest(subject: Subject, operation: str, key: str) -> str:
+    """An idempotency key in its scope. Of the key as it came: the sealed field holds only a marker of a credential."""
+    return sha256(canonical([subject.tenant, subject.type, subject.id, operation, key]))
+
+
+def bounded(value: Any, path: str) -> Any:
+    """Plain JSON data as it may be sealed or recorded: no floats, ASCII keys, bounded depth and size.
+
+    A float is kept as its text. What is too large or too deep is replaced by ``{"cut": {bytes, sha256}}``.
+    """
+    plain = _plain(value, path)
+    encoded = canonical(plain)
+    return plain if len(encoded) <= MAX_VALUE_BYTES else {"cut": {"bytes": len(encoded), "sha256": sha256(encoded)}}
+
+
+def _plain(value: Any, path: str, depth: int = 0) -> Any:
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, str):
+        return _text(value, path)
+    if isinstance(value, int):
+        # Beyond 2^53 a JSON number is not the same everywhere; its text is.
+        return value if abs(value) < 2**53 else str(value)
+    if isinstance(value, float):
+        return repr(value)
+    if depth >= MAX_DEPTH:
+        encoded = msgspec.json.encode(value, order="sorted", enc_hook=str)
+        return {"cut": {"bytes": len(encoded), "sha256": sha256(encoded)}}
+    if isinstance(value, Mapping):
+        return {_key(key, path): _plain(item, f"{path}.{key}", depth + 1) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray):
+        return [_plain(item, path, depth + 1) for item in value]
+    raise InvalidField(path, f"expected JSON data, got `{type(value).__name__}`")
+
+
+def _equal(left: Any, right: Any) -> bool:
+    # True == 1 in Python; a client that sends `false` did not send `0`.
+    return type(left) is type(right) and bool(left == right)
+
+
+def _key(name: Any, path: str) -> str:
+    if not isinstance(name, str) or not _KEY.fullmatch(name):
+        raise InvalidField(path, f"expected a name of up to 128 letters, digits and `_.:/-`, got `{str(name)[:64]}`")
+    return name
+
+
+def _text(value: Any, path: str, limit: int = credentials.MAX_TEXT) -> str:
+    if not isinstance(value, str):
+        raise InvalidField(path, f"expected text, got `{type(value).__name__}`")
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise InvalidField(path, "expected text in valid Unicode, got a lone surrogate") from None
+    if len(value) <= limit:
+        return value
+    # Credentials go first, so that neither a digest nor a half of one stays.
+    return credentials.cut_text(credentials.redact_text(value), limit)
+
+
+def _optional(value: Any, path: str, limit: int = credentials.MAX_TEXT) -> str | None:
+    return None if value is None else _text(value, path, limit)
+
+
+def _few(values: Any, name: str) -> Any:
+    if len(values) > MAX_ENTRIES[name]:
+        raise InvalidField(name, f"expected at most {MAX_ENTRIES[name]} entries, got {len(values)}")
+    return values

@@ -1,0 +1,140 @@
+"""Everything this package raises, one tree.
+
+::
+
+    EnvelopeError
+    ├── InvalidField        a value cannot be sealed or recorded; names the field (also a ValueError)
+    ├── Refused             the seam did not admit the request
+    │   ├── Denied          a decider said no; stays no under the same idempotency key
+    │   ├── Held            somebody has to approve first; send the same request with the same key again
+    │   ├── KeyConflict     the idempotency key is taken by another request, or its first request is in flight
+    │   ├── Unidentified    nobody was named as the subject
+    │   └── LedgerUnavailable   the envelope could not be recorded, so nothing was started
+    ├── Violation           a grant went beyond a limit or a parent; it *is* recorded
+    ├── IllegalTransition   the lifecycle has no such step; nothing was recorded
+    ├── ReadOnly            a replayed admission was written to; nothing was recorded
+    ├── ReferenceTaken      the reference leads to another envelope; link with `supersedes`
+    └── NotFound            no envelope has this id or reference
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Reason:
+    """Why a decider did not simply allow: `code` from the documented vocabulary, `hook` that said it."""
+
+    hook: str
+    code: str
+    message: str
+
+
+class EnvelopeError(Exception):
+    """Base of everything raised here."""
+
+
+class InvalidField(EnvelopeError, ValueError):
+    """A value cannot be sealed or recorded. `field` is its path, such as `requested.memory`."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(f"{message} - at `{field}`")
+        self.field = field
+
+
+class Refused(EnvelopeError):
+    """The seam did not admit the request; nothing was started.
+
+    Attributes: `envelope_id` (None when nothing could be recorded), `reasons`, `retryable` (whether sending the same
+    request later can help), `status` (the HTTP status integrations answer with), `type` (the problem type's name).
+    """
+
+    status = 403
+    type = "refused"
+    retryable = False
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        envelope_id: str | None = None,
+        reasons: tuple[Reason, ...] = (),
+        retryable: bool | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.envelope_id = envelope_id
+        self.reasons = reasons
+        if retryable is not None:
+            self.retryable = retryable
+
+
+class Denied(Refused):
+    """A decider said no. `retryable` when every reason is of the "try later" sort."""
+
+    type = "denied"
+
+
+class Held(Refused):
+    """An approval is needed first. `idempotency_key` is the key to send the same request with again."""
+
+    type = "held"
+    retryable = True
+
+    def __init__(
+        self, message: str, *, envelope_id: str, reasons: tuple[Reason, ...] = (), idempotency_key: str
+    ) -> None:
+        super().__init__(message, envelope_id=envelope_id, reasons=reasons)
+        self.idempotency_key = idempotency_key
+
+
+class KeyConflict(Refused):
+    """The idempotency key belongs to another request, or (`retryable`) its first request is still in flight."""
+
+    status = 409
+    type = "key-conflict"
+
+
+class Unidentified(Refused):
+    """No subject was named, so there is nobody to record as asking."""
+
+    status = 401
+    type = "unidentified"
+
+
+class LedgerUnavailable(Refused):
+    """The ledger could not record. At admission: nothing was started. Later: the fact is not on the record yet."""
+
+    status = 503
+    type = "ledger-unavailable"
+    retryable = True
+
+
+class Violation(EnvelopeError):
+    """A grant went beyond what bounds it. The grant and the violation are both recorded before this is raised."""
+
+    def __init__(self, message: str, *, envelope_id: str, resource: str) -> None:
+        super().__init__(message)
+        self.envelope_id = envelope_id
+        self.resource = resource
+
+
+class IllegalTransition(EnvelopeError):
+    """The lifecycle table has no such step from the present state; nothing was recorded."""
+
+    def __init__(self, message: str, *, state: str, event: str) -> None:
+        super().__init__(message)
+        self.state = state
+        self.event = event
+
+
+class ReadOnly(EnvelopeError):
+    """A replayed admission belongs to the first caller; use `controller.resume` to continue it as yourself."""
+
+
+class ReferenceTaken(EnvelopeError):
+    """The reference already leads to another envelope that the new one does not supersede."""
+
+
+class NotFound(EnvelopeError, LookupError):
+    """No envelope has this id, or no envelope is bound to this reference."""

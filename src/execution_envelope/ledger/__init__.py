@@ -1,0 +1,30 @@
+"""Ledgers: where envelopes and events are kept. `open_ledger` takes a URL; nothing is opened before the first use."""
+
+from __future__ import annotations
+
+from execution_envelope.errors import InvalidField
+from execution_envelope.ledger.contract import AttemptedRequest, Ledger
+from execution_envelope.ledger.memory import MemoryLedger
+from execution_envelope.ledger.sqlite import SqliteLedger
+from execution_envelope.ledger.verification import Finding, Verification, verify
+
+__all__ = [
+    "AttemptedRequest",
+    "Finding",
+    "Ledger",
+    "MemoryLedger",
+    "SqliteLedger",
+    "Verification",
+    "open_ledger",
+    "verify",
+]
+
+
+def open_ledger(url: str) -> Ledger:
+    """``sqlite:///relative.db``, ``sqlite:////absolute.db`` or ``memory://``. Raises `InvalidField` for another."""
+    if url == "memory://":
+        return MemoryLedger()
+    path = url.removeprefix("sqlite:///")
+    if path == url or not path:
+        raise InvalidField("ledger", f"expected `sqlite:///path` or `memory://`, got `{url[:64]}`")
+    return SqliteLedger(path)

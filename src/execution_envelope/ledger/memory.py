@@ -1,0 +1,184 @@
+"""A ledger in memory, for users' tests. It keeps the whole contract, except that it forgets when the process ends."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+
+import uuid_utils
+
+from execution_envelope.envelope import decode as decode_envelope
+from execution_envelope.envelope import timestamp
+from execution_envelope.errors import ReferenceTaken
+from execution_envelope.ledger.chain import Chain, Link
+from execution_envelope.ledger.contract import (
+    MAX_ATTEMPTED,
+    AttemptedRequest,
+    Commit,
+    KeyRow,
+    KeyTaken,
+    Row,
+    SequenceConflict,
+    Stored,
+)
+from execution_envelope.lifecycle import TERMINAL, Bound, Event
+from execution_envelope.process import Process, current
+from execution_envelope.version import __version__
+
+
+class MemoryLedger:
+    """See `Ledger`."""
+
+    inline = True
+
+    def __init__(self, *, clock: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._chain: Chain | None = None
+        self._process = current()
+        self._links: list[Link] = []
+        self._events: dict[str, list[Event]] = {}
+        self._envelopes: dict[str, tuple[bytes, str, str | None]] = {}
+        self._keys: dict[str, KeyRow] = {}
+        self._references: dict[tuple[str, str], list[str]] = {}
+        self._children: dict[str, list[str]] = {}
+        self._closed: dict[str, None] = {}
+        self._attempted: deque[AttemptedRequest] = deque(maxlen=MAX_ATTEMPTED)
+
+    def commit(self, *commits: Commit) -> list[list[Event]]:
+        with self._lock:
+            for commit in commits:
+                self._check(commit)
+            events = [
+                [Event(c.envelope, c.sequence + offset, c.at, c.by, fact) for offset, fact in enumerate(c.facts)]
+                for c in commits
+            ]
+            self._append([event for group in events for event in group])
+            for commit, group in zip(commits, events, strict=True):
+                self._store(commit, group)
+            return events
+
+    def _check(self, commit: Commit) -> None:
+        if commit.key is not None and commit.key.digest in self._keys:
+            raise KeyTaken(self._keys[commit.key.digest])
+        known = self._events.get(commit.envelope)
+        if commit.sequence != (len(known) if known is not None else 0) or (known is None) != (
+            commit.sealed is not None
+        ):
+            raise SequenceConflict
+        for fact in commit.facts:
+            if isinstance(fact, Bound):
+                self._check_reference(fact, commit.envelope)
+
+    def _check_reference(self, fact: Bound, envelope: str) -> None:
+        line = self._references.get((fact.kind, fact.reference), [])
+        if line and line[-1] != envelope:
+            older = decode_envelope(self._envelopes[envelope][0]).correlation.supersedes
+            if older != line[-1]:
+                raise ReferenceTaken(
+                    f"expected {fact.kind}:{fact.reference} to be free or superseded, it leads to {line[-1]}"
+                )
+
+    def _append(self, events: list[Event]) -> None:
+        if self._chain is None:
+            self._chain = Chain(str(uuid_utils.uuid7()))
+            opening = self._chain.opening(timestamp(self._clock()), self._process, __version__)
+            self._links.append(opening)
+            self._chain.advance([opening])
+        links = self._chain.link(events)
+        self._links += links
+        self._chain.advance(links)
+
+    def _store(self, commit: Commit, events: list[Event]) -> None:
+        if commit.sealed is not None:
+            parent = commit.sealed.envelope.correlation.part_of
+            self._envelopes[commit.envelope] = (commit.sealed.body, commit.sealed.digest, parent)
+            if parent is not None:
+                self._children.setdefault(parent, []).append(commit.envelope)
+        if commit.key is not None:
+            self._keys[commit.key.digest] = commit.key
+        self._events.setdefault(commit.envelope, []).extend(events)
+        for event in events:
+            if isinstance(event.data, Bound):
+                line = self._references.setdefault((event.data.kind, event.data.reference), [])
+                if commit.envelope not in line:
+                    line.append(commit.envelope)
+            if event.data.type in TERMINAL:
+                self._closed[commit.envelope] = None
+
+    def read(self, envelope: str) -> Stored | None:
+        with self._lock:
+            if envelope not in self._envelopes:
+                return None
+            return Stored(self._envelopes[envelope][0], tuple(self._events[envelope]))
+
+    def find(self, kind: str, reference: str) -> str | None:
+        with self._lock:
+            line = self._references.get((kind, reference))
+            return line[-1] if line else None
+
+    def key(self, digest: str) -> KeyRow | None:
+        return self._keys.get(digest)
+
+    def children(self, envelope: str) -> list[str]:
+        with self._lock:
+            return list(self._children.get(envelope, ()))
+
+    def newest(self, limit: int, *, before: str | None = None) -> list[str]:
+        with self._lock:
+            ids = sorted((id for id in self._envelopes if before is None or id < before), reverse=True)
+        return ids[:limit]
+
+    def unfinished(self) -> list[str]:
+        with self._lock:
+            return sorted(id for id in self._envelopes if id not in self._closed)
+
+    def writer(self, chain: str) -> Process | None:
+        return self._process if self._chain is not None and chain == self._chain.id else None
+
+    def chain_of(self, envelope: str, sequence: int) -> str | None:
+        return self._chain.id if self._chain is not None and sequence < len(self._events.get(envelope, ())) else None
+
+    def note(self, request: AttemptedRequest) -> None:
+        with self._lock:
+            self._attempted.append(request)
+
+    def attempted(self, limit: int) -> list[AttemptedRequest]:
+        with self._lock:
+            return list(reversed(self._attempted))[:limit]
+
+    def rows(self, *, after: int = 0, envelope: str | None = None) -> Iterator[Row]:
+        with self._lock:
+            links = list(enumerate(self._links, start=1))
+        for cursor, link in links[after:]:
+            entry = link.entry
+            if envelope is None or entry.envelope == envelope:
+                tag = str(entry.data.__struct_config__.tag)
+                yield Row(
+                    cursor, entry.chain, entry.position, entry.envelope, entry.sequence, tag, link.body, link.hash
+                )
+
+    def envelopes(self) -> Iterator[tuple[str, bytes, str, str | None]]:
+        with self._lock:
+            stored = list(self._envelopes.items())
+        for id, (body, digest, parent) in stored:
+            yield id, body, digest, parent
+
+    def key_rows(self) -> Iterator[KeyRow]:
+        yield from list(self._keys.values())
+
+    def references(self) -> Iterator[tuple[str, str, str]]:
+        for (kind, reference), line in list(self._references.items()):
+            for envelope in line:
+                yield kind, reference, envelope
+
+    def closings(self) -> Iterator[str]:
+        yield from list(self._closed)
+
+    def count(self) -> int:
+        return len(self._links)
+
+    def close(self) -> None:
+        """Nothing to let go of."""

@@ -1,0 +1,226 @@
+"""The record of one envelope: the sealed part and its events, read together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Final, Literal
+
+import msgspec
+
+from execution_envelope.delta import Difference, delta, granted_totals
+from execution_envelope.envelope import Envelope
+from execution_envelope.errors import IllegalTransition
+from execution_envelope.lifecycle import (
+    ASKED,
+    TERMINAL,
+    Admitted,
+    Attempt,
+    Bound,
+    Candidate,
+    Effective,
+    Event,
+    Granted,
+    Late,
+    Limit,
+    Ready,
+    Released,
+    Used,
+    Verdict,
+    Violation,
+    legal_from,
+    next_state,
+)
+from execution_envelope.resources import VOCABULARY, Amount, Quantity, add, largest, smallest
+
+#: The part that a grant without a part speaks of.
+WHOLE: Final = ""
+
+
+class Usage(msgspec.Struct, frozen=True):
+    """What was used of one resource, in base units; *estimated* when any report of it was."""
+
+    amount: Amount
+    how: Literal["measured", "estimated"]
+
+
+class Attempts(msgspec.Struct, frozen=True):
+    """Equal attempts, coalesced."""
+
+    candidates: tuple[Candidate, ...]
+    reason: str
+    first: str
+    last: str
+    times: int
+
+
+class Record:
+    """An envelope and what happened to it. Everything but the two is derived, each time the same.
+
+    `apply` adds an event; it raises `IllegalTransition` when the table has no such step, and then changes nothing.
+    """
+
+    def __init__(self, envelope: Envelope, events: Iterable[Event] = ()) -> None:
+        self.envelope = envelope
+        self.events: list[Event] = []
+        self.state: str = ASKED
+        self._grants: dict[str, Event] = {}
+        self._released: set[str] = set()
+        for event in events:
+            self.apply(event)
+
+    def apply(self, event: Event) -> None:
+        state = next_state(self.state, event.data)
+        if state is None:
+            raise IllegalTransition(
+                f"expected {', '.join(legal_from(self.state))} in state {self.state}, got `{event.data.type}`",
+                state=self.state,
+                event=event.data.type,
+            )
+        self.state = state
+        self.events.append(event)
+        if isinstance(event.data, Granted):
+            for part in self._released:
+                self._grants.pop(part, None)
+            self._released.clear()
+            self._grants[event.data.part or WHOLE] = event
+        elif isinstance(event.data, Released) and (event.data.part or WHOLE) in self._grants:
+            self._released.add(event.data.part or WHOLE)
+
+    @property
+    def id(self) -> str:
+        return self.envelope.id
+
+    @property
+    def next_sequence(self) -> int:
+        return len(self.events)
+
+    @property
+    def is_open(self) -> bool:
+        return self.state not in TERMINAL
+
+    @property
+    def undecided(self) -> bool:
+        """Whether it was admitted without any decider covering its kind."""
+        return any(isinstance(e.data, Admitted) and e.data.undecided for e in self.events)
+
+    @property
+    def ungranted(self) -> bool:
+        """Whether it completed without anybody ever granting."""
+        return self.state == "completed" and not self._grants
+
+    @property
+    def bound(self) -> Bound | None:
+        """The newest binding."""
+        return next((e.data for e in reversed(self.events) if isinstance(e.data, Bound)), None)
+
+    @property
+    def references(self) -> dict[str, str]:
+        """Kind of reference -> the backend's id."""
+        return {e.data.kind: e.data.reference for e in self.events if isinstance(e.data, Bound)}
+
+    @property
+    def grants(self) -> dict[str, Granted]:
+        """Part -> its newest grant, as of the last time anything was granted; the whole is ``""``."""
+        return {part: event.data for part, event in self._grants.items() if isinstance(event.data, Granted)}
+
+    @property
+    def granted(self) -> dict[str, Amount]:
+        """Totals over the parts, in base units. Stays readable after the end."""
+        return granted_totals(list(self.grants.values()))
+
+    @property
+    def held(self) -> dict[str, Amount]:
+        """Totals of what is held now: nothing after the end, and no released part."""
+        if not self.is_open:
+            return {}
+        return granted_totals([grant for part, grant in self.grants.items() if part not in self._released])
+
+    def with_grant(self, grant: Granted) -> dict[str, Amount]:
+        """What would be held if this were granted now."""
+        parts = {part: held for part, held in self.grants.items() if part not in self._released}
+        return granted_totals(list((parts | {grant.part or WHOLE: grant}).values()))
+
+    @property
+    def effective(self) -> dict[str, Quantity]:
+        """The ask with what the backend made of it laid over."""
+        values = dict(self.envelope.requested.resources)
+        for event in self.events:
+            if isinstance(event.data, Effective):
+                values.update(event.data.resources)
+        return values
+
+    @property
+    def limits(self) -> dict[str, tuple[Amount, str]]:
+        """Resource -> the lowest limit that a hook set, and the hook."""
+        found: dict[str, tuple[Amount, str]] = {}
+        for event in self.events:
+            if isinstance(event.data, Limit):
+                for name, amount in event.data.resources.items():
+                    if name not in found or smallest((amount, found[name][0])) != found[name][0]:
+                        found[name] = (amount, event.data.hook)
+        return found
+
+    @property
+    def used(self) -> dict[str, Usage]:
+        """What was really used, late reports included."""
+        reports: dict[str, dict[str, list[Amount]]] = {}
+        estimated: set[str] = set()
+        seen: set[str] = set()
+        for event in self.events:
+            data = event.data.fact if isinstance(event.data, Late) else event.data
+            if not isinstance(data, Used) or data.key in seen:
+                continue
+            if data.key is not None:
+                seen.add(data.key)
+            for name, amount in data.resources.items():
+                reports.setdefault(name, {}).setdefault(data.part or WHOLE, []).append(amount)
+                if data.how == "estimated":
+                    estimated.add(name)
+        return {
+            name: Usage(_used(name, list(parts.values())), "estimated" if name in estimated else "measured")
+            for name, parts in reports.items()
+        }
+
+    @property
+    def differences(self) -> tuple[Difference, ...]:
+        """The typed delta; empty until something was granted."""
+        effective = [event for event in self.events if isinstance(event.data, Effective)]
+        grants = [(event.by, event.data) for event in self._grants.values() if isinstance(event.data, Granted)]
+        return delta(self.envelope.requested, effective, grants)
+
+    @property
+    def attempts(self) -> tuple[Attempts, ...]:
+        """Resolutions that found no room, equal ones together."""
+        found: dict[tuple[object, ...], Attempts] = {}
+        for event in self.events:
+            if isinstance(event.data, Attempt):
+                key = (event.data.candidates, event.data.reason)
+                before = found.get(key)
+                found[key] = Attempts(
+                    event.data.candidates,
+                    event.data.reason,
+                    before.first if before else event.at,
+                    event.at,
+                    before.times + 1 if before else 1,
+                )
+        return tuple(found.values())
+
+    @property
+    def verdicts(self) -> tuple[Verdict, ...]:
+        return tuple(e.data for e in self.events if isinstance(e.data, Verdict))
+
+    @property
+    def violations(self) -> tuple[Violation, ...]:
+        return tuple(e.data for e in self.events if isinstance(e.data, Violation))
+
+    @property
+    def ready(self) -> bool:
+        """Whether any part was ever reported to serve."""
+        return any(isinstance(e.data, Ready) for e in self.events)
+
+
+def _used(name: str, parts: Sequence[Sequence[Amount]]) -> Amount:
+    resource = VOCABULARY[name]
+    amounts = [add(reports) if resource.across_reports == "sum" else largest(reports) for reports in parts]
+    # Parts run side by side: what they hold adds up, but the time on the clock is that of the longest.
+    return add(amounts) if resource.across_parts == "sum" else largest(amounts)
