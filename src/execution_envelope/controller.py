@@ -132,6 +132,9 @@ class AdmissionController:
             await self._journal.write([(record, facts)], by=self.component, sealed=sealed, key=row)
         except KeyTaken as taken:
             return await self._again(sealed, taken.row)
+        except anyio.get_cancelled_exc_class():
+            await self._cancelled(record.id)
+            raise
         self.counters["redacted"] += len(sealed.redacted)
         # 6. Answer.
         return self._answer(record, verdicts)
@@ -251,6 +254,16 @@ class AdmissionController:
             )
         self.counters["replayed"] += 1
         return self._handle(record, by=self.component, replayed=True)
+
+    async def _cancelled(self, id: str) -> None:
+        """Nobody waits for the admission any more: if it was recorded all the same, nobody else would end it."""
+        with anyio.CancelScope(shield=True):
+            try:
+                await self._handle(await self.record(id), by=self.component).leave(
+                    cancelled="cancelled while it was admitted"
+                )
+            except (NotFound, LedgerUnavailable):
+                return
 
     async def _decide_again(self, record: Record) -> Admission:
         """A held request came back: the deciders run again; only a change is recorded."""

@@ -8,6 +8,7 @@
     │   ├── Denied          a decider said no; stays no under the same idempotency key
     │   ├── Held            somebody has to approve first; send the same request with the same key again
     │   ├── KeyConflict     the idempotency key is taken by another request, or its first request is in flight
+    │   ├── InvalidAsk      the request cannot be sealed; names the field
     │   ├── Unidentified    nobody was named as the subject
     │   └── LedgerUnavailable   the envelope could not be recorded, so nothing was started
     ├── Violation           a grant went beyond a limit or a parent; it *is* recorded
@@ -93,6 +94,17 @@ class KeyConflict(Refused):
 
     status = 409
     type = "key-conflict"
+
+
+class InvalidAsk(Refused):
+    """What the request asks for cannot be sealed; `field` says what. Integrations raise it for `InvalidField`."""
+
+    status = 422
+    type = "invalid-ask"
+
+    def __init__(self, error: InvalidField) -> None:
+        super().__init__(str(error))
+        self.field = error.field
 
 
 class Unidentified(Refused):

@@ -1,0 +1,1 @@
+"""Integrations: one file for each way a Python backend runs work."""

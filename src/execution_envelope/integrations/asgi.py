@@ -1,0 +1,297 @@
+"""The part of the seam that any ASGI application shares: it watches one request to its end.
+
+Pure ASGI. The outcome is taken from the messages themselves: a client that disconnects in the middle of a stream
+raises nothing, only the missing last part of the body tells a cut stream from a whole one.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, TypeAlias
+
+import anyio
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.routing import compile_path
+
+from execution_envelope.admission import Admission
+from execution_envelope.controller import AdmissionController
+from execution_envelope.credentials import scrub
+from execution_envelope.envelope import Ask
+from execution_envelope.errors import InvalidAsk, InvalidField, Refused, Unidentified
+
+Message: TypeAlias = MutableMapping[str, Any]
+Scope: TypeAlias = MutableMapping[str, Any]
+Receive: TypeAlias = Callable[[], Awaitable[Message]]
+Send: TypeAlias = Callable[[Message], Awaitable[None]]
+App: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+#: Where the request's `RequestSeam` is kept in the ASGI scope.
+SCOPE_KEY: Final = "execution_envelope"
+#: The response header that names the envelope.
+ENVELOPE_HEADER: Final = "Execution-Envelope"
+REPLAYED_HEADER: Final = "Execution-Envelope-Replayed"
+
+_REASONS: Final = {
+    400: "unreadable",
+    401: "unauthenticated",
+    403: "forbidden",
+    413: "too large",
+    415: "unreadable",
+    422: "invalid",
+}
+
+
+class Guard:
+    """A guarded route: ``"POST /serving/deploy_model"``, path parameters as in Starlette."""
+
+    def __init__(self, route: str) -> None:
+        method, space, path = route.partition(" ")
+        if not space or not method.isupper() or not path.startswith("/"):
+            raise InvalidField("guard", f"expected `METHOD /path`, got `{route[:100]}`")
+        self.route = route
+        self.method = method
+        self._pattern, _, self._convertors = compile_path(path)
+        self._path = path
+
+    def covers(self, method: str, path: str) -> bool:
+        return method == self.method and self._pattern.match(path) is not None
+
+    def example(self) -> str:
+        """A path that it covers, to find out whether the application has such a route."""
+        example = self._path
+        for name, convertor in self._convertors.items():
+            value = next(v for v in _EXAMPLES if re.fullmatch(convertor.regex, v))
+            example = re.sub(rf"{{{name}(:\w+)?}}", value, example)
+        return example
+
+
+_EXAMPLES: Final = ("x", "1", "1.0", "00000000-0000-0000-0000-000000000000")
+
+
+@dataclass(slots=True)
+class RequestSeam:
+    """What the seam knows of one request while it lasts."""
+
+    controller: AdmissionController
+    surface: str
+    request_id: str | None
+    admission: Admission | None = None
+    refusal: Refused | None = None
+    status: int | None = None
+    finished: bool = False
+    disconnected: bool = False
+    replaced: bool = False
+
+    async def begin(self, ask: Ask) -> Admission:
+        """Admit, once for a request; from here on the middleware leaves the block when the request has ended."""
+        if self.admission is not None:
+            raise RuntimeError(f"expected one envelope for a request, {self.admission.id} is sealed already")
+        try:
+            self.admission = await self.controller.begin(ask)
+        except InvalidField as error:
+            raise self.refuse(InvalidAsk(error)) from error
+        except Refused as refusal:
+            raise self.refuse(refusal) from None
+        return self.admission
+
+    def refuse(self, refusal: Refused) -> Refused:
+        """Remember why the seam refused, and hand it back to be raised."""
+        self.refusal = refusal
+        return refusal
+
+    @property
+    def sealed(self) -> bool:
+        """Whether an envelope tells of this request."""
+        return self.admission is not None or (self.refusal is not None and self.refusal.envelope_id is not None)
+
+
+class EnvelopeMiddleware:
+    """Gives each request a `RequestSeam`, and leaves its block when the response has ended, however it ended.
+
+    `guards` are the routes that must seal an envelope; `check` finds out, before the first message, whether the
+    application has them. With `strict` a 2xx or 3xx of a guarded route without an envelope is turned into a 500
+    before its first byte.
+    """
+
+    def __init__(
+        self,
+        app: App,
+        *,
+        controller: AdmissionController,
+        guards: Sequence[Guard],
+        strict: bool,
+        check: Callable[[], None],
+    ) -> None:
+        self._app = app
+        self._controller = controller
+        self._guards = guards
+        self._strict = strict
+        self._check: Callable[[], None] | None = check
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self._check is not None:
+            # Routes are complete only when the first message comes: at start-up, before anything is served.
+            check, self._check = self._check, None
+            check()
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        guarded = any(guard.covers(scope["method"], path) for guard in self._guards)
+        seam = RequestSeam(
+            self._controller,
+            f"{scope['method']} {path}",
+            Headers(scope=scope).get("x-request-id"),
+        )
+        scope[SCOPE_KEY] = seam
+        try:
+            await self._app(scope, self._receiving(seam, receive), self._sending(seam, send, guarded))
+        except anyio.get_cancelled_exc_class():
+            with anyio.CancelScope(shield=True):
+                await self._conclude(seam, guarded, cancelled="cancelled while it was answered")
+            raise
+        except Exception as error:
+            if seam.disconnected:
+                await self._conclude(seam, guarded, cancelled="the client went away")
+            else:
+                await self._conclude(seam, guarded, failed=(type(error).__name__, str(error)))
+            raise
+        await self._conclude(seam, guarded, **_outcome(seam))
+
+    def _receiving(self, seam: RequestSeam, receive: Receive) -> Receive:
+        async def observed() -> Message:
+            message = await receive()
+            # After the last byte a disconnect is how every request ends.
+            if message["type"] == "http.disconnect" and not seam.finished:
+                seam.disconnected = True
+            return message
+
+        return observed
+
+    def _sending(self, seam: RequestSeam, send: Send, guarded: bool) -> Send:
+        async def observed(message: Message) -> None:
+            if seam.replaced:
+                return
+            if message["type"] == "http.response.start":
+                seam.status = message["status"]
+                if guarded and self._strict and message["status"] < 400 and not seam.sealed:
+                    seam.replaced = True
+                    await _send_unsealed(send)
+                    return
+                _add_headers(seam, message)
+            try:
+                await send(message)
+            except OSError:
+                seam.disconnected = True
+                raise
+            if message["type"] == "http.response.body" and not message.get("more_body", False):
+                seam.finished = True
+
+        return observed
+
+    async def _conclude(
+        self,
+        seam: RequestSeam,
+        guarded: bool,
+        *,
+        failed: tuple[str, str] | None = None,
+        cancelled: str | None = None,
+    ) -> None:
+        if seam.admission is not None:
+            await seam.admission.leave(failed=failed, cancelled=cancelled)
+        elif guarded and not seam.sealed:
+            await self._attempted(seam, failed, cancelled)
+
+    async def _attempted(self, seam: RequestSeam, failed: tuple[str, str] | None, cancelled: str | None) -> None:
+        status = seam.status or (seam.refusal.status if seam.refusal is not None else 500)
+        detail = cancelled or (f"{failed[0]}: {failed[1]}" if failed else "")
+        if seam.refusal is not None:
+            reason, detail = seam.refusal.type, str(seam.refusal)
+        elif status < 400:
+            # In strict mode the client got a 500 in place of this status.
+            self._controller.counters["unsealed"] += 1
+            reason, detail = "unsealed", f"answered {status} without an envelope; work may have happened"
+        else:
+            reason = _REASONS.get(status, "error" if status >= 500 else "refused")
+        await self._controller.attempted(seam.surface, reason, status=status, detail=detail, request_id=seam.request_id)
+
+
+def _outcome(seam: RequestSeam) -> dict[str, Any]:
+    """How the request ended, when the application returned without an exception."""
+    if seam.replaced:
+        return {}
+    if seam.status is None or not seam.finished:
+        if seam.disconnected:
+            return {"cancelled": "the client went away before the last byte"}
+        return {"failed": ("cut", "the response ended before its last byte")}
+    if seam.status >= 400:
+        return {"failed": (f"http_{seam.status}", f"answered {seam.status}")}
+    return {}
+
+
+def _add_headers(seam: RequestSeam, message: Message) -> None:
+    headers = MutableHeaders(raw=message.setdefault("headers", []))
+    admission, refusal = seam.admission, seam.refusal
+    id = admission.id if admission is not None else None if refusal is None else refusal.envelope_id
+    if id is None:
+        return
+    headers[ENVELOPE_HEADER] = id
+    if admission is not None:
+        if admission.replayed:
+            headers[REPLAYED_HEADER] = "true"
+        for warning in admission.warnings:
+            # RFC 9111 warn-text is quoted text in one line of Latin-1.
+            text = warning.encode("ascii", "replace").decode().replace("\\", "").replace('"', "'")
+            headers.append("Warning", f'299 - "{" ".join(text.split())}"')
+
+
+async def _send_unsealed(send: Send) -> None:
+    status, headers, body = problem(
+        500,
+        "unsealed",
+        "a guarded route answered without sealing an envelope; its work may have happened all the same",
+        {},
+    )
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+def problem(
+    status: int, kind: str, detail: str, members: dict[str, Any]
+) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
+    """An RFC 9457 problem as ``(status, headers, body)``."""
+    body = json.dumps(
+        {
+            "type": f"urn:execution-envelope:problem:{kind}",
+            "title": kind.replace("-", " "),
+            "status": status,
+            "detail": scrub(detail),
+            **members,
+        }
+    ).encode()
+    headers = [(b"content-type", b"application/problem+json"), (b"content-length", str(len(body)).encode())]
+    return status, headers, body
+
+
+def refusal_problem(refusal: Refused, *, status: int) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
+    """A refusal of the seam as a problem: the envelope, the reasons, and whether trying later can help."""
+    members: dict[str, Any] = {
+        "retryable": refusal.retryable,
+        "reasons": [
+            {"hook": reason.hook, "code": reason.code, "message": reason.message} for reason in refusal.reasons
+        ],
+    }
+    if refusal.envelope_id is not None:
+        members["envelope"] = refusal.envelope_id
+    for name in ("idempotency_key", "field"):
+        if hasattr(refusal, name):
+            members[name] = getattr(refusal, name)
+    status, headers, body = problem(status, refusal.type, str(refusal), members)
+    if refusal.retryable and status in (409, 503):
+        headers.append((b"retry-after", b"1"))
+    if isinstance(refusal, Unidentified):
+        headers.append((b"www-authenticate", b"Bearer"))
+    return status, headers, body
