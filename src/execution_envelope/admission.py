@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import anyio
 
@@ -117,10 +117,16 @@ class Admission:
 
         Raises `ReferenceTaken` when the id leads to an envelope that this one does not supersede.
         """
+        reference = str(reference)
         if not kind or ":" in kind or not reference or len(kind) + len(reference) > 200:
             raise InvalidField("bind", "expected a kind without `:` and a reference, of up to 200 characters together")
         due = check_by or self._journal.now() + self._check_after
-        fact = lifecycle.Bound(kind, str(reference), owner or self._journal.component, timestamp(due.astimezone(UTC)))
+        fact = lifecycle.Bound(
+            grants.label(kind),
+            grants.label(reference),
+            grants.label(owner or self._journal.component),
+            timestamp(due.astimezone(UTC)),
+        )
         await self._say(fact)
 
     async def grant(self, grant: Grant) -> None:
@@ -138,11 +144,11 @@ class Admission:
 
     async def release(self, part: str | None = None, *, reason: str | None = None, by: str | None = None) -> None:
         """A part's grant ended; None for the whole."""
-        await self._say(lifecycle.Released(part, None if reason is None else scrub(reason)), by=by)
+        await self._say(lifecycle.Released(grants.label(part), None if reason is None else scrub(reason)), by=by)
 
     async def ready(self, part: str | None = None, *, by: str | None = None) -> None:
         """A part serves."""
-        await self._say(lifecycle.Ready(part), by=by)
+        await self._say(lifecycle.Ready(grants.label(part)), by=by)
 
     async def used(
         self,
@@ -160,7 +166,8 @@ class Admission:
         if how not in ("measured", "estimated"):
             raise InvalidField("used.how", f"expected `measured` or `estimated`, got `{how[:64]}`")
         amounts = {name: parse_amount(name, value, field=f"used.{name}") for name, value in resources.items()}
-        await self._say(lifecycle.Used(amounts, "measured" if how == "measured" else "estimated", part, key), by=by)
+        kind: Literal["measured", "estimated"] = "measured" if how == "measured" else "estimated"
+        await self._say(lifecycle.Used(amounts, kind, grants.label(part), grants.label(key)), by=by)
 
     async def reject(self, code: str, message: str, *, by: str | None = None) -> None:
         """The end, before anything was granted: the backend could not resolve it."""
@@ -220,7 +227,15 @@ class Admission:
         journal = self._journal
         async with self._lock:
             for _ in range(MAX_CONFLICTS):
-                facts = _kept(self._record, await build(self._record))
+                try:
+                    facts = _kept(self._record, await build(self._record))
+                except IllegalTransition:
+                    # Judged by what this handle saw last: another writer may have made the step legal since.
+                    newest = await journal.record(self.id)
+                    if newest.next_sequence == self._record.next_sequence:
+                        raise
+                    self._record = newest
+                    continue
                 if not facts:
                     return []
                 writes: list[tuple[Record, Sequence[EventData]]] = [(self._record, facts)]

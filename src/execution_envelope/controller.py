@@ -22,6 +22,7 @@ from execution_envelope.blocking import BlockingController
 from execution_envelope.credentials import scrub
 from execution_envelope.envelope import Ask, SealedEnvelope, key_digest, seal, timestamp
 from execution_envelope.errors import Denied, Held, InvalidField, KeyConflict, LedgerUnavailable, NotFound
+from execution_envelope.grant import label
 from execution_envelope.hooks import Decider, HookChain, Mode
 from execution_envelope.journal import Journal
 from execution_envelope.ledger import AttemptedRequest, Ledger, open_ledger
@@ -163,7 +164,8 @@ class AdmissionController:
         result = Reconciliation()
         for id in await self._journal.call(self.ledger.unfinished):
             record = await self.record(id)
-            if record.state == "held":
+            # It may have ended since it was listed.
+            if record.state == "held" or not record.is_open:
                 continue
             liveness = await self._liveness(record, probers, everything)
             if liveness is None:
@@ -191,7 +193,7 @@ class AdmissionController:
         note = AttemptedRequest(
             timestamp(self._journal.now()),
             scrub(surface),
-            reason,
+            scrub(reason),
             status,
             scrub(detail),
             request_id and scrub(request_id),
@@ -309,7 +311,7 @@ class AdmissionController:
             return of_process(process, alive)
         if not everything and alive is not False and timestamp(self._journal.now()) < bound.check_by:
             return None
-        prober = probers.get(bound.owner)
+        prober = next((ask for owner, ask in probers.items() if label(owner) == bound.owner), None)
         if prober is None:
             return Liveness.unknown(f"no prober for owner {bound.owner}")
         return await ask_owner(prober, record)

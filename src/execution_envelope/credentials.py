@@ -15,24 +15,27 @@ from typing import Any, Final
 #: Format name -> pattern. The name appears in the marker, so that a reader knows what was there.
 FORMATS: Final[Mapping[str, str]] = {
     "private-key": r"-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY-----[\s\S]*?(?:-----END (?:[A-Z0-9]+ )*PRIVATE KEY-----|\Z)",
-    "jwt": r"\beyJ[A-Za-z0-9_-]{8,}\.eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]*",
-    "github": r"\b(?:gh[pousr]_[A-Za-z0-9]{36,255}|github_pat_[A-Za-z0-9_]{22,255})",
-    "gitlab": r"\bgl(?:pat|dt|rt|ptt|oas|soat|cbt|imt|agent)-[A-Za-z0-9_.-]{20,}",
-    "anthropic": r"\bsk-ant-[A-Za-z0-9_-]{20,}",
-    "openai": r"\bsk-(?:proj-|svcacct-|admin-)?[A-Za-z0-9_-]{20,}",
-    "huggingface": r"\b(?:hf|api_org)_[A-Za-z0-9]{30,}",
-    "aws-access-key": r"\b(?:AKIA|ASIA|ABIA|ACCA)[A-Z2-7]{16}\b",
-    "google-api-key": r"\bAIza[A-Za-z0-9_-]{35}",
-    "google-oauth": r"\b(?:ya29\.[A-Za-z0-9_-]{20,}|GOCSPX-[A-Za-z0-9_-]{28})",
-    "slack": r"\b(?:xox[abeoprs]-[A-Za-z0-9-]{10,}|xapp-[A-Za-z0-9-]{10,})",
-    "stripe": r"\b(?:sk|rk)_(?:live|test)_[A-Za-z0-9]{16,}",
-    "npm": r"\bnpm_[A-Za-z0-9]{36}",
-    "pypi": r"\bpypi-AgE[A-Za-z0-9_-]{50,}",
-    "nvidia": r"\bnvapi-[A-Za-z0-9_-]{40,}",
-    "sendgrid": r"\bSG\.[A-Za-z0-9_-]{16,}\.[A-Za-z0-9_-]{16,}",
-    "vault": r"\bhv[sbr]\.[A-Za-z0-9_-]{24,}",
-    "kamiwaza": r"\bkz_[A-Za-z0-9_-]{20,}",
-    "authorization": r"(?i:\b(?:bearer|basic)\s+[A-Za-z0-9+/_.~-]{16,}=*)",
+    "jwt": r"(?<![A-Za-z0-9_-])(?=[A-Za-z0-9_-]*eyJ)[A-Za-z0-9_-]{11,}\.eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]*",
+    "github": r"(?<![A-Za-z0-9])(?:gh[pousr]_[A-Za-z0-9]{36,255}|github_pat_[A-Za-z0-9_]{22,255})",
+    "gitlab": r"(?<![A-Za-z0-9])gl(?:pat|dt|rt|ptt|oas|soat|cbt|imt|agent)-[A-Za-z0-9_.-]{20,}",
+    "anthropic": r"(?<![A-Za-z0-9])sk-ant-[A-Za-z0-9_-]{20,}",
+    "openai": r"(?<![A-Za-z0-9])sk-(?=[A-Za-z_-]{0,256}[0-9])[A-Za-z0-9_-]{20,}",
+    "huggingface": r"(?<![A-Za-z0-9])(?:hf|api_org)_[A-Za-z0-9]{30,}",
+    "aws-access-key": r"(?<![A-Za-z0-9])(?:AKIA|ASIA|ABIA|ACCA)[A-Z2-7]{16}(?![A-Za-z0-9])",
+    "google-api-key": r"(?<![A-Za-z0-9])AIza[A-Za-z0-9_-]{35}",
+    "google-oauth": r"(?<![A-Za-z0-9])(?:ya29\.[A-Za-z0-9_-]{20,}|GOCSPX-[A-Za-z0-9_-]{28})",
+    "slack": r"(?<![A-Za-z0-9])(?:xox[abeoprs]-[A-Za-z0-9-]{10,}|xapp-[A-Za-z0-9-]{10,})",
+    "stripe": r"(?<![A-Za-z0-9])(?:sk|rk)_(?:live|test)_[A-Za-z0-9]{16,}",
+    "npm": r"(?<![A-Za-z0-9])npm_[A-Za-z0-9]{36}",
+    "pypi": r"(?<![A-Za-z0-9])pypi-AgE[A-Za-z0-9_-]{50,}",
+    "nvidia": r"(?<![A-Za-z0-9])nvapi-[A-Za-z0-9_-]{40,}",
+    "sendgrid": r"(?<![A-Za-z0-9])SG\.[A-Za-z0-9_-]{16,}\.[A-Za-z0-9_-]{16,}",
+    "vault": r"(?<![A-Za-z0-9])hv[sbr]\.[A-Za-z0-9_-]{24,}",
+    "kamiwaza": r"(?<![A-Za-z0-9])kz_[A-Za-z0-9_-]{20,}",
+    "authorization": (
+        r"(?<![A-Za-z0-9])(?:(?i:bearer)\s+(?=[A-Za-z+/_.~-]{0,256}(?:[0-9=]|(?<=[a-z])[A-Z]))[A-Za-z0-9+/_.~-]{16,}=*"
+        r"|(?i:basic)\s+(?=[A-Za-z+/]{0,256}(?:[0-9=]|(?<=[a-z])[A-Z]))[A-Za-z0-9+/]{16,}={0,2}(?![A-Za-z0-9_.~-]))"
+    ),
     "url-password": r"(?<=://)[^\s/:@\"']{0,256}:[^\s/@\"']{1,256}(?=@)",
 }
 _ANY: Final = re.compile("|".join(f"(?P<f{n}>{pattern})" for n, pattern in enumerate(FORMATS.values())))
@@ -61,11 +64,15 @@ def redact_text(text: str) -> str:
 
 
 def cut_text(text: str, limit: int = MAX_TEXT) -> str:
-    """`text`, or its start with a note of how long it was and the SHA-256 of the whole."""
+    """`text`, or its start with a note of how long it was and the SHA-256 of the whole.
+
+    Where a credential was taken out of what is cut off, the note says so.
+    """
     if len(text) <= limit:
         return text
     digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-    return f"{text[:limit]}... [cut: {len(text)} characters, sha256 {digest}]"
+    lost = f", {marker('cut')}" if text.count(_MARKED) > text.count(_MARKED, 0, limit) else ""
+    return f"{text[:limit]}... [cut: {len(text)} characters, sha256 {digest}{lost}]"
 
 
 def scrub(text: str, limit: int = MAX_MESSAGE) -> str:

@@ -117,14 +117,15 @@ def _resources(
     for name in dict.fromkeys(names):
         asked = requested.get(name)
         meant = _effective(effective, name, "resources") or asked
-        given = _given(name, asked, grants)
+        counted = asked or meant  # what nobody asked for is counted as the backend meant it
+        given = _given(name, counted, grants)
         if given is None and any(name in grant.honoured for _, grant in grants):
             given = None if asked is None else asked.amount
         spoken = _because(name, grants)
         outcome = _compare(asked, given, bool(spoken))
         if outcome is None:
             continue
-        agreed = isinstance(meant, Quantity) and meant.amount == given
+        agreed = isinstance(meant, Quantity) and meant.amount == _given(name, meant, grants)
         found.append(
             Difference(
                 key=name,
@@ -133,8 +134,13 @@ def _resources(
                 requested=None if asked is None else asked.amount,
                 effective=meant.amount if isinstance(meant, Quantity) and meant is not asked else None,
                 granted=given,
-                per="total" if asked is None else asked.per,
-                reasons=() if outcome == "equal" else _reasons(name, "resources", effective, spoken, agreed, grants),
+                per=counted.per if isinstance(counted, Quantity) else "total",
+                reasons=()
+                if outcome == "equal"
+                else (
+                    *_reasons(name, "resources", effective, spoken, agreed, grants),
+                    *(_silent_parts(name, meant, grants) if spoken else ()),
+                ),
                 breach=_breach(asked, given),
             )
         )
@@ -179,6 +185,20 @@ def _given(name: str, asked: Quantity | None, grants: Sequence[tuple[str, Grante
     return smallest(short) if short else largest(amounts)
 
 
+def _silent_parts(name: str, meant: Quantity | None, grants: Sequence[tuple[str, Granted]]) -> list[Stated]:
+    """Parts that got something else without a reason of their own: another part's reason does not speak for them."""
+    if meant is None or (meant.per == "total" and VOCABULARY[name].across_parts == "sum"):
+        return []
+    return [
+        Stated("unstated", by, f"of {grant.part}")
+        for by, grant in grants
+        if name in grant.resources
+        and name not in grant.because
+        and grant.part is not None
+        and _for_each(name, grant, meant.per) != meant.amount
+    ]
+
+
 def _of_part(name: str, grant: Granted) -> Amount:
     quantity = grant.resources[name]
     if quantity.per == "total" or VOCABULARY[name].across_parts == "min":
@@ -213,7 +233,12 @@ def _constraints(
 ) -> list[Difference]:
     asked = {name: constraint.value for name, constraint in requested.constraints.items()}
     honoured = {name for _, grant in grants for name in grant.honoured}
-    given = {name: value for _, grant in grants for name, value in grant.constraints.items()}
+    given: dict[str, Any] = {}
+    for _, grant in grants:
+        for name, value in grant.constraints.items():
+            # The part that got something else speaks, whichever part spoke last.
+            if name not in given or not _same(value, asked.get(name)):
+                given[name] = value
     found = []
     for name in dict.fromkeys([*asked, *given]):
         spoken = _because(name, grants)

@@ -39,6 +39,8 @@ MAX_ENTRIES: Final = {
 #: A constraint or facet larger than this many bytes, or deeper than `MAX_DEPTH`, is cut; its digest stays.
 MAX_VALUE_BYTES: Final = 4096
 MAX_DEPTH: Final = 6
+#: How many paths of removed credentials one envelope lists; the last one then says how many more there were.
+MAX_REDACTED: Final = 100
 
 _KEY: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:/-]{0,127}")
 _TRACEPARENT: Final = re.compile(r"[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
@@ -307,7 +309,8 @@ def seal(ask: Ask, *, id: str, now: datetime) -> SealedEnvelope:
         correlation=_correlation(ask, id, timestamp(now)),
     )
     body = _encode(envelope)
-    if credentials.contains(body.decode()):
+    # An escape in the JSON text may stand between the words of a credential, so that only its value shows it.
+    if b"\\" in body or credentials.contains(body.decode()):
         clean = credentials.redact(msgspec.to_builtins(envelope), path="", found=lambda path: redacted.append(path[1:]))
         envelope = msgspec.convert(clean, Envelope)
         body = _encode(envelope)
@@ -315,7 +318,15 @@ def seal(ask: Ask, *, id: str, now: datetime) -> SealedEnvelope:
     key = None
     if ask.subject is not None and ask.idempotency_key is not None:
         key = key_digest(ask.subject, ask.operation, ask.idempotency_key)
-    return SealedEnvelope(envelope, body, sha256(body), sha256(same), key, tuple(dict.fromkeys(redacted)))
+    return SealedEnvelope(envelope, body, sha256(body), sha256(same), key, _paths(redacted))
+
+
+def _paths(redacted: Sequence[str]) -> tuple[str, ...]:
+    """The paths as they are recorded: a path holds the caller's own names."""
+    paths = list(dict.fromkeys(credentials.scrub(path) for path in redacted))
+    if len(paths) > MAX_REDACTED:
+        paths[MAX_REDACTED - 1 :] = [f"... and {len(paths) - MAX_REDACTED + 1} more"]
+    return tuple(paths)
 
 
 def _encode(envelope: Envelope) -> bytes:
@@ -351,11 +362,13 @@ def _execution(ask: Ask, redacted: list[str]) -> Execution:
         raise InvalidField("execution.kind", f"expected one of {', '.join(KINDS)}, got `{str(ask.kind)[:64]}`")
     request = None
     if ask.schema is not None:
-        body = credentials.remove_fields(ask.body, ask.secrets, found=lambda path: redacted.append(f"request.{path}"))
-        body = credentials.redact(body, path="request", found=redacted.append)
         try:
+            body = credentials.remove_fields(
+                ask.body, ask.secrets, found=lambda path: redacted.append(f"request.{path}")
+            )
+            body = credentials.redact(body, path="request", found=redacted.append)
             request = SourceRequest(_text(ask.schema, "execution.request.schema"), sha256(canonical(body)))
-        except (TypeError, UnicodeEncodeError) as error:
+        except (TypeError, UnicodeEncodeError, RecursionError) as error:
             raise InvalidField("execution.request", f"expected a JSON body: {error}") from error
     target = Target(
         _text(ask.target.type, "execution.target.type"),
@@ -419,7 +432,8 @@ def _requested(ask: Ask) -> Requested:
         if value is None:
             continue
         plain = bounded(value, f"constraints.{_key(name, 'constraints')}")
-        same = name in ask.client_defaults and _equal(ask.client_defaults[name], value)
+        default = ask.client_defaults.get(name)
+        same = default is not None and _same(bounded(default, f"client_defaults.{name}"), plain)
         constraints[name] = Constraint(_freeze(plain), "client_default" if same else "asserted")
     return Requested(resources, constraints)
 
@@ -443,12 +457,8 @@ def _correlation(ask: Ask, id: str, created_at: str) -> Correlation:
 
 def _facet(name: str, producer: str, schema: str | None, data: Any) -> Facet:
     path = f"facets.{name}"
-    try:
-        text = msgspec.json.encode(data, order="sorted").decode()
-    except (TypeError, UnicodeEncodeError) as error:
-        raise InvalidField(path, f"expected JSON data: {error}") from error
     # The digest is of the text without credentials: a digest of a short secret could be guessed.
-    text = credentials.redact_text(text)
+    text = _encoded(data, path).decode()
     return Facet(
         _text(producer, path),
         credentials.cut_text(text, MAX_VALUE_BYTES),
@@ -465,11 +475,28 @@ def key_digest(subject: Subject, operation: str, key: str) -> str:
 def bounded(value: Any, path: str) -> Any:
     """Plain JSON data as it may be sealed or recorded: no floats, ASCII keys, bounded depth and size.
 
-    A float is kept as its text. What is too large or too deep is replaced by ``{"cut": {bytes, sha256}}``.
+    Credentials are replaced by markers. A float is kept as its text. What is too large or too deep is replaced by
+    ``{"cut": {bytes, sha256}}``, with a marker in it when a credential was in what was cut.
     """
-    plain = _plain(value, path)
+    plain = credentials.redact(_plain(value, path), path=path, found=lambda _: None)
     encoded = canonical(plain)
-    return plain if len(encoded) <= MAX_VALUE_BYTES else {"cut": {"bytes": len(encoded), "sha256": sha256(encoded)}}
+    return plain if len(encoded) <= MAX_VALUE_BYTES else _cut(encoded)
+
+
+def _cut(encoded: bytes) -> dict[str, Any]:
+    """What stands for a value that is too large or too deep: its size and its digest, without credentials."""
+    said = {"bytes": len(encoded), "sha256": sha256(encoded)}
+    marked = credentials.contains(encoded.decode())
+    return {"cut": said | {"credential": credentials.marker("cut")} if marked else said}
+
+
+def _encoded(value: Any, path: str) -> bytes:
+    """Any data as JSON text without credentials."""
+    try:
+        plain = msgspec.to_builtins(value, str_keys=True)
+        return canonical(credentials.redact(plain, path=path, found=lambda _: None))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidField(path, f"expected JSON data: {error}") from error
 
 
 def _plain(value: Any, path: str, depth: int = 0) -> Any:
@@ -483,8 +510,7 @@ def _plain(value: Any, path: str, depth: int = 0) -> Any:
     if isinstance(value, float):
         return repr(value)
     if depth >= MAX_DEPTH:
-        encoded = msgspec.json.encode(value, order="sorted", enc_hook=str)
-        return {"cut": {"bytes": len(encoded), "sha256": sha256(encoded)}}
+        return _cut(_encoded(value, path))
     if isinstance(value, Mapping):
         return {_key(key, path): _plain(item, f"{path}.{key}", depth + 1) for key, item in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray):
@@ -492,9 +518,9 @@ def _plain(value: Any, path: str, depth: int = 0) -> Any:
     raise InvalidField(path, f"expected JSON data, got `{type(value).__name__}`")
 
 
-def _equal(left: Any, right: Any) -> bool:
-    # True == 1 in Python; a client that sends `false` did not send `0`.
-    return type(left) is type(right) and bool(left == right)
+def _same(left: Any, right: Any) -> bool:
+    # As JSON, because True == 1 in Python; a client that sends `false` did not send `0`.
+    return canonical(left) == canonical(right)
 
 
 def _key(name: Any, path: str) -> str:

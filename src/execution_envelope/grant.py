@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, cast, overload
 
 from execution_envelope.credentials import scrub
 from execution_envelope.envelope import bounded
@@ -14,6 +14,8 @@ from execution_envelope.resources import VOCABULARY, parse_quantity
 
 #: How many names one fact may speak of.
 MAX_NAMES = 64
+#: How long such a name may be, and the name of a part, an owner, a component or a reference.
+MAX_NAME = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,13 +51,25 @@ class Grant:
                 for name, value in _few(self.resources, "grant.resources").items()
             },
             basis=self.basis,
-            part=None if self.part is None else scrub(self.part),
+            part=label(self.part),
             constraints=constraints(self.constraints, "grant.constraints"),
-            honoured=tuple(_few(self.honoured, "grant.honoured")),
-            because={name: why(*said, path=f"grant.because.{name}") for name, said in self.because.items()},
-            route={name: scrub(value) for name, value in _few(self.route, "grant.route").items()},
+            honoured=tuple(label(name) for name in _few(self.honoured, "grant.honoured")),
+            because={
+                label(name): why(*said, path=f"grant.because.{label(name)}")
+                for name, said in _few(self.because, "grant.because").items()
+            },
+            route={label(name): scrub(value) for name, value in _few(self.route, "grant.route").items()},
             candidates=candidates(self.candidates),
         )
+
+
+@overload
+def label(name: str) -> str: ...
+@overload
+def label(name: None) -> None: ...
+def label(name: str | None) -> str | None:
+    """A name as it may be recorded; the same name always gives the same one."""
+    return None if name is None else scrub(str(name), MAX_NAME)
 
 
 def why(cause: str, text: str, *, path: str) -> Why:
@@ -70,7 +84,7 @@ def constraints(values: Mapping[str, Any], path: str) -> dict[str, Any]:
     for name in _few(values, path):
         if name in VOCABULARY:
             raise InvalidField(f"{path}.{name}", f"expected a constraint, `{name}` is a resource")
-    return {name: bounded(value, f"{path}.{name}") for name, value in values.items()}
+    return {label(name): bounded(value, f"{path}.{label(name)}") for name, value in values.items()}
 
 
 def candidates(values: Sequence[Candidate]) -> tuple[Candidate, ...]:

@@ -11,7 +11,7 @@ import inspect
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal, Protocol, TypeAlias
+from typing import Any, Final, Literal, Protocol, TypeAlias, get_args
 
 import anyio
 
@@ -23,6 +23,7 @@ from execution_envelope.resources import Amount, parse_amount
 
 Outcome: TypeAlias = Literal["allow", "deny", "hold", "warn", "abstain"]
 FailureMode: TypeAlias = Literal["deny", "allow", "hold"]
+FAILURE_MODES: Final[tuple[str, ...]] = get_args(FailureMode)
 Mode: TypeAlias = Literal["enforce", "observe"]
 
 #: The closed vocabulary of reason codes: code -> (whether trying later can help, meaning).
@@ -119,6 +120,11 @@ class HookChain:
             unknown = (hook.kinds or frozenset()) - set(KINDS)
             if unknown:
                 raise InvalidField(f"hooks.{hook.name}.kinds", f"expected {', '.join(KINDS)}, got `{min(unknown)}`")
+            if hook.failure_mode not in FAILURE_MODES:
+                raise InvalidField(
+                    f"hooks.{hook.name}.failure_mode",
+                    f"expected {', '.join(FAILURE_MODES)}, got `{hook.failure_mode}`",
+                )
         names = [hook.name for hook in hooks]
         if len(set(names)) != len(names):
             raise InvalidField("hooks", f"expected hooks with different names, got {', '.join(names)}")
@@ -168,7 +174,7 @@ def _verdict(hook: Decider, decision: Any, duration_us: int) -> Verdict:
     field_name = f"hooks.{hook.name}"
     if not isinstance(decision, Decision) or decision.outcome not in ("allow", "deny", "hold", "warn", "abstain"):
         raise InvalidField(field_name, f"expected a Decision, got `{type(decision).__name__}`")
-    if decision.outcome in ("deny", "hold") and decision.code not in CODES:
+    if (decision.outcome in ("deny", "hold") or decision.code is not None) and decision.code not in CODES:
         raise InvalidField(f"{field_name}.code", f"expected one of {', '.join(CODES)}, got `{decision.code}`")
     limits: dict[str, Amount] = {
         name: parse_amount(name, amount, field=f"{field_name}.limits.{name}")

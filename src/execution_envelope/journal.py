@@ -11,10 +11,11 @@ import anyio.to_thread
 
 from execution_envelope.envelope import SealedEnvelope, decode, timestamp
 from execution_envelope.errors import NotFound
+from execution_envelope.grant import label
 from execution_envelope.ledger import Ledger
 from execution_envelope.ledger.contract import Commit, KeyRow
 from execution_envelope.lifecycle import EventData
-from execution_envelope.record import Record
+from execution_envelope.record import Record, check
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -50,11 +51,14 @@ class Journal:
     ) -> None:
         """Record facts of one or more envelopes in one transaction, and then in the records at hand.
 
-        Raises what `Ledger.commit` raises; nothing is recorded then.
+        Raises `IllegalTransition`, and what `Ledger.commit` raises; nothing is recorded then.
         """
+        for record, facts in writes:
+            check(record.state, facts)
         at = timestamp(self.now())
         commits = [
-            Commit(record.id, record.next_sequence, at, by, facts, sealed=sealed, key=key) for record, facts in writes
+            Commit(record.id, record.next_sequence, at, label(by), facts, sealed=sealed, key=key)
+            for record, facts in writes
         ]
         groups = await self.call(self.ledger.commit, *commits)
         for (record, _), events in zip(writes, groups, strict=True):
@@ -71,7 +75,7 @@ class Journal:
         kind, colon, name = reference.partition(":")
         if not colon:
             return reference
-        found = await self.call(self.ledger.find, kind, name)
+        found = await self.call(self.ledger.find, label(kind), label(name))
         if found is None:
             raise NotFound(f"expected an envelope, none is bound to `{reference[:200]}`")
         return found

@@ -40,7 +40,7 @@ TRANSITIONS: Final[Mapping[str, frozenset[str]]] = {
     "held": frozenset({"admitted", "denied", "expired", "cancelled"}),
     "admitted": frozenset({"granted", "rejected", "completed", "cancelled", "revoked", "abandoned"}),
     "granted": frozenset({"granted", "completed", "failed", "cancelled", "revoked", "abandoned"}),
-    **{state: frozenset() for state in TERMINAL},
+    **{state: frozenset() for state in sorted(TERMINAL)},
 }
 
 #: state -> the events that are recorded in it and leave it as it is.
@@ -51,7 +51,7 @@ NOTES: Final[Mapping[str, frozenset[str]]] = {
         {"limit", "effective", "attempt", "bound", "ready", "used", "violation", "error", "released"}
     ),
     "granted": frozenset({"limit", "effective", "attempt", "bound", "ready", "used", "violation", "error", "released"}),
-    **{state: frozenset({"late"}) for state in TERMINAL},
+    **{state: frozenset({"late"}) for state in sorted(TERMINAL)},
 }
 
 

@@ -19,6 +19,7 @@ from execution_envelope.lifecycle import (
     Candidate,
     Effective,
     Event,
+    EventData,
     Granted,
     Late,
     Limit,
@@ -69,14 +70,7 @@ class Record:
             self.apply(event)
 
     def apply(self, event: Event) -> None:
-        state = next_state(self.state, event.data)
-        if state is None:
-            raise IllegalTransition(
-                f"expected {', '.join(legal_from(self.state))} in state {self.state}, got `{event.data.type}`",
-                state=self.state,
-                event=event.data.type,
-            )
-        self.state = state
+        self.state = check(self.state, [event.data])
         self.events.append(event)
         if isinstance(event.data, Granted):
             for part in self._released:
@@ -217,6 +211,20 @@ class Record:
     def ready(self) -> bool:
         """Whether any part was ever reported to serve."""
         return any(isinstance(e.data, Ready) for e in self.events)
+
+
+def check(state: str, facts: Iterable[EventData]) -> str:
+    """The state after `facts`. Raises `IllegalTransition` at the first that the table does not allow."""
+    for fact in facts:
+        after = next_state(state, fact)
+        if after is None:
+            raise IllegalTransition(
+                f"expected {', '.join(legal_from(state))} in state {state}, got `{fact.type}`",
+                state=state,
+                event=fact.type,
+            )
+        state = after
+    return state
 
 
 def _used(name: str, parts: Sequence[Sequence[Amount]]) -> Amount:

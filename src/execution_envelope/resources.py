@@ -16,7 +16,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
+from fractions import Fraction
 from typing import Any, Final, Literal, TypeAlias
 
 import msgspec
@@ -76,15 +77,15 @@ _BYTES: Final = {
     **{s: 1000**n for n, s in enumerate(("", "k", "M", "G", "T", "P"))},
     "K": 1000,
 }
-_MILLIS: Final = {"ms": 1, "s": 1000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
-_NUMBER: Final = re.compile(r"(\d+(?:\.\d+)?|\.\d+)\s*([A-Za-z/]*)")
+_MILLIS: Final = {"": 1, "ms": 1, "s": 1000, "m": 60_000, "min": 60_000, "h": 3_600_000, "d": 86_400_000}
+_NUMBER: Final = re.compile(r"([0-9]+(?:\.[0-9]+)?|\.[0-9]+)\s*([A-Za-z/]*)")
 _EXAMPLE: Final = {
     "milli": "`2`, `0.5` or `500m`",
     "bytes": "`536870912` or `512MiB`",
     "bytes/s": "`1048576` or `1MiB/s`",
     "count": "a whole number",
     "ms": "milliseconds or `30s`",
-    "micro": "a whole number of millionths",
+    "micro": "a whole number of millionths or `1.5 units`",
 }
 
 
@@ -129,9 +130,8 @@ def parse_amount(resource: str, value: Any, *, field: str) -> Amount:
         return _bounded(value, resource, field)
     if isinstance(value, bool) or not isinstance(value, int | float | Decimal | str):
         raise InvalidField(field, f"expected {_EXAMPLE[unit]} for {resource}, got {_shown(value)}")
-    number, factor = _split(resource, str(value), unit, field)
-    amount = number * factor
-    if amount != amount.to_integral_value():
+    amount = _read(resource, value, unit, field)
+    if amount.denominator != 1:
         raise InvalidField(field, f"expected a whole number of {unit} for {resource}, got {_shown(value)}")
     return _bounded(int(amount), resource, field)
 
@@ -219,7 +219,10 @@ def exceeds(amount: Amount, bound: Amount) -> bool:
 
 
 def human(resource: str, amount: Amount | None) -> str:
-    """The amount as people write it: ``512 MiB``, ``0.5``, ``30 s``; ``-`` when absent. Exact, never rounded."""
+    """The amount as people write it: ``512 MiB``, ``0.5``, ``30 s``; ``-`` when absent.
+
+    Exact, never rounded: `parse_amount` reads it back as the same amount.
+    """
     if amount is None:
         return "-"
     if isinstance(amount, str):
@@ -232,7 +235,7 @@ def human(resource: str, amount: Amount | None) -> str:
         for name, size in (("TiB", 1024**4), ("GiB", 1024**3), ("MiB", 1024**2), ("KiB", 1024)):
             if amount and amount % size == 0:
                 return f"{amount // size} {name}{suffix}"
-        return f"{amount:,} B{suffix}"
+        return f"{amount} B{suffix}"
     if unit == "ms":
         if not amount:
             return "0 s"
@@ -241,33 +244,31 @@ def human(resource: str, amount: Amount | None) -> str:
                 return f"{amount // size} {name}"
         return f"{Decimal(amount) / 1000:f} s"
     if unit == "micro":
-        return f"{Decimal(amount) / 1_000_000:f}"
+        return f"{Decimal(amount) / 1_000_000:f} units"
     return str(amount)
 
 
-def _split(resource: str, text: str, unit: str, field: str) -> tuple[Decimal, int]:
-    match = _NUMBER.fullmatch(text.strip()) if len(text) <= 64 else None
+def _read(resource: str, value: int | float | Decimal | str, unit: str, field: str) -> Fraction:
+    """The amount in base units, exactly."""
+    text = "" if isinstance(value, int) and value.bit_length() > 256 else str(value)
+    match = _NUMBER.fullmatch(text.strip()) if len(text) <= 128 else None
     factor = None if match is None else _factor(match[2], unit)
     if match is None or factor is None:
-        raise InvalidField(field, f"expected {_EXAMPLE[unit]} for {resource}, got {_shown(text)}")
-    try:
-        number = Decimal(match[1])
-    except InvalidOperation:  # pragma: no cover - the pattern admits only numbers
-        raise InvalidField(field, f"expected {_EXAMPLE[unit]} for {resource}, got {_shown(text)}") from None
-    if unit == "milli" and factor == 1 and match[2] == "":
-        factor = 1000
-    return number, factor
+        raise InvalidField(field, f"expected {_EXAMPLE[unit]} for {resource}, got {_shown(value)}")
+    return Fraction(match[1]) * factor
 
 
 def _factor(suffix: str, unit: str) -> int | None:
     if unit == "milli":
-        return 1 if suffix in ("", "m") else None
+        return {"": 1000, "m": 1}.get(suffix)
     if unit in ("bytes", "bytes/s"):
         if unit == "bytes/s":
             suffix = suffix.removesuffix("/s")
         return _BYTES.get(suffix.removesuffix("B"))
     if unit == "ms":
-        return 1 if suffix == "" else _MILLIS.get(suffix)
+        return _MILLIS.get(suffix)
+    if unit == "micro":
+        return {"": 1, "units": 1_000_000}.get(suffix)
     return 1 if suffix == "" else None
 
 
@@ -288,5 +289,5 @@ def _bounded(value: int, resource: str, field: str) -> int:
 
 def _shown(value: Any) -> str:
     # Input is shown cut, so that a huge or secret-bearing value does not travel through an error message whole.
-    text = str(value)
+    text = "a huge number" if isinstance(value, int) and value.bit_length() > 256 else str(value)
     return f"`{text if len(text) <= 40 else text[:37] + '...'}`"

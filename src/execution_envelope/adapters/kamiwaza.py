@@ -1,43 +1,65 @@
-"""`POST /serving/deploy_model` as the Kamiwaza SDK sends it: 17 top-level keys, of which a few always have a value."""
+"""`POST /serving/deploy_model` as the Kamiwaza SDK sends it: 17 top-level keys, of which a few always have a value.
+
+Read from the body as it arrived, by either name of a field that has two. Not part of admission, so in the body's digest
+only: `NOT_ADMITTED`.
+"""
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping
+from fractions import Fraction
 from typing import Any, Final
 
 from execution_envelope.adapters import Context
 from execution_envelope.envelope import Ask, Target
+from execution_envelope.errors import InvalidField
 from execution_envelope.resources import per_device, per_replica, total
 
-#: What kamiwaza-sdk 1.3 sends whether or not its user asked for it.
+#: What kamiwaza-sdk 1.3 sends whether or not its user asked for it, and what it knows only one value for.
 CLIENT_DEFAULTS: Final[Mapping[str, Any]] = {
     "replicas": total(1, floor=1),
     "autoscaling": False,
     "force_cpu": False,
     "lb_port": 0,
     "runtime": "automatic",
+    "accelerator": "gpu",
+    "isolation": "any-qualified",
 }
 
+#: Fields that say how the request is written, not what is asked for.
+NOT_ADMITTED: Final = frozenset({"inferenceResources.schemaVersion"})
 
-def describe_deployment(body: Mapping[str, Any], context: Context) -> Ask:
+#: A Kubernetes quantity of CPU that people rarely write: ``2k``, ``1500000u``, ``5e-1``.
+_CORES: Final = re.compile(r"\+?([0-9]+\.?[0-9]*|\.[0-9]+)(?:([numkMGTPE])|[eE]([+-]?[0-9]{1,2}))?")
+_POWER: Final = {"n": -9, "u": -6, "m": -3, "k": 3, "M": 6, "G": 9, "T": 12, "P": 15, "E": 18}
+
+
+def describe_deployment(body: Any, context: Context) -> Ask:
     """The ask of a deploy request, from the body as it arrived. A key that is null was not asked for."""
-    resources = body.get("inferenceResources") or {}
-    cpu = resources.get("cpu") or {}
-    gpu = resources.get("accelerator") or {}
+    if not isinstance(body, Mapping):
+        raise InvalidField("body", "expected a JSON object")
+    model = body.get("m_id")
+    if not isinstance(model, str):
+        raise InvalidField("body.m_id", "expected the id of a model")
+    resources = _object(body, "inferenceResources", "inference_resources")
+    cpu, gpu = _object(resources, "cpu"), _object(resources, "accelerator")
+    env = _object(body, "env")
     return Ask(
         kind="model.deploy",
         operation="serving.deploy_model",
-        target=Target("model", str(body.get("m_id")), body.get("m_config_id")),
+        target=Target("model", model, body.get("m_config_id")),
         scope={"workroom": context.headers.get("x-workroom-id")},
         requested={
             "replicas": _replicas(body),
-            "cpu": _each(per_replica, (cpu.get("requests") or {}).get("cpu")),
-            "memory": _each(per_replica, (cpu.get("requests") or {}).get("memory")),
+            "cpu": _each(per_replica, _cores(_object(cpu, "requests").get("cpu"))),
+            "memory": _each(per_replica, _object(cpu, "requests").get("memory")),
             "gpu": _gpu(body, gpu),
             "gpu_memory": _gpu_memory(body, gpu),
             "context": body.get("context"),
             "concurrency": body.get("max_concurrent_requests"),
-            "duration": None if body.get("duration") is None else f"{body['duration']}m",
+            "duration": _minutes(body.get("duration")),
         },
         constraints={
             "engine": body.get("engine_name"),
@@ -45,15 +67,18 @@ def describe_deployment(body: Mapping[str, Any], context: Context) -> Ask:
             "node_type": body.get("node_resource_type"),
             "weights": body.get("m_file_id"),
             "gpu_allocation": body.get("gpu_allocation"),
+            # Beside a minimum for each device it is a second wish about the same memory.
+            "vram_allocation": body.get("vram_allocation") if _minimum(gpu) is not None else None,
             "autoscaling": body.get("autoscaling"),
             "force_cpu": body.get("force_cpu"),
             "lb_port": body.get("lb_port"),
             "architecture": cpu.get("architecture"),
+            "accelerator": gpu.get("capability"),
             "isolation": gpu.get("isolation"),
             "gpu_profile": gpu.get("profile"),
             "alternatives": resources.get("alternatives") or None,
-            "runtime": (resources.get("runtime") or {}).get("selection"),
-            "env": sorted(body["env"]) if body.get("env") else None,
+            "runtime": _object(resources, "runtime").get("selection"),
+            "env": sorted(map(str, env)) or None,
         },
         client_defaults=CLIENT_DEFAULTS,
         schema="kamiwaza.CreateModelDeployment/1",
@@ -62,15 +87,46 @@ def describe_deployment(body: Mapping[str, Any], context: Context) -> Ask:
     )
 
 
+def _object(of: Mapping[str, Any], *names: str) -> Mapping[str, Any]:
+    """The object under the first name that is there; null is an empty one."""
+    for name in names:
+        value = of.get(name)
+        if isinstance(value, Mapping):
+            return value
+        if value is not None:
+            raise InvalidField(f"body.{name}", f"expected an object, got `{type(value).__name__}`")
+    return {}
+
+
+def _first(*values: Any) -> Any:
+    return next((value for value in values if value is not None), None)
+
+
 def _each(unit: Any, amount: Any) -> Any:
     return None if amount is None else unit(amount)
 
 
 def _replicas(body: Mapping[str, Any]) -> Any:
-    if body.get("starting_copies") is None and body.get("min_copies") is None and body.get("max_copies") is None:
-        return None
     floor, ceiling = body.get("min_copies"), body.get("max_copies")
-    return total(body.get("starting_copies") or floor or 1, floor=floor, ceiling=ceiling)
+    amount = _first(body.get("starting_copies"), floor)
+    if amount is None and ceiling is None:
+        return None
+    return total(1 if amount is None else amount, floor=floor, ceiling=ceiling)
+
+
+def _cores(value: Any) -> Any:
+    """Cores as `Ask.requested` reads them: all that Kubernetes allows, in thousandths."""
+    written = _CORES.fullmatch(value) if isinstance(value, str) and len(value) <= 128 else None
+    if written is None:
+        return value
+    number, suffix, power = written.groups()
+    thousandths = Fraction(number) * Fraction(10) ** ((_POWER[suffix] if suffix else int(power or 0)) + 3)
+    return f"{thousandths}m" if thousandths.denominator == 1 else value
+
+
+def _minutes(value: Any) -> Any:
+    huge = isinstance(value, int) and value.bit_length() > 64
+    return value if value is None or huge else f"{value} min"
 
 
 def _gpu(body: Mapping[str, Any], accelerator: Mapping[str, Any]) -> Any:
@@ -83,7 +139,14 @@ def _gpu(body: Mapping[str, Any], accelerator: Mapping[str, Any]) -> Any:
 
 
 def _gpu_memory(body: Mapping[str, Any], accelerator: Mapping[str, Any]) -> Any:
-    minimum = (accelerator.get("memory") or {}).get("minimum")
+    minimum, share = _minimum(accelerator), body.get("vram_allocation")
     if minimum is not None:
         return per_device(minimum, floor=minimum)
-    return _each(per_replica, None if body.get("vram_allocation") is None else int(body["vram_allocation"]))
+    if isinstance(share, float) and math.isfinite(share):
+        # The SDK sends bytes as a float, often computed: less than a byte more is asked for, never less.
+        share = math.ceil(share)
+    return _each(per_replica, share)
+
+
+def _minimum(accelerator: Mapping[str, Any]) -> Any:
+    return _object(accelerator, "memory").get("minimum")

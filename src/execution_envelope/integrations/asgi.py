@@ -6,9 +6,11 @@ raises nothing, only the missing last part of the body tells a cut stream from a
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
-from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+import traceback
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
@@ -34,6 +36,9 @@ SCOPE_KEY: Final = "execution_envelope"
 ENVELOPE_HEADER: Final = "Execution-Envelope"
 REPLAYED_HEADER: Final = "Execution-Envelope-Replayed"
 
+#: What an attempted request is recorded with when the client went away before any answer (nginx writes the same).
+CLIENT_CLOSED_REQUEST: Final = 499
+
 _REASONS: Final = {
     400: "unreadable",
     401: "unauthenticated",
@@ -53,22 +58,29 @@ class Guard:
             raise InvalidField("guard", f"expected `METHOD /path`, got `{route[:100]}`")
         self.route = route
         self.method = method
-        self._pattern, _, self._convertors = compile_path(path)
-        self._path = path
+        self._pattern, self._format, self._convertors = compile_path(path)
+        self.path = path
 
     def covers(self, method: str, path: str) -> bool:
-        return method == self.method and self._pattern.match(path) is not None
+        # A plain Starlette route for GET runs the same endpoint for HEAD.
+        same = method == self.method or (method == "HEAD" and self.method == "GET")
+        return same and self._pattern.match(path) is not None
 
-    def example(self) -> str:
-        """A path that it covers, to find out whether the application has such a route."""
-        example = self._path
-        for name, convertor in self._convertors.items():
-            value = next(v for v in _EXAMPLES if re.fullmatch(convertor.regex, v))
-            example = re.sub(rf"{{{name}(:\w+)?}}", value, example)
-        return example
+    def examples(self) -> Iterator[str]:
+        """Paths that it covers, to find out whether the application has such a route."""
+        fitting = [
+            [value for value in _EXAMPLES if re.fullmatch(convertor.regex, value)]
+            for convertor in self._convertors.values()
+        ]
+        for values in itertools.islice(itertools.product(*fitting), _MAX_EXAMPLES):
+            path = self._format
+            for name, value in zip(self._convertors, values, strict=True):
+                path = path.replace(f"{{{name}}}", value)
+            yield path
 
 
-_EXAMPLES: Final = ("x", "1", "1.0", "00000000-0000-0000-0000-000000000000")
+_EXAMPLES: Final = ("x", "1", "1.0", "00000000-0000-0000-0000-000000000000", "2026-01-01", "2026-01-01T00:00:00")
+_MAX_EXAMPLES: Final = 1000
 
 
 @dataclass(slots=True)
@@ -78,17 +90,25 @@ class RequestSeam:
     controller: AdmissionController
     surface: str
     request_id: str | None
+    host: Any = None  # what the framework's integration was installed with
     admission: Admission | None = None
     refusal: Refused | None = None
     status: int | None = None
+    promised: int | None = None  # bytes that the content-length still promises
     finished: bool = False
+    cut: bool = False
     disconnected: bool = False
     replaced: bool = False
+    stopped: bool = False
+    begun: bool = False
+    inner: RequestSeam | None = None  # of a mounted application that has the seam itself
 
     async def begin(self, ask: Ask) -> Admission:
         """Admit, once for a request; from here on the middleware leaves the block when the request has ended."""
-        if self.admission is not None:
-            raise RuntimeError(f"expected one envelope for a request, {self.admission.id} is sealed already")
+        if self.begun:
+            sealed = "one is being sealed" if self.admission is None else f"{self.admission.id} is sealed already"
+            raise RuntimeError(f"expected one envelope for a request, {sealed}")
+        self.begun = True
         try:
             self.admission = await self.controller.begin(ask)
         except InvalidField as error:
@@ -100,12 +120,15 @@ class RequestSeam:
     def refuse(self, refusal: Refused) -> Refused:
         """Remember why the seam refused, and hand it back to be raised."""
         self.refusal = refusal
+        # What sealed nothing may be asked for again, differently.
+        self.begun = refusal.envelope_id is not None
         return refusal
 
     @property
     def sealed(self) -> bool:
         """Whether an envelope tells of this request."""
-        return self.admission is not None or (self.refusal is not None and self.refusal.envelope_id is not None)
+        refused = self.refusal is not None and self.refusal.envelope_id is not None
+        return self.admission is not None or refused or (self.inner is not None and self.inner.sealed)
 
 
 class EnvelopeMiddleware:
@@ -124,40 +147,58 @@ class EnvelopeMiddleware:
         guards: Sequence[Guard],
         strict: bool,
         check: Callable[[], None],
+        host: Any = None,
     ) -> None:
         self._app = app
         self._controller = controller
         self._guards = guards
         self._strict = strict
         self._check: Callable[[], None] | None = check
+        self._host = host
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if self._check is not None:
             # Routes are complete only when the first message comes: at start-up, before anything is served.
-            check, self._check = self._check, None
-            check()
+            try:
+                self._check()
+            except Exception:
+                if scope["type"] == "lifespan":
+                    # Without this message servers take the error for an application without start-up, and serve it.
+                    await receive()
+                    await send({"type": "lifespan.startup.failed", "message": traceback.format_exc()})
+                raise
+            self._check = None
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        path = _route_path(scope)
         guarded = any(guard.covers(scope["method"], path) for guard in self._guards)
         seam = RequestSeam(
             self._controller,
             f"{scope['method']} {path}",
             Headers(scope=scope).get("x-request-id"),
+            self._host,
         )
+        outer = scope.get(SCOPE_KEY)
+        if isinstance(outer, RequestSeam):
+            outer.inner = seam
         scope[SCOPE_KEY] = seam
         try:
-            await self._app(scope, self._receiving(seam, receive), self._sending(seam, send, guarded))
+            await self._app(scope, self._receiving(seam, receive), self._sending(scope, seam, send, guarded))
         except anyio.get_cancelled_exc_class():
             with anyio.CancelScope(shield=True):
                 await self._conclude(seam, guarded, cancelled="cancelled while it was answered")
             raise
         except Exception as error:
-            if seam.disconnected:
+            if seam.stopped:
+                await self._conclude(seam, guarded)
+                return
+            if seam.cut:
+                await self._conclude(seam, guarded, **_outcome(seam))
+            elif seam.disconnected:
                 await self._conclude(seam, guarded, cancelled="the client went away")
             else:
-                await self._conclude(seam, guarded, failed=(type(error).__name__, str(error)))
+                await self._conclude(seam, guarded, failed=_described(error))
             raise
         await self._conclude(seam, guarded, **_outcome(seam))
 
@@ -171,9 +212,13 @@ class EnvelopeMiddleware:
 
         return observed
 
-    def _sending(self, seam: RequestSeam, send: Send, guarded: bool) -> Send:
+    def _sending(self, scope: Scope, seam: RequestSeam, send: Send, guarded: bool) -> Send:
         async def observed(message: Message) -> None:
             if seam.replaced:
+                if message.get("more_body", False):
+                    # A stream that nobody receives must not go on for ever.
+                    seam.stopped = True
+                    raise OSError("the answer was replaced: a guarded route sealed no envelope")
                 return
             if message["type"] == "http.response.start":
                 seam.status = message["status"]
@@ -181,13 +226,19 @@ class EnvelopeMiddleware:
                     seam.replaced = True
                     await _send_unsealed(send)
                     return
-                _add_headers(seam, message)
+                message = _with_headers(seam, message)
+                seam.promised = _promised(scope, message)
+            last = _is_last(message)
+            if seam.promised is not None and message["type"] == "http.response.body":
+                seam.promised -= len(message.get("body", b""))
+                # Noted before it is sent, because servers raise for a body that is too short.
+                seam.cut = last and seam.promised > 0
             try:
                 await send(message)
             except OSError:
                 seam.disconnected = True
                 raise
-            if message["type"] == "http.response.body" and not message.get("more_body", False):
+            if last:
                 seam.finished = True
 
         return observed
@@ -202,14 +253,17 @@ class EnvelopeMiddleware:
     ) -> None:
         if seam.admission is not None:
             await seam.admission.leave(failed=failed, cancelled=cancelled)
-        elif guarded and not seam.sealed:
+        elif (guarded or seam.refusal is not None) and not seam.sealed:
             await self._attempted(seam, failed, cancelled)
 
     async def _attempted(self, seam: RequestSeam, failed: tuple[str, str] | None, cancelled: str | None) -> None:
-        status = seam.status or (seam.refusal.status if seam.refusal is not None else 500)
+        gone = CLIENT_CLOSED_REQUEST if cancelled is not None else 500
+        status = seam.status or (seam.refusal.status if seam.refusal is not None else gone)
         detail = cancelled or (f"{failed[0]}: {failed[1]}" if failed else "")
         if seam.refusal is not None:
             reason, detail = seam.refusal.type, str(seam.refusal)
+        elif seam.status is None and cancelled is not None:
+            reason = "cancelled"
         elif status < 400:
             # In strict mode the client got a 500 in place of this status.
             self._controller.counters["unsealed"] += 1
@@ -223,8 +277,8 @@ def _outcome(seam: RequestSeam) -> dict[str, Any]:
     """How the request ended, when the application returned without an exception."""
     if seam.replaced:
         return {}
-    if seam.status is None or not seam.finished:
-        if seam.disconnected:
+    if seam.status is None or not seam.finished or seam.cut:
+        if seam.disconnected and not seam.cut:
             return {"cancelled": "the client went away before the last byte"}
         return {"failed": ("cut", "the response ended before its last byte")}
     if seam.status >= 400:
@@ -232,20 +286,60 @@ def _outcome(seam: RequestSeam) -> dict[str, Any]:
     return {}
 
 
-def _add_headers(seam: RequestSeam, message: Message) -> None:
-    headers = MutableHeaders(raw=message.setdefault("headers", []))
+def _described(error: BaseException) -> tuple[str, str]:
+    """Code and message of an error; a group of one, as task groups raise, is that one."""
+    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    return type(error).__name__, str(error)
+
+
+def _route_path(scope: Scope) -> str:
+    """The path that the application's routes see: what a server or a mount serves it under is taken off."""
+    path, root = str(scope["path"]), str(scope.get("root_path", "")).rstrip("/")
+    return path[len(root) :] if path == root or path.startswith(f"{root}/") else path
+
+
+def _promised(scope: Scope, message: Message) -> int | None:
+    """How many bytes the content-length promises; None when it does not, or none are sent by rule."""
+    if scope["method"] == "HEAD" or message["status"] in (204, 304):
+        return None
+    for name, value in message["headers"]:
+        if name.lower() == b"content-length" and value.isdigit():
+            return int(value)
+    return None
+
+
+def _is_last(message: Message) -> bool:
+    """Whether the answer is whole with this message. Files may be sent by the server itself (ASGI extensions)."""
+    if message["type"] == "http.response.pathsend":
+        return True
+    return message["type"] in _BODIES and not message.get("more_body", False)
+
+
+_BODIES: Final = frozenset({"http.response.body", "http.response.zerocopysend"})
+
+
+def _with_headers(seam: RequestSeam, message: Message) -> Message:
+    """The start of the answer with the seam's headers, in a copy: a response object may be used for many requests."""
+    message = {**message, "headers": [(bytes(name), bytes(value)) for name, value in message.get("headers", ())]}
+    headers = MutableHeaders(raw=message["headers"])
     admission, refusal = seam.admission, seam.refusal
     id = admission.id if admission is not None else None if refusal is None else refusal.envelope_id
     if id is None:
-        return
+        return message
     headers[ENVELOPE_HEADER] = id
     if admission is not None:
         if admission.replayed:
             headers[REPLAYED_HEADER] = "true"
         for warning in admission.warnings:
-            # RFC 9111 warn-text is quoted text in one line of Latin-1.
-            text = warning.encode("ascii", "replace").decode().replace("\\", "").replace('"', "'")
-            headers.append("Warning", f'299 - "{" ".join(text.split())}"')
+            headers.append("Warning", f'299 - "{_warn_text(warning)}"')
+    return message
+
+
+def _warn_text(text: str) -> str:
+    """RFC 9111 warn-text: quoted, in one line, of printable ASCII."""
+    line = " ".join(text.replace("\\", "").replace('"', "'").split())
+    return "".join(char if " " <= char <= "~" else "?" for char in line)
 
 
 async def _send_unsealed(send: Send) -> None:

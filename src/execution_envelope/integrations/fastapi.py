@@ -14,16 +14,21 @@ Where the tenant is known only inside the handler: ``admission = await admit(req
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 import json
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+import re
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
-from fastapi import Depends, FastAPI, Request
+from fastapi import Depends, FastAPI, Request, params
+from fastapi.dependencies.utils import request_body_to_args, request_params_to_args, solve_dependencies
+from starlette.applications import Starlette
+from starlette.datastructures import FormData, UploadFile
 from starlette.responses import Response
-from starlette.routing import Match
+from starlette.routing import BaseRoute, Host, Match, Mount
 
 from execution_envelope.adapters import Context
 from execution_envelope.admission import Admission
@@ -48,7 +53,13 @@ Identify: TypeAlias = Callable[[Request], "Subject | Caller | Awaitable[Subject 
 Describe: TypeAlias = Callable[[Any, Context], Ask]
 Errors: TypeAlias = Callable[[Request, Refused], "Response | Awaitable[Response]"]
 
-_SECRET_HEADERS = frozenset({"authorization", "proxy-authorization", "cookie", "x-api-key"})
+#: Headers with such a word in their name carry credentials, and no adapter sees them.
+_SECRET_HEADER: Final = re.compile(
+    r"authorization|(^|-)auth(-|$)|cookie|token|secret|passw|credential|api-?key|jwt|assertion|signature|session"
+)
+
+#: What this FastAPI validates when a request has no body.
+_NO_BODY: Final = inspect.signature(solve_dependencies).parameters["body"].default
 
 
 def install(
@@ -62,20 +73,16 @@ def install(
 ) -> None:
     """Put the seam into an application.
 
-    `guard` lists routes that must seal an envelope, as ``"POST /path/{id}"``; one that the application does not have
-    is an error at start-up. With `strict` a 2xx or 3xx of a guarded route that sealed nothing becomes a 500.
-    `identify` says who asks; it may raise the host's own HTTPException. `errors` renders the seam's refusals in the
-    host's shape, in place of RFC 9457 problems.
+    `guard` lists routes that must seal an envelope, as ``"POST /path/{id}"``, those of mounted applications with the
+    mount's path; one that the application does not have is an error at start-up. With `strict` a 2xx or 3xx of a
+    guarded route that sealed nothing becomes a 500.
+    `identify` says who asks; it may raise the host's own HTTPException, and must not block when it is not async.
+    `errors` renders the seam's refusals in the host's shape, in place of RFC 9457 problems. Raises `RuntimeError` when
+    the application has the seam already.
     """
+    if hasattr(app.state, "execution_envelope"):
+        raise RuntimeError("expected one `install` for an application, this one has the seam already")
     guards = [Guard(route) for route in guard]
-    app.state.execution_envelope = _Installed(identify)
-    app.add_middleware(
-        EnvelopeMiddleware,
-        controller=controller,
-        guards=guards,
-        strict=strict,
-        check=lambda: _check_guards(app, guards),
-    )
 
     async def refused(request: Request, refusal: Exception) -> Response:
         assert isinstance(refusal, Refused)
@@ -86,22 +93,31 @@ def install(
         status, headers, body = refusal_problem(refusal, status=202 if held else refusal.status)
         return Response(body, status, {name.decode(): value.decode() for name, value in headers})
 
+    def check() -> None:
+        _check_guards(app.routes, guards)
+        _handle_in_mounted(app.routes, refused)
+
+    host = _Installed(identify)
+    app.add_middleware(EnvelopeMiddleware, controller=controller, guards=guards, strict=strict, check=check, host=host)
     app.add_exception_handler(Refused, refused)
+    app.state.execution_envelope = host
 
 
 def Admit(describe: Describe, *, subject: Callable[..., Any] | None = None) -> Any:  # noqa: N802 - used as Depends is
     """The admission of this request, for ``Annotated[Admission, Admit(describe)]``.
 
     `describe` turns the body, as it arrived, and the `Context` into an `Ask`. `subject` is a dependency of the
-    application that returns a `Subject` or a `Caller`, used in place of `identify`. A body that does not fit the
-    endpoint's model seals nothing, and FastAPI answers 422 as ever.
+    application that returns a `Subject` or a `Caller`, used in place of `identify`. A form is described by its fields.
+    A request that FastAPI is going to refuse, for its body or its parameters, seals nothing, and FastAPI answers 422 as
+    ever; the endpoint's validators run twice for that.
     """
 
     async def admission(request: Request, caller: Any = None) -> Admission | None:
-        body = await _body(request)
-        found = caller if subject is not None else await _identified(request)
-        if not _fits(request, body):
-            return None  # FastAPI refuses the body itself, so the endpoint never sees this
+        found = _checked(caller, "subject") if subject is not None else await _identified(request)
+        route = _route(request)
+        received, body = await _body(request, route)
+        if not await _fits(request, route, received):
+            return None  # FastAPI refuses the request itself, so the endpoint never sees this
         try:
             ask = describe(body, _context(request, found))
         except InvalidField as error:
@@ -148,7 +164,8 @@ async def _begin(request: Request, ask: Ask, found: Subject | Caller | None) -> 
             subject=ask.subject or (caller.subject if caller else None),
             scope={**ask.scope, **(caller.scope if caller else {})},
             entrypoint=ask.entrypoint or seam.surface,
-            idempotency_key=ask.idempotency_key or headers.get("idempotency-key"),
+            # An empty key is none: every request without a key of its own would be the same one.
+            idempotency_key=ask.idempotency_key or headers.get("idempotency-key") or None,
             request_id=ask.request_id or headers.get("x-request-id"),
             traceparent=ask.traceparent or headers.get("traceparent"),
             tracestate=ask.tracestate or headers.get("tracestate"),
@@ -157,34 +174,114 @@ async def _begin(request: Request, ask: Ask, found: Subject | Caller | None) -> 
 
 
 async def _identified(request: Request) -> Subject | Caller | None:
-    installed = request.app.state.execution_envelope
-    if installed.identify is None:
+    host = _seam(request).host
+    if not isinstance(host, _Installed) or host.identify is None:
         return None
-    answer = installed.identify(request)
-    found = await answer if inspect.isawaitable(answer) else answer
+    answer = host.identify(request)
+    return _checked(await answer if inspect.isawaitable(answer) else answer, "identify")
+
+
+def _checked(found: Any, source: str) -> Subject | Caller | None:
     if found is not None and not isinstance(found, Subject | Caller):
-        raise InvalidField("identify", f"expected a Subject or a Caller, got `{type(found).__name__}`")
+        raise InvalidField(source, f"expected a Subject or a Caller, got `{type(found).__name__}`")
     return found
 
 
-async def _body(request: Request) -> Any:
-    """The JSON body as it arrived; None when there is none, or when it is something else."""
+def _route(request: Request) -> Any:
+    """The route with its parameters; newer FastAPI keeps those of an included router beside the route."""
+    route = request.scope.get("route")
+    included = request.scope.get("fastapi", {}).get("effective_route_context")
+    return included if included is not None and included.original_route is route else route
+
+
+async def _body(request: Request, route: Any) -> tuple[Any, Any]:
+    """The body as FastAPI validates it, and as it arrived, for the adapter: JSON, fields of a form, or None."""
+    expected = getattr(route, "body_field", None)
+    if expected is None:
+        # FastAPI reads none here; what is no JSON may be a stream that the endpoint reads.
+        return _NO_BODY, await _parsed(request) if "json" in request.headers.get("content-type", "json") else None
+    if isinstance(expected.field_info, params.Form):
+        form = await request.form()
+        return form, _fields(form)
     raw = await request.body()
-    if not raw or "json" not in request.headers.get("content-type", "json"):
-        return None
+    if not raw:
+        return _NO_BODY, None
+    if not _is_json(request):
+        return raw, None
+    # Twice, because validators may change what they are given.
+    return await _parsed(request), await _parsed(request)
+
+
+def _is_json(request: Request) -> bool:
+    """Whether FastAPI took the body for JSON: by its type, or without one where it is not strict."""
+    media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if not media:
+        return hasattr(request, "_json")
+    kind, _, subtype = media.partition("/")
+    return kind == "application" and (subtype == "json" or subtype.endswith("+json"))
+
+
+async def _parsed(request: Request) -> Any:
+    """A JSON body of its own; None when there is none, or when it cannot be read."""
     try:
-        return json.loads(raw)
-    except ValueError:
+        if type(request).json is not Request.json:
+            return copy.deepcopy(await request.json())
+        raw = await request.body()
+        return json.loads(raw) if raw else None
+    except (ValueError, RecursionError):
         return None
 
 
-def _fits(request: Request, body: Any) -> bool:
-    """Whether the endpoint's own model takes the body: the same check that FastAPI makes after its dependencies."""
-    field = getattr(request.scope.get("route"), "body_field", None)
-    if field is None:
+def _fields(form: FormData) -> dict[str, Any]:
+    """A form as plain data; of a file its name, type and size."""
+    found: dict[str, list[Any]] = {}
+    for name, value in form.multi_items():
+        plain: Any = value
+        if isinstance(value, UploadFile):
+            plain = {"filename": value.filename, "type": value.content_type, "size": value.size}
+        found.setdefault(name, []).append(plain)
+    return {name: values[0] if len(values) == 1 else values for name, values in found.items()}
+
+
+async def _fits(request: Request, route: Any, received: Any) -> bool:
+    """Whether the endpoint takes the request: the check that FastAPI makes after its dependencies, made before.
+
+    Where a FastAPI to come keeps its parameters elsewhere, the answer is yes: what it refuses is recorded as rejected.
+    """
+    dependant = getattr(route, "dependant", None)
+    if dependant is None:
         return True
-    _, problems = field.validate(body, {}, loc=("body",))
-    return not problems
+    overrides = getattr(request.scope.get("app"), "dependency_overrides", {})
+    for part in _with_dependencies(dependant, overrides):
+        for fields, given in (
+            (part.path_params, request.path_params),
+            (part.query_params, request.query_params),
+            (part.header_params, request.headers),
+            (part.cookie_params, request.cookies),
+        ):
+            if request_params_to_args(fields, given)[1]:
+                return False
+        if part.body_params:
+            _, problems = await request_body_to_args(
+                body_fields=part.body_params, received_body=received, embed_body_fields=route._embed_body_fields
+            )
+            await _rewound(received)
+            if problems:
+                return False
+    return True
+
+
+def _with_dependencies(dependant: Any, overrides: Mapping[Any, Any]) -> Iterable[Any]:
+    yield dependant
+    for inner in dependant.dependencies:
+        if inner.call not in overrides:
+            yield from _with_dependencies(inner, overrides)
+
+
+async def _rewound(received: Any) -> None:
+    for _, value in received.multi_items() if isinstance(received, FormData) else ():
+        if isinstance(value, UploadFile):
+            await value.seek(0)
 
 
 def _context(request: Request, found: Subject | Caller | None) -> Context:
@@ -192,14 +289,47 @@ def _context(request: Request, found: Subject | Caller | None) -> Context:
         surface=_seam(request).surface,
         path_params=request.path_params,
         query=request.query_params,
-        headers={name: value for name, value in request.headers.items() if name not in _SECRET_HEADERS},
+        headers={name: value for name, value in request.headers.items() if not _SECRET_HEADER.search(name)},
         subject=found.subject if isinstance(found, Caller) else found,
     )
 
 
-def _check_guards(app: FastAPI, guards: Sequence[Guard]) -> None:
+def _check_guards(routes: Sequence[BaseRoute], guards: Sequence[Guard]) -> None:
     """A guard that covers no route guards nothing: better found at start-up than never."""
     for guard in guards:
-        scope = {"type": "http", "method": guard.method, "path": guard.example(), "headers": [], "root_path": ""}
-        if not any(route.matches(dict(scope))[0] is Match.FULL for route in app.routes):
+        scopes = (
+            {"type": "http", "method": guard.method, "path": path, "headers": [], "root_path": ""}
+            for path in guard.examples()
+        )
+        written = any(
+            getattr(route, "path", None) == guard.path and guard.method in (getattr(route, "methods", None) or ())
+            for route in routes
+        )
+        if not written and not any(_has_route(routes, scope) for scope in scopes):
             raise InvalidField("guard", f"expected a route of the application, got `{guard.route}`")
+
+
+def _has_route(routes: Sequence[BaseRoute], scope: dict[str, Any]) -> bool:
+    for route in routes:
+        if isinstance(route, Host):
+            if _has_route(route.routes, dict(scope)):
+                return True
+            continue
+        match, inner = route.matches(dict(scope))
+        if match is not Match.FULL:
+            continue
+        if not isinstance(route, Mount):
+            return True
+        # Of an application that is no Starlette the routes are not known. Mounted at the root, it would have them all.
+        if _has_route(route.routes, {**scope, **inner}) if route.routes else route.path:
+            return True
+    return False
+
+
+def _handle_in_mounted(routes: Sequence[BaseRoute], handler: Callable[[Request, Exception], Any]) -> None:
+    """A mounted application answers its own errors, so it has to know the seam's refusals too."""
+    for route in routes:
+        if isinstance(route, Mount | Host):
+            if isinstance(route.app, Starlette):
+                route.app.exception_handlers.setdefault(Refused, handler)
+            _handle_in_mounted(route.routes, handler)

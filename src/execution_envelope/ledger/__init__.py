@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from execution_envelope.credentials import redact_text
 from execution_envelope.errors import InvalidField
 from execution_envelope.ledger.contract import AttemptedRequest, Ledger
 from execution_envelope.ledger.memory import MemoryLedger
@@ -26,5 +27,5 @@ def open_ledger(url: str) -> Ledger:
         return MemoryLedger()
     path = url.removeprefix("sqlite:///")
     if path == url or not path:
-        raise InvalidField("ledger", f"expected `sqlite:///path` or `memory://`, got `{url[:64]}`")
+        raise InvalidField("ledger", f"expected `sqlite:///path` or `memory://`, got `{redact_text(url)[:64]}`")
     return SqliteLedger(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -37,7 +38,8 @@ class MemoryLedger:
         self._clock = clock
         self._lock = threading.Lock()
         self._chain: Chain | None = None
-        self._process = current()
+        self._writers: dict[str, Process] = {}
+        self._chains: dict[str, list[str]] = {}
         self._links: list[Link] = []
         self._events: dict[str, list[Event]] = {}
         self._envelopes: dict[str, tuple[bytes, str, str | None]] = {}
@@ -70,21 +72,24 @@ class MemoryLedger:
             raise SequenceConflict
         for fact in commit.facts:
             if isinstance(fact, Bound):
-                self._check_reference(fact, commit.envelope)
+                self._check_reference(fact, commit)
 
-    def _check_reference(self, fact: Bound, envelope: str) -> None:
+    def _check_reference(self, fact: Bound, commit: Commit) -> None:
         line = self._references.get((fact.kind, fact.reference), [])
-        if line and line[-1] != envelope:
-            older = decode_envelope(self._envelopes[envelope][0]).correlation.supersedes
+        if line and line[-1] != commit.envelope:
+            body = commit.sealed.body if commit.sealed is not None else self._envelopes[commit.envelope][0]
+            older = decode_envelope(body).correlation.supersedes
             if older != line[-1]:
                 raise ReferenceTaken(
                     f"expected {fact.kind}:{fact.reference} to be free or superseded, it leads to {line[-1]}"
                 )
 
     def _append(self, events: list[Event]) -> None:
-        if self._chain is None:
+        # A forked child shares no memory with its parent, and no chain either.
+        if self._chain is None or self._writers[self._chain.id].pid != os.getpid():
             self._chain = Chain(str(uuid_utils.uuid7()))
-            opening = self._chain.opening(timestamp(self._clock()), self._process, __version__)
+            self._writers[self._chain.id] = current()
+            opening = self._chain.opening(timestamp(self._clock()), current(), __version__)
             self._links.append(opening)
             self._chain.advance([opening])
         links = self._chain.link(events)
@@ -100,6 +105,8 @@ class MemoryLedger:
         if commit.key is not None:
             self._keys[commit.key.digest] = commit.key
         self._events.setdefault(commit.envelope, []).extend(events)
+        assert self._chain is not None
+        self._chains.setdefault(commit.envelope, []).extend(self._chain.id for _ in events)
         for event in events:
             if isinstance(event.data, Bound):
                 line = self._references.setdefault((event.data.kind, event.data.reference), [])
@@ -136,10 +143,11 @@ class MemoryLedger:
             return sorted(id for id in self._envelopes if id not in self._closed)
 
     def writer(self, chain: str) -> Process | None:
-        return self._process if self._chain is not None and chain == self._chain.id else None
+        return self._writers.get(chain)
 
     def chain_of(self, envelope: str, sequence: int) -> str | None:
-        return self._chain.id if self._chain is not None and sequence < len(self._events.get(envelope, ())) else None
+        written = self._chains.get(envelope, ())
+        return written[sequence] if sequence < len(written) else None
 
     def note(self, request: AttemptedRequest) -> None:
         with self._lock:

@@ -248,9 +248,10 @@ class SqliteLedger:
                 self._path, timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False
             )
             try:
+                self._prepare(connection)
+                # Only now: another application's file must stay as it was.
                 connection.execute("PRAGMA journal_mode = WAL")
                 connection.execute("PRAGMA synchronous = FULL")
-                self._prepare(connection)
             except BaseException:
                 connection.close()
                 raise

@@ -1,0 +1,124 @@
+"""Writes the reference pages that are drawn from the code: `make docs`. A test holds them equal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import msgspec
+
+from execution_envelope import credentials, envelope, grant, lifecycle, resources
+from execution_envelope.controller import ATTEMPTED_BURST, ATTEMPTED_PER_SECOND
+from execution_envelope.hooks import CODES
+from execution_envelope.ledger.chain import Entry
+from execution_envelope.ledger.contract import MAX_ATTEMPTED
+from execution_envelope.reconciliation import PROBE_TIMEOUT
+
+HERE = Path(__file__).parent / "reference"
+
+
+def pages() -> dict[Path, str]:
+    """Path -> text of every generated page."""
+    return {
+        HERE / "lifecycle.md": _lifecycle(),
+        HERE / "resources.md": _resources(),
+        HERE / "limits.md": _limits(),
+        HERE / "reason-codes.md": _codes(),
+        HERE / "credentials.md": _credentials(),
+        HERE / "envelope.schema.json": _schema(envelope.Envelope),
+        HERE / "event.schema.json": _schema(Entry),
+    }
+
+
+def _schema(of: type) -> str:
+    return msgspec.json.format(msgspec.json.encode(msgspec.json.schema(of), order="sorted"), indent=2).decode() + "\n"
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def _lifecycle() -> str:
+    rows = [
+        (
+            f"**{state}**" if state in lifecycle.TERMINAL else state,
+            ", ".join(sorted(lifecycle.TRANSITIONS[state])) or "nothing: this is an end",
+            ", ".join(sorted(lifecycle.NOTES[state])),
+        )
+        for state in lifecycle.TRANSITIONS
+    ]
+    events = [
+        (f"`{event.__struct_config__.tag}`", " ".join((event.__doc__ or "").split()))
+        for event in msgspec.inspect.type_info(lifecycle.EventData).types  # type: ignore[attr-defined]
+        for event in [event.cls]
+    ]
+    return (
+        "# Lifecycle\n\nAn event that changes the state is named after the state it leads to. Ends are bold; what comes "
+        "after an end is kept as `late`.\n\n"
+        + _table(("state", "may become", "may also record"), rows)
+        + "\n## Events\n\nTheir fields: [event.schema.json](event.schema.json).\n\n"
+        + _table(("event", "what it says"), events)
+    )
+
+
+def _resources() -> str:
+    parts = {"sum": "added up", "min": "the smallest part counts"}
+    reports = {"sum": "added up", "max": "the highest counts"}
+    rows = [
+        (f"`{name}`", r.meaning, r.unit, parts[r.across_parts], reports[r.across_reports])
+        for name, r in resources.VOCABULARY.items()
+    ]
+    return (
+        "# Resources\n\nOne closed vocabulary for all kinds of execution. Inside, amounts are integers in the base unit; "
+        'at the face they may be written `"512MiB"`, `"500m"`, `0.5`, `"30s"`. Absent, `0`, `"unknown"` and '
+        '`"unlimited"` are four different things. A bare amount is a total; `per_replica(...)` and `per_device(...)` '
+        "are compared per part.\n\n"
+        + _table(("name", "meaning", "base unit", "parts of a grant", "reports of usage"), rows)
+        + "\n`gpu` and `cpu` count whole devices and cores when written as a bare number: `2` is 2000 milli. `cost` is "
+        "written in whole millionths.\n"
+    )
+
+
+def _limits() -> str:
+    rows = [
+        ("text in the sealed part", f"{credentials.MAX_TEXT} characters", "cut, with its length and SHA-256"),
+        ("messages and reasons of events", f"{credentials.MAX_MESSAGE} characters", "cut, with its length and SHA-256"),
+        ("one constraint or facet", f"{envelope.MAX_VALUE_BYTES} bytes", "replaced by its size and SHA-256"),
+        ("depth of a constraint", f"{envelope.MAX_DEPTH} levels", "what is deeper is replaced by its SHA-256"),
+        ("amounts", f"0 to {resources.MAX_AMOUNT}", "refused, the field is named"),
+        *((f"entries in `{name}`", str(count), "refused, the field is named") for name, count in envelope.MAX_ENTRIES.items()),
+        ("names in one grant or effective value", str(grant.MAX_NAMES), "refused, the field is named"),
+        ("attempted requests kept", str(MAX_ATTEMPTED), "the oldest go"),
+        (
+            "attempted requests recorded",
+            f"{ATTEMPTED_PER_SECOND} a second, {ATTEMPTED_BURST} at once",
+            "left out and counted: `dropped` of the next one, `attempted_dropped` of the process",
+        ),
+        ("answer of an owner to reconciliation", f"{PROBE_TIMEOUT:g} s", "*unknown*: nothing is ended"),
+    ]
+    return "# Limits\n\n" + _table(("what", "limit", "beyond it"), rows)
+
+
+def _codes() -> str:
+    rows = [(f"`{code}`", "yes" if later else "no", meaning) for code, (later, meaning) in CODES.items()]
+    return "# Reason codes\n\nWhy a decider denied or held.\n\n" + _table(("code", "can later help", "meaning"), rows)
+
+
+def _credentials() -> str:
+    rows = [(f"`{name}`", f"`{credentials.marker(name)}`") for name in credentials.FORMATS]
+    return (
+        "# Credentials that are taken out\n\nA value in one of these documented formats is replaced by its marker before "
+        "anything is sealed or recorded. The request is not refused. A secret in no such format is taken out only when "
+        "the adapter names its field (`Ask.secrets`).\n\n" + _table(("format", "marker"), rows)
+    )
+
+
+def main() -> None:
+    for path, text in pages().items():
+        path.write_text(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""`python -m proving_ground`: serve on 127.0.0.1 until Ctrl-C."""
+
+import contextlib
+import socket
+import sys
+
+import uvicorn
+
+from proving_ground.app import create_app
+from proving_ground.auth import write_demo
+from proving_ground.catalog import SMOLLM2, Catalog
+from proving_ground.settings import Settings
+
+_NEXT = """\
+Try it (pip install kamiwaza-sdk):
+
+    from kamiwaza_sdk import KamiwazaClient
+    client = KamiwazaClient("{url}/api", api_key="{token}")
+    deployment = client.serving.deploy_model(repo_id="{model}", poll_interval_seconds=0.2)
+    chat = client.openai.get_client(deployment_id=deployment).chat.completions
+    print(chat.create(model="", messages=[{{"role": "user", "content": "Say hello."}}]).choices[0].message.content)
+"""
+
+
+def main(catalog: Catalog | None = None) -> None:
+    """Read the settings, say where everything is, and serve. `catalog` replaces the built-in one."""
+    try:
+        settings = Settings.from_env()
+        settings.data.mkdir(parents=True, exist_ok=True, mode=0o700)
+        tokens = {} if settings.tokens.exists() else write_demo(settings.tokens)
+        app = create_app(settings, catalog=catalog)
+        listener = _listen(settings.port)
+    except (ValueError, OSError) as error:
+        sys.exit(f"cannot start: {error}")
+    server = _Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
+    server.greeting = _greeting(settings, f"http://127.0.0.1:{listener.getsockname()[1]}", tokens)
+    with contextlib.suppress(KeyboardInterrupt):  # uvicorn has ended everything in order and then passes it on
+        server.run(sockets=[listener])
+    if not server.started:
+        sys.exit("cannot start, see above")
+
+
+class _Server(uvicorn.Server):
+    """Says where it serves once it does."""
+
+    greeting = ""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            sys.stdout.write(self.greeting)
+            sys.stdout.flush()
+
+
+def _greeting(settings: Settings, url: str, tokens: dict[str, str]) -> str:
+    lines = [f"token of {subject}: {token}" for subject, token in tokens.items()]
+    lines += [] if tokens else [f"tokens: as in {settings.tokens}"]
+    lines += [f"data: {settings.data}"]
+    if settings.keep_engines:
+        lines += ["engines are kept when this backend ends; stop their deployments to end them"]
+    lines += [_NEXT.format(url=url, token=tokens.get("dana", "<a token>"), model=SMOLLM2)]
+    return "\n".join([*lines, f"serving on {url}"]) + "\n"
+
+
+def _listen(port: int) -> socket.socket:
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind(("127.0.0.1", port))
+    return listener
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,211 @@
+"""What this backend says to the execution envelope: who asks, its one rule, the facts of a deployment, who is alive."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+from uuid import UUID
+
+from execution_envelope import (
+    Admission,
+    AdmissionController,
+    Candidate,
+    Decision,
+    Envelope,
+    Grant,
+    Record,
+    Rule,
+    Subject,
+    established,
+    per_replica,
+)
+from execution_envelope.integrations.fastapi import Caller as EnvelopeCaller
+from execution_envelope.reconciliation import Liveness, Prober
+from proving_ground.auth import OPERATOR, CurrentCaller
+from proving_ground.catalog import ENGINE
+from proving_ground.deployment import Deployment, Instance
+from proving_ground.engine import Enforced, Usage
+from proving_ground.quantities import in_words
+from proving_ground.resolver import NoRoom, Placement
+from proving_ground.settings import Settings
+from proving_ground.supervisor import Supervisor
+from proving_ground.wanted import Difference
+
+#: The owner of every bound deployment: reconciliation asks it.
+SUPERVISOR = "supervisor"
+RESOLVER = "resolver"
+
+_ENVELOPE_KEYS = {"node_resource_type": "node_type", "vram_allocation": "gpu_memory"}
+"""Fields of the request that the envelope calls by another name."""
+_KEPT = ("runtime", "architecture", "env", "weights", "alternatives", "isolation", "force_cpu")
+"""Constraints that this backend gives as asked, unless it says otherwise."""
+
+
+def open_controller(settings: Settings) -> AdmissionController:
+    """The backend's controller, on a ledger in its data directory."""
+    return AdmissionController.open(
+        f"sqlite:///{settings.data / 'envelopes.db'}", hooks=[OPERATORS_DEPLOY], component="proving-ground"
+    )
+
+
+def _operator(envelope: Envelope) -> Decision | None:
+    if OPERATOR in envelope.identity.roles:
+        return None
+    return Decision.deny("role_required", f"only a subject with the role `{OPERATOR}` deploys models")
+
+
+OPERATORS_DEPLOY = Rule("operators-deploy", _operator, kinds=frozenset({"model.deploy"}))
+
+
+def envelope_caller(caller: CurrentCaller) -> EnvelopeCaller:
+    """A dependency: the caller of the backend's own authentication, as the envelope names who asks."""
+    subject = Subject("user", caller.subject, tenant=caller.tenant, roles=caller.roles, method="bearer")
+    workroom = {} if caller.workroom is None else {"workroom": established(caller.workroom, by="token")}
+    return EnvelopeCaller(subject, workroom)
+
+
+class EnvelopeRecorder:
+    """Tells the envelope of a deployment what the supervisor does, see `recorder.py`."""
+
+    def __init__(self, controller: AdmissionController) -> None:
+        self._controller = controller
+
+    async def _of(self, deployment: Deployment, by: str = SUPERVISOR) -> Admission:
+        return await self._controller.resume("deployment", str(deployment.id), by=by)
+
+    async def effective(self, deployment: Deployment, values: Mapping[str, int], why: Sequence[Difference]) -> None:
+        admission = await self._of(deployment, RESOLVER)
+        for said in why:
+            if said.key in values:
+                amount = values[said.key]
+                # CPU is counted in milli-cores here, and in cores at the envelope's face.
+                written = f"{amount}m" if said.key == "cpu" else amount
+                each = amount if said.key == "replicas" else per_replica(written)
+                await admission.effective({said.key: each}, cause=said.cause, because=said.sentence)
+            elif said.key == "engine":
+                await admission.effective(constraints={"engine": ENGINE}, cause=said.cause, because=said.sentence)
+
+    async def attempt(self, deployment: Deployment, no_room: NoRoom) -> None:
+        admission = await self._of(deployment, RESOLVER)
+        refused = [
+            Candidate(f"{found.node} with {found.replicas} replicas", "refused", found.sentence)
+            for found in no_room.candidates
+        ]
+        await admission.attempt(refused, reason=no_room.sentence)
+
+    async def placed(self, deployment: Deployment, placement: Placement) -> None:
+        admission = await self._of(deployment, RESOLVER)
+        for instance in deployment.instances:
+            await admission.grant(
+                _grant(admission, deployment, instance, basis="reserved", route={"node": placement.node})
+            )
+
+    async def enforced(self, deployment: Deployment, instance: Instance, read_back: Enforced) -> None:
+        admission = await self._of(deployment)
+        node = admission.record.grants[instance.part].route["node"]
+        route = {"node": node, "pid": str(instance.pid), "port": str(instance.port)}
+        held = {
+            "memory": "unlimited" if read_back.memory_limit is None else read_back.memory_limit,
+            "context": read_back.context,
+        }
+        await admission.grant(_grant(admission, deployment, instance, basis="enforced", route=route, enforced=held))
+
+    async def ready(self, deployment: Deployment, instance: Instance) -> None:
+        await (await self._of(deployment)).ready(instance.part)
+
+    async def rejected(self, deployment: Deployment, code: str, sentence: str) -> None:
+        await (await self._of(deployment, RESOLVER)).reject(code, sentence)
+
+    async def failed(self, deployment: Deployment, code: str, sentence: str) -> None:
+        admission = await self._of(deployment)
+        if admission.state == "granted":
+            await admission.fail(code, sentence)
+            return
+        # Placed, but it never came to a grant: what was done until then is on the record.
+        tried = [
+            Candidate(
+                instance.part, "tried", f"reserved {in_words(instance.grant.memory)} and {instance.grant.cores} cores"
+            )
+            for instance in deployment.instances
+        ]
+        await admission.attempt(tried, reason=sentence)
+        await admission.reject(code, sentence)
+
+    async def released(self, deployment: Deployment, instance: Instance) -> None:
+        admission = await self._of(deployment)
+        if instance.part not in admission.record.grants:
+            return
+        if instance.usage is not None:
+            await _used(admission, instance.part, instance.usage)
+        await admission.release(instance.part, reason=deployment.last_error_code or "stopped")
+
+    async def stopped(self, deployment: Deployment, usage: Sequence[Usage]) -> None:
+        admission = await self._of(deployment)
+        await admission.complete(deployment.stopped_because, by=deployment.stopped_by or SUPERVISOR)
+
+
+async def _used(admission: Admission, part: str, usage: Usage) -> None:
+    await admission.used(
+        {"memory": usage.peak_memory, "cpu_time": usage.cpu_ms, "duration": usage.wall_ms}, how=usage.basis, part=part
+    )
+
+
+def _grant(
+    admission: Admission,
+    deployment: Deployment,
+    instance: Instance,
+    *,
+    basis: Any,
+    route: Mapping[str, str],
+    enforced: Mapping[str, Any] | None = None,
+) -> Grant:
+    """One replica's grant: what was reserved, and in its place what the kernel and the engine say holds."""
+    asked, grant = admission.envelope.requested, instance.grant
+    given: dict[str, Any] = {"replicas": 1, "memory": grant.memory, "cpu": grant.cores, "context": grant.context}
+    given |= enforced or {}
+    if "gpu" in asked.resources:
+        given["gpu"] = grant.gpus
+    if "gpu_memory" in asked.resources:
+        given["gpu_memory"] = 0
+    if "concurrency" in asked.resources:
+        given["concurrency"] = 1
+    if deployment.duration_minutes is not None:
+        given["duration"] = f"{deployment.duration_minutes}m"
+    because = _because(admission.record, deployment.differences)
+    return Grant(
+        given,
+        part=instance.part,
+        basis=basis,
+        route=route,
+        by=RESOLVER,
+        honoured=[name for name in _KEPT if name in asked.constraints and name not in because],
+        constraints={"engine": ENGINE} if "engine" in asked.constraints else {},
+        because=because,
+    )
+
+
+def _because(record: Record, differences: Sequence[Difference]) -> dict[str, tuple[str, str]]:
+    """Why this is not what was asked; what was told as an effective value is not said again."""
+    told = {event.data.text for event in record.events if event.data.type == "effective"}
+    said = {
+        _ENVELOPE_KEYS.get(found.key, found.key): (str(found.cause), found.sentence)
+        for found in differences
+        if found.sentence not in told
+    }
+    if "gpu" in said:
+        said.setdefault("gpu_memory", said["gpu"])
+    return said
+
+
+def prober(supervisor: Supervisor) -> Prober:
+    """Asks the supervisor whether a deployment runs."""
+
+    async def ask(record: Record) -> Liveness:
+        reference = record.references["deployment"]
+        deployment = supervisor.deployments.get(UUID(reference))
+        if deployment is None:
+            return Liveness.gone(f"the backend has no deployment {reference}")
+        if deployment.ended:
+            return Liveness.gone(f"{deployment.status} {deployment.last_error_code}: {deployment.last_error_message}")
+        pids = [str(instance.pid) for instance in deployment.instances if instance.pid is not None]
+        return Liveness.alive(f"{deployment.status}, engines with pid {', '.join(pids) or 'not yet'}")
+
+    return ask

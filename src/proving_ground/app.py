@@ -1,0 +1,76 @@
+"""Puts the parts together as a FastAPI application."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import httpx
+from fastapi import FastAPI, Request
+from fastapi.encoders import jsonable_encoder
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+
+from proving_ground import catalog_routes, runtime, serving
+from proving_ground.auth import TokenFile
+from proving_ground.catalog import Catalog
+from proving_ground.machine import this_node
+from proving_ground.recorder import NoRecorder, Recorder
+from proving_ground.settings import Settings
+from proving_ground.state import Backend
+from proving_ground.store import Store
+from proving_ground.supervisor import Supervisor
+
+
+def create_app(settings: Settings, *, catalog: Catalog | None = None, recorder: Recorder | None = None) -> FastAPI:
+    """The backend as an application. The token file of `settings.tokens` must exist.
+
+    Everything that runs is started by the application's lifespan and ended with it. Routes answer under /api and /.
+    """
+    models = catalog or Catalog()
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        logs = settings.data / "logs"
+        store = Store(settings.data, keep_keys=settings.keep_engines)
+        logs.mkdir(exist_ok=True, mode=0o700)
+        # No deadline for an answer: a long completion is silent until its first token. No proxy: engines are local.
+        limits = httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(timeout=httpx.Timeout(None, connect=5.0), limits=limits, trust_env=False) as http:
+            supervisor = Supervisor(
+                data=settings.data,
+                store=store,
+                node=this_node(settings),
+                catalog=models,
+                recorder=recorder or NoRecorder(),
+                http=http,
+                keep_engines=settings.keep_engines,
+                retry_seconds=settings.retry_seconds,
+            )
+            app.state.backend = Backend(settings, models, supervisor, http)
+            await supervisor.recover()
+            try:
+                yield
+            finally:
+                await supervisor.close()
+                store.close()
+
+    app = FastAPI(title="proving ground", lifespan=lifespan)
+    app.state.tokens = TokenFile.load(settings.tokens)
+    app.add_exception_handler(RequestValidationError, _unprocessable)
+    for router in (catalog_routes.router, serving.router, runtime.router):
+        app.include_router(router, prefix="/api")
+        app.include_router(router, include_in_schema=False)
+    app.add_api_route("/health", _alive, methods=["GET"], tags=["backend"])
+    app.add_api_route("/api/health", _alive, methods=["GET"], include_in_schema=False)
+    return app
+
+
+async def _alive() -> dict[str, str]:
+    """The backend answers; needs no token."""
+    return {"status": "ok"}
+
+
+async def _unprocessable(request: Request, error: Exception) -> JSONResponse:
+    """FastAPI's own 422 without the values: what was sent may hold secrets."""
+    errors = error.errors() if isinstance(error, RequestValidationError) else []
+    detail = [{key: entry[key] for key in ("type", "loc", "msg")} for entry in errors]
+    return JSONResponse({"detail": jsonable_encoder(detail)}, status_code=422)

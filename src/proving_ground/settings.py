@@ -1,0 +1,62 @@
+"""What the backend is told by its environment; read once, at start."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from proving_ground.quantities import memory_bytes
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Every setting of the backend; `from_env` names the environment variable of each."""
+
+    data: Path
+    """Directory for the database, engine logs and the token file; made when missing, readable by its owner only."""
+    tokens: Path
+    """JSON file that names who holds which bearer token; see `auth.py`."""
+    port: int = 8787
+    """TCP port on 127.0.0.1; 0 lets the system choose."""
+    keep_engines: bool = False
+    """Engines outlive the backend and are found again by the next one."""
+    node_memory: int | None = None
+    """Bytes this node may promise; None takes half of what is available, at most 4 GiB."""
+    node_cores: int | None = None
+    """Cores this node may promise; more than the real ones over-commits them."""
+    retry_seconds: float = 5.0
+    """Pause between two attempts to place a deployment for which there was no room."""
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str] = os.environ) -> "Settings":
+        """Read PORT, DATA, TOKENS, KEEP_ENGINES, NODE_MEMORY (`600MiB`), NODE_CORES and RETRY_SECONDS."""
+        data = Path(env.get("DATA", ".data"))
+        return cls(
+            data=data,
+            tokens=Path(env["TOKENS"]) if "TOKENS" in env else data / "tokens.json",
+            port=int(_number(env, "PORT", 8787, 0, 65535)),
+            keep_engines=_switch(env, "KEEP_ENGINES"),
+            node_memory=memory_bytes(env["NODE_MEMORY"]) if "NODE_MEMORY" in env else None,
+            node_cores=int(_number(env, "NODE_CORES", 1, 1, 1024)) if "NODE_CORES" in env else None,
+            retry_seconds=_number(env, "RETRY_SECONDS", 5.0, 0.01, 3600),
+        )
+
+
+def _number(env: Mapping[str, str], name: str, default: float, least: float, most: float) -> float:
+    text = env.get(name)
+    if text is None:
+        return default
+    try:
+        value = float(text)
+    except ValueError:
+        value = least - 1
+    if not least <= value <= most:
+        raise ValueError(f"expected a number from {least:g} to {most:g}, got `{text}` - at {name}")
+    return value
+
+
+def _switch(env: Mapping[str, str], name: str) -> bool:
+    text = env.get(name, "0").lower()
+    if text not in ("0", "1", "false", "true", "no", "yes"):
+        raise ValueError(f"expected 0 or 1, got `{text}` - at {name}")
+    return text in ("1", "true", "yes")

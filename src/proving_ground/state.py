@@ -1,0 +1,44 @@
+"""What the routes share: the application's parts, found on `app.state`, and look-ups that keep tenants apart."""
+
+from dataclasses import dataclass
+from typing import Annotated
+from uuid import UUID
+
+import httpx
+from fastapi import Depends, HTTPException, Request
+
+from proving_ground.auth import Caller
+from proving_ground.catalog import Catalog
+from proving_ground.deployment import Deployment
+from proving_ground.settings import Settings
+from proving_ground.supervisor import Supervisor
+
+
+@dataclass(frozen=True)
+class Backend:
+    """The parts of a running backend."""
+
+    settings: Settings
+    catalog: Catalog
+    supervisor: Supervisor
+    http: httpx.AsyncClient
+    """For talking to engines."""
+
+    def deployments_of(self, caller: Caller) -> list[Deployment]:
+        """All deployments of the caller's tenant, oldest first."""
+        return [found for found in self.supervisor.deployments.values() if found.tenant == caller.tenant]
+
+    def deployment_of(self, caller: Caller, deployment_id: UUID) -> Deployment:
+        """One deployment; 404 when there is none or it is another tenant's, the same answer for both."""
+        found = self.supervisor.deployments.get(deployment_id)
+        if found is None or found.tenant != caller.tenant:
+            raise HTTPException(404, f"no deployment `{deployment_id}`")
+        return found
+
+
+def _backend(request: Request) -> Backend:
+    backend: Backend = request.app.state.backend
+    return backend
+
+
+BackendState = Annotated[Backend, Depends(_backend)]

@@ -1,0 +1,106 @@
+"""A backend as its users have it: a process of its own, reached over a socket."""
+
+import contextlib
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from proving_ground import procfs
+
+SOURCE = Path(__file__).parents[2] / "src"
+
+
+class Backend:
+    """Starts `python -m proving_ground` on a free port; `start` returns when it answers."""
+
+    def __init__(self, data: Path, url: str, process: "subprocess.Popen[str]") -> None:
+        self.data = data
+        self.url = url
+        self.process = process
+
+    @classmethod
+    def start(cls, data: Path, *, script: Path | None = None, **env: str) -> "Backend":
+        """`env` are settings such as NODE_MEMORY="600MiB"; `script` runs instead of the module."""
+        program = [str(script)] if script else ["-m", "proving_ground"]
+        inherited = {"PATH": os.environ.get("PATH", os.defpath), "PYTHONPATH": str(SOURCE)}
+        ours = {"DATA": str(data), "PORT": "0", "RETRY_SECONDS": "0.2"}
+        with (data.parent / f"{data.name}.stderr").open("ab") as stderr:
+            process = subprocess.Popen(
+                [sys.executable, *program],
+                env={**inherited, **ours, **env},
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                text=True,
+            )
+        return cls(data, _url(process), process)
+
+    def token(self, subject: str) -> str:
+        """The bearer token of dana, sam or lee."""
+        entries: dict[str, dict[str, Any]] = json.loads((self.data / "tokens.json").read_text())
+        return next(token for token, entry in entries.items() if entry["subject"] == subject)
+
+    def http(self, subject: str = "dana") -> httpx.Client:
+        """A plain HTTP client with the subject's token."""
+        headers = {"Authorization": f"Bearer {self.token(subject)}"}
+        return httpx.Client(base_url=self.url, headers=headers, timeout=60, trust_env=False)
+
+    def client(self, subject: str = "dana") -> Any:
+        """The real SDK client."""
+        from kamiwaza_sdk import KamiwazaClient
+
+        return KamiwazaClient(f"{self.url}/api", api_key=self.token(subject))
+
+    def engines(self) -> list[tuple[int, int]]:
+        """(pid, start time) of every engine this data directory ever had that still runs."""
+        with contextlib.closing(sqlite3.connect(self.data / "backend.db")) as db:
+            rows = db.execute("SELECT pid, start_time FROM instances WHERE pid IS NOT NULL").fetchall()
+        return [(pid, started) for pid, started in rows if procfs.is_running(pid, started)]
+
+    def kill9(self) -> None:
+        """As a crash would end it."""
+        self.process.kill()
+        self.process.wait()
+
+    def stop(self) -> None:
+        """As Ctrl-C would; then no engine of it runs, kept ones neither."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGINT)
+            try:
+                self.process.wait(20)
+            except subprocess.TimeoutExpired:
+                self.kill9()
+        if self.process.stdout:
+            self.process.stdout.close()
+        for pid, _ in self.engines():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def until(condition: Any, seconds: float = 20) -> Any:
+    """The first true value of a function called again and again."""
+    end = time.monotonic() + seconds
+    while not (value := condition()):
+        if time.monotonic() > end:
+            raise TimeoutError(f"not true within {seconds} s: {condition}")
+        time.sleep(0.02)
+    return value
+
+
+def _url(process: "subprocess.Popen[str]") -> str:
+    """Read what it prints up to the line that says where it serves."""
+    assert process.stdout is not None
+    for line in iter(process.stdout.readline, ""):
+        if line.startswith("serving on "):
+            break
+    else:
+        process.stdout.close()
+        raise RuntimeError(f"the backend ended with {process.wait()} before it served")
+    return line.split()[-1]

@@ -1,0 +1,433 @@
+"""The `envelope` command, on ledgers written through the seam."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+from click.testing import CliRunner, Result
+
+from execution_envelope import AdmissionController, Ask, Decision, Denied, Grant, Rule, Subject, Target, cli
+from execution_envelope.ledger import open_ledger
+
+PAGE = Path(__file__).parent.parent / "docs" / "reference" / "cli.md"
+COMMANDS = ("", "list", "show", "verify", "tail")
+
+
+@dataclass
+class Sample:
+    path: Path
+    granted: str
+    denied: str
+    pending: str
+
+    @property
+    def url(self) -> str:
+        return f"sqlite:///{self.path}"
+
+
+def ask(subject: str = "dana", tenant: str = "acme", kind: str = "model.deploy") -> Ask:
+    return Ask(
+        kind=kind,
+        operation="serving.deploy_model",
+        target=Target("model", "smollm2"),
+        subject=Subject("user", subject, tenant=tenant),
+        requested={"memory": "512MiB", "context": 32768},
+    )
+
+
+async def write(path: Path) -> Sample:
+    no_eve = Rule(
+        "no-eve",
+        lambda envelope: (
+            Decision.deny("policy", "\x1b[31m[bold]not you[/bold]") if envelope.identity.subject.id == "eve" else None
+        ),
+    )
+    controller = AdmissionController.open(f"sqlite:///{path}", hooks=[no_eve])
+    first = await controller.begin(ask())
+    await first.bind("deployment", "dep-1")
+    await first.grant(
+        Grant({"memory": "512MiB", "context": 8192}, because={"context": ("capacity", "8192 tokens fit")})
+    )
+    denied = ""
+    try:
+        await controller.begin(ask("eve"))
+    except Denied as refusal:
+        denied = refusal.envelope_id or ""
+    pending = await controller.begin(ask(tenant="globex", kind="inference"))
+    await controller.attempted("POST /deploy", "invalid_body", status=422, detail="memory: expected \x1b[1ma number")
+    await controller.aclose()
+    return Sample(path, first.id, denied, pending.id)
+
+
+@pytest.fixture
+def sample(tmp_path: Path) -> Sample:
+    return anyio.run(write, tmp_path / "envelopes.db")
+
+
+def run(*arguments: str, env: dict[str, str | None] | None = None) -> Result:
+    return CliRunner().invoke(
+        cli.cli, arguments, prog_name="envelope", env={cli.ENV: None, "COLUMNS": "100"} | (env or {})
+    )
+
+
+def in_order(*arguments: str, sample: Sample) -> Result:
+    return run("--ledger", sample.url, *arguments)
+
+
+def json_lines(result: Result) -> list[dict[str, Any]]:
+    assert result.exit_code == 0, result.stderr
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+def complains(result: Result, *said: str) -> None:
+    assert result.exit_code == 2, result.output
+    assert isinstance(result.exception, SystemExit)
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("envelope: ")
+    assert not lines[0].endswith(".")
+    assert all(text in lines[0] for text in said), lines[0]
+
+
+def tamper(path: Path, *statements: str) -> None:
+    with sqlite3.connect(path) as connection:
+        for (name,) in connection.execute("SELECT name FROM sqlite_schema WHERE type = 'trigger'").fetchall():
+            connection.execute(f"DROP TRIGGER {name}")
+        for statement in statements:
+            connection.execute(statement)
+    connection.close()
+
+
+def spawn(*arguments: str, url: str, prelude: str = "") -> subprocess.Popen[str]:
+    code = f"{prelude}\nfrom execution_envelope.cli import main\nmain()"
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *arguments],
+        env={**os.environ, cli.ENV: url, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+# Which ledger
+
+
+def test_the_ledger_is_named_before_or_after_the_command_or_by_the_environment(sample: Sample) -> None:
+    assert run("--ledger", sample.url, "list").exit_code == 0
+    assert run("list", "--ledger", sample.url).exit_code == 0
+    assert run("list", env={cli.ENV: sample.url}).exit_code == 0
+    assert run("--ledger", "sqlite:////nowhere.db", "list", "--ledger", sample.url).exit_code == 0
+
+
+@pytest.mark.parametrize("command", [["list"], ["list", "--attempted"], ["show", "x" * 8], ["verify"], ["tail"]])
+def test_a_missing_ledger_is_named_and_never_created(tmp_path: Path, command: Sequence[str]) -> None:
+    path = tmp_path / "missing.db"
+    complains(run(*command, "--ledger", f"sqlite:///{path}"), f"there is no file `{path}`")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_no_ledger_is_refused_and_left_alone(tmp_path: Path) -> None:
+    other, text, empty = tmp_path / "other #1?.db", tmp_path / "text.db", tmp_path / "empty.db"
+    with sqlite3.connect(other) as connection:
+        connection.execute("CREATE TABLE mine (id)")
+    connection.close()
+    text.write_text("not a database, but long enough to be taken for one" * 10)
+    empty.touch()
+    before = {path: path.read_bytes() for path in (other, text, empty)}
+    complains(run("list", "--ledger", f"sqlite:///{other}"), f"`{other}` is another database")
+    complains(run("list", "--ledger", f"sqlite:///{text}"), f"`{text}` is not an SQLite database")
+    complains(run("verify", "--ledger", f"sqlite:///{empty}"), f"`{empty}` is an empty database")
+    complains(run("list", "--ledger", f"sqlite:///{tmp_path}"), "is not a file")
+    assert {path: path.read_bytes() for path in sorted(tmp_path.iterdir())} == before
+
+
+def test_bad_input_is_one_line(sample: Sample) -> None:
+    complains(run("list"), "expected a ledger, none is named", cli.ENV)
+    complains(run("list", "--ledger", "memory://"), "memory://")
+    complains(run("list", "--ledger", "mysql://dana:s3cret@db/x"), "expected `sqlite:///path`")
+    assert "s3cret" not in run("list", "--ledger", "mysql://dana:s3cret@db/x").stderr
+    complains(run("bogus"), "no such command 'bogus'")
+    complains(in_order("list", "--limit", "0", sample=sample), "--limit")
+    complains(in_order("list", "--state", "bogus", sample=sample), "bogus")
+    complains(in_order("list", "--attempted", "--tenant", "acme", sample=sample), "--attempted without")
+    complains(in_order("show", sample=sample), "missing argument")
+    complains(in_order("show", "deployment:\x1b[31mnone", sample=sample), "none is bound to `deployment:[31mnone`")
+
+
+def test_without_a_command_it_says_what_it_can() -> None:
+    result = run()
+    assert result.exit_code == 0
+    assert "Usage: envelope" in result.stdout
+
+
+@pytest.mark.parametrize("module", ["click", "rich"])
+def test_without_the_extra_it_says_which_to_install(module: str) -> None:
+    process = spawn(url="", prelude=f"import sys; sys.modules[{module!r}] = None")
+    out, error = process.communicate(timeout=30)
+    assert (process.returncode, out, error) == (
+        2,
+        "",
+        "expected the extra: pip install 'execution-envelope[cli]'\n",
+    )
+
+
+# list
+
+
+def test_list_is_newest_first(sample: Sample) -> None:
+    found = json_lines(in_order("list", "--json", sample=sample))
+    assert [item["id"] for item in found] == [sample.pending, sample.denied, sample.granted]
+    assert found[2]["references"] == {"deployment": "dep-1"}
+    assert found[2]["delta_in_words"] == "1 reduced"
+    text = in_order("list", sample=sample).stdout
+    assert text.index(sample.pending[-12:]) < text.index(sample.denied[-12:]) < text.index(sample.granted[-12:])
+
+
+@pytest.mark.parametrize(
+    ("filters", "names"),
+    [
+        (["--limit", "1"], ["pending"]),
+        (["--state", "denied"], ["denied"]),
+        (["--state", "denied", "--state", "granted"], ["denied", "granted"]),
+        (["--kind", "inference"], ["pending"]),
+        (["--tenant", "acme", "--limit", "1"], ["denied"]),
+        (["--tenant", "nobody"], []),
+    ],
+)
+def test_list_filters(sample: Sample, filters: list[str], names: list[str]) -> None:
+    found = json_lines(in_order("list", "--json", *filters, sample=sample))
+    assert [item["id"] for item in found] == [getattr(sample, name) for name in names]
+
+
+def test_list_attempted(sample: Sample) -> None:
+    assert "\x1b" not in in_order("list", "--attempted", sample=sample).stdout
+    (found,) = json_lines(in_order("list", "--attempted", "--json", sample=sample))
+    assert (found["surface"], found["status"], found["reason"]) == ("POST /deploy", 422, "invalid_body")
+
+
+# show
+
+
+def test_show_takes_an_id_a_reference_or_a_piece_of_an_id(sample: Sample) -> None:
+    for name in (sample.granted, "deployment:dep-1", sample.granted[-8:], sample.granted[-20:].upper()):
+        result = in_order("show", name, sample=sample)
+        assert result.exit_code == 0, result.stderr
+        assert sample.granted in result.stdout
+        assert "sound" in result.stdout
+
+
+def test_show_names_what_an_ambiguous_piece_stands_for(sample: Sample) -> None:
+    # The first eight digits of a UUIDv7 change once a minute: taken from the ids, for the minute may turn meanwhile.
+    same = [a == b for a, b in zip(sample.granted, sample.pending, strict=True)]
+    start = sample.granted[: same.index(False)]
+    if len(start) < cli.MIN_PIECE:
+        pytest.skip("the minute turned")
+    complains(in_order("show", start, sample=sample), "expected one envelope", sample.granted, sample.pending)
+    complains(in_order("show", sample.granted[-7:], sample=sample), "at least 8 characters")
+    complains(in_order("show", "0" * 36, sample=sample), "none has the id")
+
+
+def test_show_is_inert(sample: Sample) -> None:
+    text = in_order("show", sample.denied, sample=sample).stdout
+    assert "\x1b" not in text
+    assert "[31m[bold]not you[/bold]" in text
+
+
+def test_show_json_is_everything(sample: Sample) -> None:
+    result = in_order("show", "--json", "deployment:dep-1", sample=sample)
+    data = json.loads(result.stdout)
+    context = next(line for line in data["resources"] if line["key"] == "context")
+    assert context["granted"] == {"amount": 8192, "per": "total", "total": 8192}
+    assert context["reasons"] == [{"cause": "capacity", "by": "backend", "text": "8192 tokens fit"}]
+    assert [event["type"] for event in data["timeline"]] == ["sealed", "verdict", "admitted", "bound", "granted"]
+    assert data["chain"]["sound"] is True
+    assert data["envelope"]["identity"]["subject"] == {"type": "user", "id": "dana"}
+
+
+def test_show_does_not_recompute_a_large_ledger(sample: Sample, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "MAX_RECOMPUTED", 3)
+    assert "run `envelope verify`" in in_order("show", "deployment:dep-1", sample=sample).stdout
+    data = json.loads(in_order("show", "deployment:dep-1", "--json", sample=sample).stdout)
+    assert (data["chain"]["checked"], data["chain"]["sound"]) == (False, None)
+
+
+def test_show_names_what_is_not_sound(sample: Sample) -> None:
+    tamper(sample.path, "UPDATE events SET body = replace(body, '8192 tokens fit', '4096 tokens fit')")
+    tamper(sample.path, "UPDATE events SET body = CAST(body AS BLOB)")
+    result = in_order("show", "deployment:dep-1", sample=sample)
+    assert result.exit_code == 1
+    assert "NOT SOUND" in result.stdout
+    assert "its hash does not follow" in " ".join(result.stdout.split())
+
+
+# Tampered rows
+
+
+@pytest.mark.parametrize("body", ["x'7b22'", "x'7b2278223a22ff227d'", "'not json'", "x''", "'{}'", "42"])
+@pytest.mark.parametrize("table", ["events", "envelopes"])
+def test_a_tampered_row_is_said_without_a_traceback(sample: Sample, table: str, body: str) -> None:
+    column = "envelope" if table == "events" else "id"
+    tamper(sample.path, f"UPDATE {table} SET body = {body} WHERE {column} = '{sample.denied}'")
+    complains(in_order("show", sample.denied, sample=sample), sample.denied, "run `envelope verify`")
+    listed = in_order("list", sample=sample)
+    complains(listed, sample.denied, "run `envelope verify`")
+    assert sample.granted[-12:] in listed.stdout
+    tailed = in_order("tail", "--no-follow", sample=sample)
+    assert tailed.exit_code == (2 if table == "events" else 0)
+    assert all(line.startswith("envelope: expected a readable entry") for line in tailed.stderr.splitlines())
+    assert in_order("verify", sample=sample).exit_code in (1, 2)
+    assert sample.granted in in_order("show", sample.granted, sample=sample).stdout
+
+
+def test_a_missing_beginning_is_said_without_a_traceback(sample: Sample) -> None:
+    tamper(sample.path, f"DELETE FROM events WHERE envelope = '{sample.granted}' AND sequence < 3")
+    complains(in_order("show", sample.granted, sample=sample), sample.granted, "run `envelope verify`")
+
+
+# verify
+
+
+def test_verify_a_sound_ledger(sample: Sample) -> None:
+    result = in_order("verify", sample=sample)
+    assert result.exit_code == 0
+    text = " ".join(result.stdout.split())
+    assert text.startswith("sound: 3 envelopes, 12 entries in 1 chain recomputed")
+    assert "cannot be known from the ledger alone: whether the newest entries of a chain were cut off" in text
+    assert result.stderr == ""
+    (data,) = json_lines(in_order("verify", "--json", sample=sample))
+    assert data == {
+        "sound": True,
+        "envelopes": 3,
+        "entries": 12,
+        "chains": 1,
+        "findings": [],
+        "unknowable": list(cli.UNKNOWABLE),
+    }
+
+
+def test_verify_names_the_rows(sample: Sample) -> None:
+    tamper(sample.path, f"UPDATE envelopes SET digest = 'x' WHERE id = '{sample.denied}'")
+    result = in_order("verify", sample=sample)
+    assert result.exit_code == 1
+    assert f"envelope {sample.denied}: its digest does not match its bytes" in result.stdout
+    result = in_order("verify", "--json", sample=sample)
+    assert result.exit_code == 1
+    assert json.loads(result.stdout)["findings"] == [
+        {"row": f"envelope {sample.denied}", "problem": "its digest does not match its bytes"}
+    ]
+
+
+# tail
+
+
+def test_tail_prints_what_was_recorded_last(sample: Sample) -> None:
+    lines = in_order("tail", "--no-follow", sample=sample).stdout.splitlines()
+    assert len(lines) == 12
+    assert "a chain was opened by pid" in lines[0]
+    found = json_lines(in_order("tail", "--no-follow", "--json", "--since", "2", sample=sample))
+    assert [(item["envelope"], item["type"]) for item in found] == [
+        (sample.pending, "verdict"),
+        (sample.pending, "admitted"),
+    ]
+    assert in_order("tail", "--no-follow", "--since", "0", sample=sample).stdout == ""
+
+
+def test_tail_of_one_envelope(sample: Sample) -> None:
+    found = json_lines(in_order("tail", "--no-follow", "--json", "--since", "2", "deployment:dep-1", sample=sample))
+    assert [(item["envelope"], item["sequence"]) for item in found] == [(sample.granted, 3), (sample.granted, 4)]
+
+
+def note(sample: Sample) -> None:
+    async def resume() -> None:
+        controller = AdmissionController.open(sample.url)
+        await (await controller.resume(sample.granted, by="test")).ready()
+        await controller.aclose()
+
+    anyio.run(resume)
+
+
+def test_tail_follows_until_interrupted(sample: Sample) -> None:
+    with spawn("tail", "--since", "1", url=sample.url) as process:
+        assert process.stdout is not None
+        assert "admitted" in process.stdout.readline()
+        note(sample)
+        assert "a chain was opened" in process.stdout.readline()
+        assert "it serves" in process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        out, error = process.communicate(timeout=30)
+        assert (process.returncode, out, error) == (0, "", "")
+
+
+def test_tail_ends_in_silence_when_nobody_reads(sample: Sample) -> None:
+    with spawn("tail", "--since", "1", url=sample.url) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        assert process.wait(timeout=30) in (0, -signal.SIGPIPE)
+
+
+def test_reading_leaves_the_ledger_as_it_is(sample: Sample) -> None:
+    ledger = open_ledger(sample.url)
+    before = [row.body for row in ledger.rows()]
+    ledger.close()
+    for arguments in (["list"], ["show", sample.granted], ["verify"], ["tail", "--no-follow"]):
+        in_order(*arguments, sample=sample)
+    assert [row.body for row in ledger.rows()] == before
+    ledger.close()
+
+
+def test_a_terminal_without_unicode_gets_escapes(tmp_path: Path) -> None:
+    path = tmp_path / "envelopes.db"
+
+    async def fill() -> None:
+        controller = AdmissionController.open(f"sqlite:///{path}")
+        await controller.begin(ask("Zoë"))
+        await controller.aclose()
+
+    anyio.run(fill)
+    process = spawn("list", url=f"sqlite:///{path}", prelude="import sys; sys.stdout.reconfigure(encoding='ascii')")
+    out, error = process.communicate(timeout=30)
+    assert (process.returncode, error) == (0, "")
+    assert r"acme/user:Zo\xeb" in out
+
+
+# The page
+
+
+def help_of(command: str) -> str:
+    arguments = [command, "--help"] if command else ["--help"]
+    result = CliRunner().invoke(cli.cli, arguments, prog_name="envelope", terminal_width=100)
+    assert result.exit_code == 0
+    return result.stdout
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_page_shows_the_real_help(command: str) -> None:
+    assert set(COMMANDS) == {"", *cli.cli.commands}
+    blocks = re.findall(r"```console\n\$ (envelope(?: \w+)?) --help\n(.*?)```", PAGE.read_text(), re.S)
+    assert dict(blocks)[f"envelope {command}".strip()] == help_of(command)
+
+
+def test_the_page_names_every_key_of_the_json(sample: Sample) -> None:
+    page = PAGE.read_text()
+    shown = json.loads(in_order("show", "--json", "deployment:dep-1", sample=sample).stdout)
+    listed = json_lines(in_order("list", "--json", sample=sample))[0]
+    attempted = json_lines(in_order("list", "--json", "--attempted", sample=sample))[0]
+    entry = json_lines(in_order("tail", "--no-follow", "--json", "--since", "1", sample=sample))[0]
+    verified = json_lines(in_order("verify", "--json", sample=sample))[0]
+    nested = [*shown["resources"], *shown["parts"], *shown["verdicts"], *shown["timeline"], shown["chain"]]
+    keys = {key for data in (shown, listed, attempted, entry, verified, *nested) for key in data}
+    assert {key for key in keys if f"`{key}`" not in page} == set()

@@ -1,0 +1,98 @@
+"""Documentation that is checked: generated pages, code in the README, links."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+
+from execution_envelope.cli import main as envelope_command
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+RUNNABLE = re.findall(r"<!-- runs: tests/test_docs.py -->\n```python\n(.*?)```", README, re.S)
+PAGES = [ROOT / "README.md", ROOT / "ARCHITECTURE.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")]
+
+
+def _build():
+    spec = importlib.util.spec_from_file_location("docs_build", ROOT / "docs" / "build.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("path", sorted(_build().pages()), ids=lambda path: path.name)
+def test_generated_pages_are_up_to_date(path):
+    assert path.read_text() == _build().pages()[path], "run `make docs`"
+
+
+def test_quick_start_runs_as_shown_and_shows_as_said(tmp_path):
+    ran = subprocess.run([sys.executable, "-c", RUNNABLE[0]], cwd=tmp_path, capture_output=True, text=True, check=True)
+    shown = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "execution_envelope.cli",
+            "--ledger",
+            "sqlite:///envelopes.db",
+            "show",
+            ran.stdout.strip(),
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"COLUMNS": "200", "PATH": ""},
+    ).stdout
+    for sentence in (
+        "asked 2, given 1; capacity (resolver/1.2): one node is free",
+        "512 MiB as asked",
+        "asked 32768, given 8192; capacity (resolver/1.2): 8192 tokens fit in 512 MiB",
+        "llamacpp as asked",
+    ):
+        assert sentence in shown
+        assert sentence in README
+    assert callable(envelope_command)
+
+
+@pytest.mark.anyio
+async def test_fastapi_example_runs_as_shown():
+    names: dict = {}
+    exec(compile(RUNNABLE[1], "README.md", "exec"), names)
+    transport = httpx.ASGITransport(names["app"])
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        assert (await client.post("/serving/deploy_model", json={"model": "m"})).status_code == 401
+        headers = {"authorization": "Bearer demo", "idempotency-key": "k"}
+        for _ in range(2):
+            answer = await client.post("/serving/deploy_model", json={"model": "m", "gpus": 8}, headers=headers)
+            assert (answer.status_code, answer.json()) == (202, "d-1")
+    record = await names["controller"].record("deployment", "d-1")
+    assert record.state == "admitted"
+    assert set(record.envelope.requested.resources) == {"gpu"}
+
+
+@pytest.fixture
+def anyio_backend():
+    return "asyncio"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
+        if not target.startswith("https://"):
+            assert (page.parent / target).exists(), target
+
+
+def test_the_house_in_architecture_is_the_house():
+    told = set(re.findall(r"^\| (.+?) \|", (ROOT / "ARCHITECTURE.md").read_text(), re.M))
+    names = {name.strip("`/") for row in told for name in row.split(", ")}
+    house = ROOT / "src" / "execution_envelope"
+    modules = {path.stem for path in house.glob("*.py")} - {"__init__", "version"}
+    folders = {path.parent.name for path in house.glob("*/__init__.py")}
+    assert modules | folders <= names
