@@ -350,11 +350,12 @@ def test_every_requested_key_is_told_once(data: st.DataObject, name: str) -> Non
         assert name in VOCABULARY and in_words(found[0])
 
 
-@pytest.mark.parametrize("path", DEFECTS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "corpus", [json.loads(path.read_text()) for path in DEFECTS], ids=[path.stem for path in DEFECTS]
+)
 @pytest.mark.parametrize("where", ["memory", "sqlite"])
 @pytest.mark.anyio
-async def test_public_defects(path: Path, where: str, tmp_path: Path) -> None:
-    corpus = json.loads(path.read_text())
+async def test_public_defects(corpus: Any, where: str, tmp_path: Path) -> None:
     ledger = MemoryLedger() if where == "memory" else SqliteLedger(tmp_path / "ledger.db")
     controller = AdmissionController(ledger)
     for case in corpus["envelopes"]:

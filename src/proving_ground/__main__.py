@@ -6,19 +6,26 @@ import sys
 
 import uvicorn
 
+from proving_ground.admission import ledger_url
 from proving_ground.app import create_app
 from proving_ground.auth import write_demo
 from proving_ground.catalog import SMOLLM2, Catalog
 from proving_ground.settings import Settings
 
 _NEXT = """\
-Try it (pip install kamiwaza-sdk):
+Try it, in another terminal (.venv/bin/python has kamiwaza-sdk):
 
     from kamiwaza_sdk import KamiwazaClient
     client = KamiwazaClient("{url}/api", api_key="{token}")
     deployment = client.serving.deploy_model(repo_id="{model}", poll_interval_seconds=0.2)
     chat = client.openai.get_client(deployment_id=deployment).chat.completions
     print(chat.create(model="", messages=[{{"role": "user", "content": "Say hello."}}]).choices[0].message.content)
+
+Then read who asked for what, and what was given:
+
+    export EXECUTION_ENVELOPE_LEDGER={ledger}
+    .venv/bin/envelope list
+    .venv/bin/envelope show deployment:DEPLOYMENT_ID
 """
 
 
@@ -55,10 +62,10 @@ class _Server(uvicorn.Server):
 def _greeting(settings: Settings, url: str, tokens: dict[str, str]) -> str:
     lines = [f"token of {subject}: {token}" for subject, token in tokens.items()]
     lines += [] if tokens else [f"tokens: as in {settings.tokens}"]
-    lines += [f"data: {settings.data}"]
+    lines += [f"data: {settings.data}", f"ledger: {ledger_url(settings)}"]
     if settings.keep_engines:
         lines += ["engines are kept when this backend ends; stop their deployments to end them"]
-    lines += [_NEXT.format(url=url, token=tokens.get("dana", "<a token>"), model=SMOLLM2)]
+    lines += [_NEXT.format(ledger=ledger_url(settings), url=url, token=tokens.get("dana", "<a token>"), model=SMOLLM2)]
     return "\n".join([*lines, f"serving on {url}"]) + "\n"
 
 

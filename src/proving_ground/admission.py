@@ -39,11 +39,14 @@ _KEPT = ("runtime", "architecture", "env", "weights", "alternatives", "isolation
 """Constraints that this backend gives as asked, unless it says otherwise."""
 
 
+def ledger_url(settings: Settings) -> str:
+    """The ledger in the backend's data directory."""
+    return f"sqlite:///{settings.data / 'envelopes.db'}"
+
+
 def open_controller(settings: Settings) -> AdmissionController:
-    """The backend's controller, on a ledger in its data directory."""
-    return AdmissionController.open(
-        f"sqlite:///{settings.data / 'envelopes.db'}", hooks=[OPERATORS_DEPLOY], component="proving-ground"
-    )
+    """The backend's controller."""
+    return AdmissionController.open(ledger_url(settings), hooks=[OPERATORS_DEPLOY], component="proving-ground")
 
 
 def _operator(envelope: Envelope) -> Decision | None:
@@ -82,6 +85,9 @@ class EnvelopeRecorder:
                 await admission.effective({said.key: each}, cause=said.cause, because=said.sentence)
             elif said.key == "engine":
                 await admission.effective(constraints={"engine": ENGINE}, cause=said.cause, because=said.sentence)
+            else:
+                continue
+            deployment.told.append(said)
 
     async def attempt(self, deployment: Deployment, no_room: NoRoom) -> None:
         admission = await self._of(deployment, RESOLVER)
@@ -139,7 +145,11 @@ class EnvelopeRecorder:
 
     async def stopped(self, deployment: Deployment, usage: Sequence[Usage]) -> None:
         admission = await self._of(deployment)
-        await admission.complete(deployment.stopped_because, by=deployment.stopped_by or SUPERVISOR)
+        by = deployment.stopped_by or SUPERVISOR
+        if admission.state == "admitted":
+            await admission.cancel("stopped before anything was granted", by=by)
+        else:
+            await admission.complete("stopped", by=by)
 
 
 async def _used(admission: Admission, part: str, usage: Usage) -> None:
@@ -169,7 +179,7 @@ def _grant(
         given["concurrency"] = 1
     if deployment.duration_minutes is not None:
         given["duration"] = f"{deployment.duration_minutes}m"
-    because = _because(admission.record, deployment.differences)
+    because = _because(deployment)
     return Grant(
         given,
         part=instance.part,
@@ -182,13 +192,12 @@ def _grant(
     )
 
 
-def _because(record: Record, differences: Sequence[Difference]) -> dict[str, tuple[str, str]]:
+def _because(deployment: Deployment) -> dict[str, tuple[str, str]]:
     """Why this is not what was asked; what was told as an effective value is not said again."""
-    told = {event.data.text for event in record.events if event.data.type == "effective"}
     said = {
         _ENVELOPE_KEYS.get(found.key, found.key): (str(found.cause), found.sentence)
-        for found in differences
-        if found.sentence not in told
+        for found in deployment.differences
+        if found not in deployment.told
     }
     if "gpu" in said:
         said.setdefault("gpu_memory", said["gpu"])

@@ -1,5 +1,7 @@
 """Puts the parts together as a FastAPI application."""
 
+import asyncio
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -9,23 +11,32 @@ from fastapi.encoders import jsonable_encoder
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 
+from execution_envelope import AdmissionController, LedgerUnavailable
+from execution_envelope.integrations.fastapi import install
 from proving_ground import catalog_routes, runtime, serving
+from proving_ground.admission import SUPERVISOR, EnvelopeRecorder, open_controller, prober
 from proving_ground.auth import TokenFile
 from proving_ground.catalog import Catalog
 from proving_ground.machine import this_node
-from proving_ground.recorder import NoRecorder, Recorder
 from proving_ground.settings import Settings
 from proving_ground.state import Backend
 from proving_ground.store import Store
 from proving_ground.supervisor import Supervisor
 
+log = logging.getLogger(__name__)
 
-def create_app(settings: Settings, *, catalog: Catalog | None = None, recorder: Recorder | None = None) -> FastAPI:
+
+RECONCILE_SECONDS = 30.0
+"""How often open envelopes are looked after, beside once at start."""
+
+
+def create_app(settings: Settings, *, catalog: Catalog | None = None) -> FastAPI:
     """The backend as an application. The token file of `settings.tokens` must exist.
 
     Everything that runs is started by the application's lifespan and ended with it. Routes answer under /api and /.
     """
     models = catalog or Catalog()
+    controller = open_controller(settings)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -40,28 +51,42 @@ def create_app(settings: Settings, *, catalog: Catalog | None = None, recorder: 
                 store=store,
                 node=this_node(settings),
                 catalog=models,
-                recorder=recorder or NoRecorder(),
+                recorder=EnvelopeRecorder(controller),
                 http=http,
                 keep_engines=settings.keep_engines,
                 retry_seconds=settings.retry_seconds,
             )
             app.state.backend = Backend(settings, models, supervisor, http)
             await supervisor.recover()
+            await controller.reconcile({SUPERVISOR: prober(supervisor)}, everything=True)
+            looking_after = asyncio.create_task(_look_after(controller, supervisor))
             try:
                 yield
             finally:
+                looking_after.cancel()
                 await supervisor.close()
                 store.close()
+                await controller.aclose()
 
     app = FastAPI(title="proving ground", lifespan=lifespan)
     app.state.tokens = TokenFile.load(settings.tokens)
     app.add_exception_handler(RequestValidationError, _unprocessable)
+    install(app, controller, guard=["POST /serving/deploy_model", "POST /api/serving/deploy_model"])
     for router in (catalog_routes.router, serving.router, runtime.router):
         app.include_router(router, prefix="/api")
         app.include_router(router, include_in_schema=False)
     app.add_api_route("/health", _alive, methods=["GET"], tags=["backend"])
     app.add_api_route("/api/health", _alive, methods=["GET"], include_in_schema=False)
     return app
+
+
+async def _look_after(controller: AdmissionController, supervisor: Supervisor) -> None:
+    while True:
+        await asyncio.sleep(RECONCILE_SECONDS)
+        try:
+            await controller.reconcile({SUPERVISOR: prober(supervisor)})
+        except LedgerUnavailable:
+            log.exception("open envelopes could not be looked after")
 
 
 async def _alive() -> dict[str, str]:

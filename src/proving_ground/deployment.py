@@ -58,9 +58,13 @@ class Deployment:
     status: Status = "REQUESTED"
     deployed_at: datetime | None = None
     ended_at: datetime | None = None
+    stopped_by: str | None = None
+    """Who asked for its end; None when nobody did."""
     last_error_code: str | None = None
     last_error_message: str | None = None
     differences: tuple[Difference, ...] = ()
+    told: list[Difference] = field(default_factory=list)
+    """Differences that are on the record as effective values, and need not be said with the grant."""
     instances: list[Instance] = field(default_factory=list)
 
     @property

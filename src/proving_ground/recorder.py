@@ -47,34 +47,3 @@ class Recorder(Protocol):
 
     async def stopped(self, deployment: Deployment, usage: Sequence[Usage]) -> None:
         """It was asked to end, and has; one usage per instance that ran."""
-
-
-class NoRecorder:
-    """Does nothing."""
-
-    async def effective(self, deployment: Deployment, values: Mapping[str, int], why: Sequence[Difference]) -> None:
-        return
-
-    async def attempt(self, deployment: Deployment, no_room: NoRoom) -> None:
-        return
-
-    async def placed(self, deployment: Deployment, placement: Placement) -> None:
-        return
-
-    async def enforced(self, deployment: Deployment, instance: Instance, read_back: Enforced) -> None:
-        return
-
-    async def ready(self, deployment: Deployment, instance: Instance) -> None:
-        return
-
-    async def rejected(self, deployment: Deployment, code: str, sentence: str) -> None:
-        return
-
-    async def failed(self, deployment: Deployment, code: str, sentence: str) -> None:
-        return
-
-    async def released(self, deployment: Deployment, instance: Instance) -> None:
-        return
-
-    async def stopped(self, deployment: Deployment, usage: Sequence[Usage]) -> None:
-        return

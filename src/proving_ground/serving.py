@@ -2,11 +2,16 @@
 
 import asyncio
 from datetime import UTC, datetime
+from typing import Annotated
 from uuid import UUID, uuid4
 
 import httpx
 from fastapi import APIRouter, HTTPException
 
+from execution_envelope import Admission
+from execution_envelope.adapters.kamiwaza import describe_deployment
+from execution_envelope.integrations.fastapi import Admit
+from proving_ground.admission import SUPERVISOR, envelope_caller
 from proving_ground.auth import OPERATOR, CurrentCaller, require_role
 from proving_ground.catalog import ENGINE, Catalog
 from proving_ground.deployment import Deployment, Instance, new_deployment
@@ -32,11 +37,21 @@ router = APIRouter(prefix="/serving", tags=["serving"])
 
 
 @router.post("/deploy_model", status_code=202)
-async def deploy_model(request: CreateModelDeployment, caller: CurrentCaller, backend: BackendState) -> UUID:
-    """Accept a deployment and answer its id; watch `GET /serving/deployment/{id}` for what becomes of it."""
-    require_role(caller, OPERATOR)
+async def deploy_model(
+    request: CreateModelDeployment,
+    caller: CurrentCaller,
+    backend: BackendState,
+    admission: Annotated[Admission, Admit(describe_deployment, subject=envelope_caller)],
+) -> UUID:
+    """Accept a deployment and answer its id; watch `GET /serving/deployment/{id}` for what becomes of it.
+
+    With an `Idempotency-Key` that was used before, answer the same id again and start nothing.
+    """
     _check_model(request, backend.catalog)
+    if admission.replayed:
+        return _deployed_before(admission)
     deployment = new_deployment(request, caller, uuid4(), datetime.now(UTC))
+    await admission.bind("deployment", str(deployment.id), owner=SUPERVISOR)
     await backend.supervisor.submit(deployment)
     return deployment.id
 
@@ -62,7 +77,9 @@ async def stop_deployment(
 ) -> bool:
     """Stop it and answer when its engines have ended; `force` kills them without letting them finish."""
     require_role(caller, OPERATOR)
-    await backend.supervisor.stop(backend.deployment_of(caller, deployment_id), force=force)
+    deployment = backend.deployment_of(caller, deployment_id)
+    deployment.stopped_by = deployment.stopped_by or f"user:{caller.subject}"
+    await backend.supervisor.stop(deployment, force=force)
     return True
 
 
@@ -172,6 +189,14 @@ async def _answers(instance: Instance, http: httpx.AsyncClient) -> bool:
     except httpx.HTTPError:
         return False
     return answer.status_code == 200
+
+
+def _deployed_before(admission: Admission) -> UUID:
+    """The deployment of the first request with the same key; 409 when that one never came to a deployment."""
+    reference = admission.references.get("deployment")
+    if reference is None:
+        raise HTTPException(409, f"the first request with this Idempotency-Key was {admission.state}, use a new key")
+    return UUID(reference)
 
 
 def _check_model(request: CreateModelDeployment, catalog: Catalog) -> None:

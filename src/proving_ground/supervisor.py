@@ -104,7 +104,8 @@ class Supervisor:
             if lost is None:
                 self._begin(deployment, self._watch_over(deployment))
             else:
-                await self._end(deployment, "FAILED", lost.code, lost.sentence)
+                # Nobody saw it end, so no end is told: who looks after open records finds it, with this as evidence.
+                await self._end(deployment, "FAILED", lost.code, lost.sentence, tell=False)
 
     async def close(self) -> None:
         """At shutdown: end everything, except serving engines that are kept."""
@@ -138,8 +139,8 @@ class Supervisor:
         ask = effective(deployment.wanted, model)
         await self._tell(self._recorder.effective(deployment, ask.values, ask.why))
         placement = await self._place(deployment, model)
-        await self._tell(self._recorder.placed(deployment, placement))
         await asyncio.to_thread(weights.verify, model.weights, model.sha256)
+        await self._tell(self._recorder.placed(deployment, placement))
         for instance in deployment.instances:  # all load at the same time
             await self._start(deployment, instance, model)
         deployment.env.clear()
@@ -226,18 +227,25 @@ class Supervisor:
         await self._end(deployment, "STOPPED", None, "")
 
     async def _end(
-        self, deployment: Deployment, status: Status, code: str | None, sentence: str, *, force: bool = False
+        self,
+        deployment: Deployment,
+        status: Status,
+        code: str | None,
+        sentence: str,
+        *,
+        force: bool = False,
+        tell: bool = True,
     ) -> None:
         """Wind down once, whoever asks and how often; the first reason stands. Not interrupted by cancelling."""
         ending = self._ending.get(deployment.id)
         if ending is None:
-            ending = asyncio.create_task(self._wind_down(deployment, status, code, sentence, force))
+            ending = asyncio.create_task(self._wind_down(deployment, status, code, sentence, force, tell))
             self._ending[deployment.id] = ending
             ending.add_done_callback(lambda _: self._ending.pop(deployment.id, None))
         await asyncio.shield(ending)
 
     async def _wind_down(
-        self, deployment: Deployment, status: Status, code: str | None, sentence: str, force: bool
+        self, deployment: Deployment, status: Status, code: str | None, sentence: str, force: bool, tell: bool
     ) -> None:
         deployment.last_error_code, deployment.last_error_message = code, sentence or None
         if code is not None:  # callers learn of a failure before the other replicas have ended
@@ -255,6 +263,11 @@ class Supervisor:
         self._become(deployment, status)
         self._room.set()
         self._room = asyncio.Event()
+        if tell:
+            await self._tell_all_of_the_end(deployment, code, sentence)
+        self._forget_old()
+
+    async def _tell_all_of_the_end(self, deployment: Deployment, code: str | None, sentence: str) -> None:
         for instance in deployment.instances:
             await self._tell_of_the_end(self._recorder.released(deployment, instance))
         if code is None:
@@ -264,7 +277,6 @@ class Supervisor:
             await self._tell_of_the_end(self._recorder.failed(deployment, code, sentence))
         else:
             await self._tell_of_the_end(self._recorder.rejected(deployment, code, sentence))
-        self._forget_old()
 
     def _adopt(self, deployment: Deployment) -> _Failure | None:
         """Find the engines of a deployment of the last backend; None when all serve, else what was lost."""
@@ -278,7 +290,7 @@ class Supervisor:
                     self._data / instance.log,
                 )
         if not self._keep or deployment.status != "DEPLOYED":
-            return _Failure("BACKEND_RESTARTED", "the backend ended, and its engines with it; deploy again")
+            return _Failure("BACKEND_RESTARTED", f"the backend ended; {_left(deployment)}; deploy again")
         for instance in deployment.instances:
             if instance.engine is None or not instance.api_key:
                 return _Failure("ENGINE_EXITED", f"{instance.part}: the engine ended while no backend ran")
@@ -320,6 +332,16 @@ class Supervisor:
             self._store.forget(deployment.id)
             for instance in deployment.instances:
                 (self._data / instance.log).unlink(missing_ok=True)
+
+
+def _left(deployment: Deployment) -> str:
+    """What is left of its engines, for people and as evidence."""
+    found = [
+        f"{instance.part}: pid {instance.pid} {'is gone' if instance.engine is None else 'was left, and is ended now'}"
+        for instance in deployment.instances
+        if instance.pid is not None
+    ]
+    return ", ".join(found) or "no engine had been started"
 
 
 def _engine(instance: Instance) -> Engine:

@@ -94,7 +94,6 @@ def _notes(request: CreateModelDeployment) -> list[Difference]:
             f"node type `{request.node_resource_type}` was asked; nodes have no types here",
         ),
         "lb_port": (request.lb_port != 0, f"port {request.lb_port} was asked; the backend's own port leads to models"),
-        "autoscaling": (request.autoscaling, "autoscaling was asked; the copies stay as they were started"),
         "vram_allocation": (
             bool(request.vram_allocation),
             f"{request.vram_allocation} bytes of GPU memory were asked; 0 given, there is none",

@@ -187,7 +187,8 @@ class EnvelopeMiddleware:
             await self._app(scope, self._receiving(seam, receive), self._sending(scope, seam, send, guarded))
         except anyio.get_cancelled_exc_class():
             with anyio.CancelScope(shield=True):
-                await self._conclude(seam, guarded, cancelled="cancelled while it was answered")
+                ended = _outcome(seam) if seam.cut else {"cancelled": "cancelled while it was answered"}
+                await self._conclude(seam, guarded, **ended)
             raise
         except Exception as error:
             if seam.stopped:
@@ -228,7 +229,7 @@ class EnvelopeMiddleware:
                     return
                 message = _with_headers(seam, message)
                 seam.promised = _promised(scope, message)
-            last = _is_last(message)
+            last = _is_last(scope, message)
             if seam.promised is not None and message["type"] == "http.response.body":
                 seam.promised -= len(message.get("body", b""))
                 # Noted before it is sent, because servers raise for a body that is too short.
@@ -277,12 +278,15 @@ def _outcome(seam: RequestSeam) -> dict[str, Any]:
     """How the request ended, when the application returned without an exception."""
     if seam.replaced:
         return {}
-    if seam.status is None or not seam.finished or seam.cut:
-        if seam.disconnected and not seam.cut:
-            return {"cancelled": "the client went away before the last byte"}
+    if seam.cut:
         return {"failed": ("cut", "the response ended before its last byte")}
-    if seam.status >= 400:
+    if seam.finished and seam.status is not None and seam.status >= 400:
         return {"failed": (f"http_{seam.status}", f"answered {seam.status}")}
+    if seam.disconnected:
+        # Also when the application ended the answer after that: some middleware makes a cut stream look whole.
+        return {"cancelled": "the client went away before the last byte"}
+    if not seam.finished:
+        return {"failed": ("cut", "the response ended before its last byte")}
     return {}
 
 
@@ -309,10 +313,12 @@ def _promised(scope: Scope, message: Message) -> int | None:
     return None
 
 
-def _is_last(message: Message) -> bool:
+def _is_last(scope: Scope, message: Message) -> bool:
     """Whether the answer is whole with this message. Files may be sent by the server itself (ASGI extensions)."""
     if message["type"] == "http.response.pathsend":
         return True
+    if message["type"] == "http.response.start" and scope["method"] == "HEAD":
+        return True  # nobody waits for the body
     return message["type"] in _BODIES and not message.get("more_body", False)
 
 

@@ -9,6 +9,7 @@ was put back.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import msgspec
 
@@ -47,43 +48,90 @@ class _Seen:
         self.state: dict[str, str] = {}
         self.next: dict[str, int] = {}
         self.sealed: dict[str, Sealed] = {}
-        self.bindings: set[tuple[str, str, str]] = set()
+        self.bindings: dict[tuple[str, str, str], None] = {}
         self.entries = 0
+        self.cursor = 0
+
+    def beside(self) -> _Beside:
+        """What the tables beside the log have to hold by now."""
+        keys = {(sealed.key, sealed.request, id) for id, sealed in self.sealed.items() if sealed.key is not None}
+        ended = {id for id, state in self.state.items() if state in TERMINAL}
+        lines: dict[tuple[str, str], list[str]] = {}
+        for kind, reference, id in self.bindings:
+            lines.setdefault((kind, reference), []).append(id)
+        return _Beside(set(self.next), keys, ended, lines)
+
+
+class _Beside(NamedTuple):
+    """Envelopes, keys, ends, and the envelopes of each reference in the order they were bound to it."""
+
+    envelopes: set[str]
+    keys: set[tuple[str | None, str, str]]
+    ended: set[str]
+    lines: dict[tuple[str, str], list[str]]
 
 
 def verify(ledger: Ledger, *, progress: Callable[[int], None] = lambda entries: None) -> Verification:
     """Recompute the whole ledger. `progress` is called with the number of entries read so far."""
     seen = _Seen()
-    findings: list[Finding] = []
-    for row in ledger.rows():
-        findings += [Finding(f"event {row.chain}/{row.position}", problem) for problem in _entry(row, seen)]
+    expected = ledger.count()
+    findings = list(_log(ledger, seen, progress))
+    if seen.entries < expected:
+        findings.append(Finding("ledger", f"expected {expected} entries in the order of writing, got {seen.entries}"))
+    # Others may write meanwhile: what stands beside the log is at least what the log said before it was read, and at
+    # most what the log says afterwards.
+    least = seen.beside()
+    envelopes = list(ledger.envelopes())
+    keys = {(row.digest, row.request, row.envelope) for row in ledger.key_rows()}
+    lines: dict[tuple[str, str], list[str]] = {}
+    for kind, reference, id in ledger.references():
+        lines.setdefault((kind, reference), []).append(id)
+    ended = set(ledger.closings())
+    findings += _log(ledger, seen, progress)
+    most = seen.beside()
+    for id, body, digest, parent in envelopes:
+        findings += [Finding(f"envelope {id}", problem) for problem in _envelope(id, body, digest, parent, seen)]
+    for id in least.envelopes - {id for id, *_ in envelopes}:
+        findings.append(Finding(f"envelope {id}", "expected the sealed part, it is missing"))
+    for digest, _, id in sorted((least.keys - keys) | (keys - most.keys), key=repr):
+        findings.append(Finding(f"key {digest}", f"the key row of envelope {id} does not match what was sealed"))
+    for kind, reference in sorted(least.lines.keys() | lines.keys(), key=repr):
+        line, longest = lines.get((kind, reference), []), most.lines.get((kind, reference), [])
+        shortest = least.lines.get((kind, reference), [])
+        if line != longest[: len(line)] or len(line) < len(shortest):
+            problem = "the envelopes bound to it, in order, do not match their events"
+            findings.append(Finding(f"binding {kind}:{reference}", problem))
+    for id in sorted((least.ended - ended) | (ended - most.ended), key=repr):
+        findings.append(Finding(f"closing {id}", "it does not match the envelope's events"))
+    progress(seen.entries)
+    return Verification(len(envelopes), seen.entries, len(seen.heads), tuple(findings))
+
+
+def _log(ledger: Ledger, seen: _Seen, progress: Callable[[int], None]) -> Iterator[Finding]:
+    """Every entry that was not seen yet."""
+    for row in ledger.rows(after=seen.cursor):
+        for problem in _entry(row, seen):
+            yield Finding(f"event {row.chain}/{row.position}", problem)
+        seen.cursor = row.cursor
         seen.entries += 1
         if seen.entries % 1000 == 0:
             progress(seen.entries)
-    envelopes = 0
-    known: set[str] = set()
-    for id, body, digest, parent in ledger.envelopes():
-        envelopes += 1
-        known.add(id)
-        findings += [Finding(f"envelope {id}", problem) for problem in _envelope(id, body, digest, parent, seen)]
-    findings += [
-        Finding(f"envelope {id}", "expected the sealed part, it is missing") for id in seen.next if id not in known
-    ]
-    findings += list(_beside(ledger, seen))
-    progress(seen.entries)
-    return Verification(envelopes, seen.entries, len(seen.heads), tuple(findings))
 
 
 def _entry(row: Row, seen: _Seen) -> Iterator[str]:
     position, head = seen.heads.get(row.chain, (0, chains.GENESIS))
     if row.position != position:
         yield f"expected position {position} of its chain, got {row.position}"
+    if not (isinstance(row.body, bytes) and isinstance(row.hash, bytes) and isinstance(row.position, int)):
+        seen.heads[row.chain] = (position + 1, chains.GENESIS)
+        yield "expected bytes with a hash at a whole position"
+        return
     if chains.link_hash(head, row.body) != row.hash:
         yield "its hash does not follow from the entry before it and its bytes"
     seen.heads[row.chain] = (row.position + 1, row.hash)
     try:
         entry = chains.decode(row.body)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeError) as error:
         yield f"expected a readable entry: {error}"
         return
     columns = (row.chain, row.position, row.envelope, row.sequence, row.type)
@@ -118,10 +166,13 @@ def _history(entry: chains.Entry, seen: _Seen) -> Iterator[str]:
     if isinstance(entry.data, Sealed):
         seen.sealed[id] = entry.data
     if isinstance(entry.data, Bound):
-        seen.bindings.add((entry.data.kind, entry.data.reference, id))
+        seen.bindings[entry.data.kind, entry.data.reference, id] = None
 
 
 def _envelope(id: str, body: bytes, digest: str, parent: str | None, seen: _Seen) -> Iterator[str]:
+    if not isinstance(body, bytes):
+        yield "expected bytes"
+        return
     actual = sha256(body)
     if actual != digest:
         yield "its digest does not match its bytes"
@@ -132,22 +183,10 @@ def _envelope(id: str, body: bytes, digest: str, parent: str | None, seen: _Seen
         yield "its bytes are not those that were sealed"
     try:
         envelope = decode_envelope(body)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeError) as error:
         yield f"expected a readable envelope: {error}"
         return
     if envelope.id != id or envelope.correlation.part_of != parent:
         yield "its columns do not match its bytes"
     if canonical(envelope) != body:
         yield "expected canonical bytes"
-
-
-def _beside(ledger: Ledger, seen: _Seen) -> Iterator[Finding]:
-    expected_keys = {(s.key, s.request, id) for id, s in seen.sealed.items() if s.key is not None}
-    keys = {(row.digest, row.request, row.envelope) for row in ledger.key_rows()}
-    for digest, _, id in sorted(expected_keys ^ keys):
-        yield Finding(f"key {digest}", f"the key row of envelope {id} does not match what was sealed")
-    for kind, reference, id in sorted(seen.bindings ^ set(ledger.references())):
-        yield Finding(f"binding {kind}:{reference}", f"the binding of envelope {id} does not match its events")
-    ended = {id for id, state in seen.state.items() if state in TERMINAL}
-    for id in sorted(ended ^ set(ledger.closings())):
-        yield Finding(f"closing {id}", "it does not match the envelope's events")
