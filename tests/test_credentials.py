@@ -238,6 +238,9 @@ def test_it_is_found_behind_anything(name: str, before: str) -> None:
     )
     assert SECRETS[name] not in result.body.decode()
     assert result.redacted == ("requested.constraints.a.value", "correlation.facets.f.text")
+    # Alone in a plain field, where the JSON text around it hides what stands before it.
+    alone = seal(ask(entrypoint=before + secret), id="x", now=START)
+    assert SECRETS[name] not in alone.body.decode() and alone.redacted == ("execution.entrypoint",)
 
 
 ORDINARY = [

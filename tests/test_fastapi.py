@@ -52,6 +52,9 @@ from execution_envelope.ledger import AttemptedRequest, MemoryLedger
 
 pytestmark = pytest.mark.anyio
 
+# Older Starlette leaves generators that it did not exhaust to the garbage collector, and trio says so.
+left_to_the_collector = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 DANA = Subject("user", "dana", tenant="acme", roles=["operator"])
 GUARD = ["POST /deploy"]
 GRANT = Grant({"replicas": 1}, by="resolver/1")
@@ -337,6 +340,7 @@ async def test_a_stream_shorter_than_its_content_length_is_cut() -> None:
     assert (host.record.state, last(host.record).code) == ("failed", "cut")
 
 
+@left_to_the_collector
 async def test_an_endpoint_behind_base_http_middleware() -> None:
     for outside in (False, True):
         app = FastAPI()
@@ -1218,8 +1222,7 @@ async def unsealed(body: Deploy) -> dict[str, str]:
     return {"secret": "work happened"}
 
 
-# Older Starlette leaves a generator that raised to the garbage collector.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@left_to_the_collector
 @pytest.mark.parametrize("kind", ["json", "redirect", "stream", "no content", "endless stream", "endless sync stream"])
 async def test_strict_turns_an_unsealed_success_into_an_error_before_the_first_byte(kind: str) -> None:
     async def endless() -> AsyncIterator[bytes]:
@@ -1600,3 +1603,46 @@ async def test_a_request_cancelled_by_asyncio_itself(anyio_backend: str) -> None
     with pytest.raises(asyncio.CancelledError):
         await task
     assert host.record.state == "cancelled"
+
+
+@left_to_the_collector
+async def test_a_replaced_stream_ends_also_where_nobody_says_that_the_client_has_all() -> None:
+    """From ASGI 2.4 on, Starlette learns of an end by `send` only."""
+
+    async def endless() -> AsyncIterator[bytes]:
+        while True:
+            yield b"secret"
+            await anyio.lowlevel.checkpoint()
+
+    async def endpoint() -> StreamingResponse:
+        return StreamingResponse(endless())
+
+    host = Host(endpoint)
+    messages: list[Any] = [{"type": "http.request", "body": b"", "more_body": False}]
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        if not messages:
+            await anyio.sleep_forever()
+        return messages.pop()
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "asgi": {"version": "3.0", "spec_version": "2.4"}, "method": "POST", "path": "/deploy"}
+    with anyio.fail_after(5):
+        await host.app({**scope, "query_string": b"", "headers": []}, receive, send)
+    assert [message.get("status") for message in sent] == [500, None]
+    assert host.attempted.reason == "unsealed"
+
+
+async def test_routes_are_checked_once() -> None:
+    checks: list[None] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None: ...
+
+    controller = AdmissionController(MemoryLedger())
+    wrapped = EnvelopeMiddleware(app, controller=controller, guards=[], strict=True, check=lambda: checks.append(None))
+    for _ in range(2):
+        await wrapped({"type": "websocket", "path": "/", "headers": []}, app, app)  # type: ignore[arg-type]
+    assert len(checks) == 1

@@ -147,6 +147,8 @@ class Passing(BaseHTTPMiddleware):
 class Server:
     """A real server in a thread, on a loopback port of its own."""
 
+    mode = "plain"
+
     def __init__(self, ledger: Ledger, wrap: Callable[[FastAPI], Any] = lambda app: app, **options: Any) -> None:
         self.ledger = ledger
         self.app = application(ledger)
@@ -212,6 +214,7 @@ def server(request: pytest.FixtureRequest) -> Iterator[Server]:
         # Added last is outermost: put it behind the seam.
         server.app.add_middleware(Passing)
         server.app.user_middleware.append(server.app.user_middleware.pop(0))
+    server.mode = request.param
     with server:
         yield server
 
@@ -238,7 +241,8 @@ def test_a_client_that_leaves_the_stream_of_a_bound_one_is_an_event(server: Serv
 
 
 def test_a_stream_that_breaks_is_failed(server: Server) -> None:
-    with pytest.raises(httpx.RemoteProtocolError):
+    # Some middleware ends the broken answer as if it were whole, and raises after that.
+    with contextlib.suppress(httpx.RemoteProtocolError):
         httpx.get(server.url("/raises"))
     record = server.ended()
     assert record.state == "failed"
@@ -258,7 +262,7 @@ def test_a_client_that_leaves_before_the_answer(server: Server) -> None:
     with socket.create_connection(("127.0.0.1", server.port), 5) as client:
         client.sendall(b"GET /slow HTTP/1.1\r\nHost: h\r\n\r\n")
         time.sleep(0.1)
-    assert server.ended().state in ("completed", "cancelled")
+    assert server.ended().state == ("cancelled" if server.mode == "asgi 2.4" else "completed")
 
 
 def test_head_is_whole_without_a_body(server: Server) -> None:

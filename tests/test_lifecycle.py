@@ -275,7 +275,7 @@ class HandlesOnSqlite(Handles):
 TestHandlesInMemory = Handles.TestCase
 TestHandlesInMemory.settings = settings(max_examples=150, stateful_step_count=40, deadline=None, print_blob=True)
 TestHandlesOnSqlite = HandlesOnSqlite.TestCase
-TestHandlesOnSqlite.settings = settings(max_examples=40, stateful_step_count=30, deadline=None, print_blob=True)
+TestHandlesOnSqlite.settings = settings(max_examples=25, stateful_step_count=30, deadline=None, print_blob=True)
 
 
 def test_the_calls_cover_what_a_handle_may_say() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, get_args
 
@@ -32,6 +32,10 @@ from execution_envelope import (
     total,
 )
 from execution_envelope.ledger import Finding, MemoryLedger
+from execution_envelope.ledger.chain import Entry
+from execution_envelope.presentation.facts import short_delta
+from execution_envelope.presentation.sentences import SENTENCES, sentence
+from execution_envelope.presentation.text import span
 
 NOW = datetime(2026, 5, 1, 13, 0, tzinfo=UTC)
 HOSTILE = "only \x1b[31mred\x1b[0m \x9b31m [bold]loud[/bold] :smile: \u202eevil\nnew line\x07"
@@ -79,9 +83,14 @@ def picture(renderable: RenderableType, width: int = 100) -> str:
 
 
 def sheet(shown: Record, width: int = 100, **options: Any) -> str:
-    text = picture(presentation.Sheet(shown, now=NOW, **options), width)
+    text = picture(presentation.sheet(shown, now=NOW, width=width, **options), width)
     assert max(len(line) for line in text.splitlines()) <= width
     return text
+
+
+def listing(records: Sequence[Record], width: int = 100) -> str:
+    rows = [presentation.list_row(shown, now=NOW) for shown in records]
+    return picture(presentation.list_table(rows, width=width), width)
 
 
 def words(text: str) -> str:
@@ -135,7 +144,7 @@ async def failed(admission: Admission) -> None:
 
 def test_every_event_type_has_a_sentence() -> None:
     types = {str(fact.__struct_config__.tag) for fact in get_args(lifecycle.EventData)}
-    assert set(presentation.SENTENCES) == types
+    assert set(SENTENCES) == types
     assert types >= lifecycle.OPEN | lifecycle.TERMINAL
 
 
@@ -190,7 +199,7 @@ def test_every_event_type_has_a_sentence() -> None:
     ],
 )
 def test_sentences(fact: lifecycle.EventData, said: str) -> None:
-    assert presentation.sentence(fact) == said
+    assert sentence(fact) == said
 
 
 @pytest.mark.parametrize("width", [80, 100, 140])
@@ -314,7 +323,7 @@ def test_violations_and_limits() -> None:
     text = words(sheet(shown))
     assert "limit: at most memory 256 MiB, set by quota" in text
     assert "violation memory 512 MiB is beyond the 256 MiB that hook quota allows" in text
-    assert "1 violation" in presentation.short_delta(shown)
+    assert "1 violation" in short_delta(shown)
     assert presentation.details(shown, now=NOW)["violations"][0]["bound"] == 256 * 2**20
 
 
@@ -326,7 +335,7 @@ def test_text_from_records_is_inert() -> None:
         hooks=[no],
     )
     for width in (80, 100):
-        text = sheet(shown, width) + picture(presentation.Listing([presentation.list_row(shown, now=NOW)]), width)
+        text = sheet(shown, width) + listing([shown], width)
         assert not set(text) & (set(map(chr, [*range(10), *range(11, 32), *range(127, 160)])) | {"\u202e"})
         assert "[bold]loud[/bold] :smile: evil new line" in words(text)
         assert "[red]rule[/red]" in text
@@ -334,7 +343,8 @@ def test_text_from_records_is_inert() -> None:
 
 
 def test_an_entry_is_one_line() -> None:
-    line = presentation.entry_line("2026-05-01T12:00:00.000000Z", "e" * 36, "x", lifecycle.Denied("policy", HOSTILE))
+    fact = lifecycle.Denied("policy", HOSTILE)
+    line = presentation.entry_line(Entry("c", 1, "2026-05-01T12:00:00.000000Z", "x", fact, "e" * 36, 0))
     assert "\n" not in line.plain
     assert "\x1b" not in line.plain
     assert line.plain.startswith("2026-05-01 12:00:00Z  eeeeeeeeeeee  denied     x  denied (policy): only [31mred")
@@ -371,9 +381,9 @@ def test_the_short_delta() -> None:
     async def done(admission: Admission) -> None:
         await admission.complete()
 
-    assert presentation.short_delta(record(ask())) == "pending"
-    assert presentation.short_delta(record(ask(), as_asked)) == "as asked"
-    assert presentation.short_delta(record(ask(), done)) == "granted unknown"
+    assert short_delta(record(ask())) == "pending"
+    assert short_delta(record(ask(), as_asked)) == "as asked"
+    assert short_delta(record(ask(), done)) == "granted unknown"
     assert "as asked" in sheet(record(ask(), as_asked))
     assert "unknown" in sheet(record(ask(), done))
 
@@ -388,12 +398,12 @@ def test_the_summary() -> None:
 
 
 def test_listings_fit_and_name_everything() -> None:
-    rows = [presentation.list_row(record(ask(), then), now=NOW) for then in (reduced, waiting, failed)]
+    records = [record(ask(), then) for then in (reduced, waiting, failed)]
     for width in (80, 100, 200):
-        text = picture(presentation.Listing(rows), width)
+        text = listing(records, width)
         assert max(len(line) for line in text.splitlines()) <= width
         assert all(said in text for said in ("59 min ago", "acme/user:dana", "deployment:dep-1", "failed", "pending"))
-    assert picture(presentation.Listing([])).strip() == "no envelopes"
+    assert listing([]).strip() == "no envelopes"
 
 
 @pytest.mark.parametrize(
@@ -401,4 +411,4 @@ def test_listings_fit_and_name_everything() -> None:
     [(0, "0 ms"), (999, "999 ms"), (1500, "1.5 s"), (185_000, "3 min 5 s"), (7_200_000, "2 h"), (-5, "-5 ms")],
 )
 def test_spans(ms: int, said: str) -> None:
-    assert presentation.span(ms) == said
+    assert span(ms) == said

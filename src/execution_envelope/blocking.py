@@ -36,11 +36,13 @@ class BlockingController:
             yield BlockingAdmission(admission, self._portals)
 
     def resume(self, *reference: str, by: str) -> BlockingAdmission:
+        """Continue an execution as yourself, as `AdmissionController.resume`."""
         with self._portals as portal:
             admission = portal.call(partial(self._controller.resume, *reference, by=by))
         return BlockingAdmission(admission, self._portals)
 
     def record(self, *reference: str) -> Record:
+        """The record with this id or reference, as `AdmissionController.record`."""
         with self._portals as portal:
             return portal.call(self._controller.record, *reference)
 

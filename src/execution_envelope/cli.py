@@ -13,17 +13,16 @@ import sqlite3
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
-from typing import Any, Final, NoReturn, TypeVar
+from typing import Any, Final, NoReturn
 from urllib.parse import quote
 
 try:
     import click
-    from rich.console import Console, RenderableType
+    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
     from rich.text import Text
 except ImportError as missing:
@@ -45,9 +44,6 @@ from execution_envelope.ledger.contract import Row
 from execution_envelope.lifecycle import OPEN, TERMINAL
 from execution_envelope.record import Record
 from execution_envelope.version import __version__
-
-F = TypeVar("F", bound=Callable[..., Any])
-T = TypeVar("T")
 
 ENV: Final = "EXECUTION_ENVELOPE_LEDGER"
 #: `show` recomputes the hashes of ledgers up to this many entries; beyond it says to run `verify`.
@@ -87,25 +83,14 @@ class _Problem(click.ClickException):
 class _Command(click.Group):
     """One line for every error, instead of usage and error over several."""
 
-    def main(
-        self,
-        args: Sequence[str] | None = None,
-        prog_name: str | None = None,
-        complete_var: str | None = None,
-        standalone_mode: bool = True,
-        **extra: Any,
-    ) -> Any:
-        run = partial(super().main, args, prog_name, complete_var, standalone_mode=False, **extra)
-        if not standalone_mode:
-            return run()
+    def main(self, *args: Any, **options: Any) -> NoReturn:
         try:
-            status: Any = run()
-        except click.ClickException as error:
-            _fail(error.format_message())
+            status = super().main(*args, **options | {"standalone_mode": False})
+        except (click.ClickException, EnvelopeError) as error:
+            _say(error.format_message() if isinstance(error, click.ClickException) else str(error))
+            status = 2
         except click.Abort:
-            sys.exit(130)
-        except EnvelopeError as error:
-            _fail(str(error))
+            status = 130
         sys.exit(status if isinstance(status, int) else 0)
 
 
@@ -115,24 +100,14 @@ def _say(message: str) -> None:
     click.echo(f"envelope: {message[:1].lower()}{message[1:]}", err=True)
 
 
-def _fail(message: str) -> NoReturn:
-    _say(message)
-    sys.exit(2)
-
-
 def _now() -> datetime:
     return datetime.now(UTC)
 
 
-def _ledger_option(command: F) -> F:
-    option = click.option(
-        "--ledger", "url", metavar="URL", help=f"The ledger, such as sqlite:///envelopes.db; else {ENV} names it."
-    )
-    return option(command)
-
-
-def _json_option(command: F) -> F:
-    return click.option("--json", "as_json", is_flag=True, help="Print JSON instead of pictures.")(command)
+_ledger_option: Final = click.option(
+    "--ledger", "url", metavar="URL", help=f"The ledger, such as sqlite:///envelopes.db; else {ENV} names it."
+)
+_json_option: Final = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of pictures.")
 
 
 @click.group(cls=_Command, invoke_without_command=True, context_settings={"max_content_width": 100})
@@ -181,54 +156,44 @@ def list_(
     """
     if attempted and (states or kind or tenant):
         raise _Problem("expected --attempted without --state, --kind and --tenant: such a request has none of them")
+    now, console = _now(), _console()
+    rows: list[dict[str, Text]] = []
+    damaged = []
     with _opened(context, url) as ledger:
-        now = _now()
         if attempted:
             requests = ledger.attempted(limit)
             if as_json:
                 for request in requests:
                     _echo(presentation.attempted_data(request, now=now))
             else:
-                _print(presentation.attempted_table(requests, now=now))
+                console.print(presentation.attempted_table(requests, now=now))
             return
-
-        def fits(record: Record) -> bool:
-            if states and record.state not in states:
-                return False
-            if kind is not None and record.envelope.execution.kind != kind:
-                return False
-            return tenant is None or record.envelope.identity.tenant == tenant
-
-        damaged: list[str] = []
-        if as_json:
-            for data in _newest(ledger, limit, fits, partial(presentation.summary, now=now), damaged):
-                _echo(data)
-        else:
-            rows = _newest(ledger, limit, fits, partial(presentation.list_row, now=now), damaged)
-            _print(presentation.Listing(rows))
-    for broken in damaged:
-        _say(_damage(broken))
+        read: Callable[..., Any] = presentation.summary if as_json else presentation.list_row
+        emit: Callable[[Any], None] = _echo if as_json else rows.append
+        for id in _ids(ledger):
+            try:
+                record = _record(ledger, id)
+                execution, identity = record.envelope.execution, record.envelope.identity
+                if (
+                    (states and record.state not in states)
+                    or (kind is not None and execution.kind != kind)
+                    or (tenant is not None and identity.tenant != tenant)
+                ):
+                    continue
+                found = read(record, now=now)
+            except (*_DAMAGED, _Problem):
+                damaged.append(id)
+                continue
+            emit(found)
+            limit -= 1
+            if not limit:
+                break
+    if not as_json:
+        console.print(presentation.list_table(rows, width=console.width))
+    for id in damaged:
+        _say(_damage(id))
     if damaged:
         context.exit(2)
-
-
-def _newest(
-    ledger: Ledger, limit: int, fits: Callable[[Record], bool], read: Callable[[Record], T], damaged: list[str]
-) -> Iterator[T]:
-    """What `read` makes of the newest records that fit. The ids of those that cannot be read go to `damaged`."""
-    left = limit
-    for id in _ids(ledger, min(limit, _PAGE)):
-        try:
-            record = _record(ledger, id)
-            found = read(record) if fits(record) else None
-        except (*_DAMAGED, _Problem):
-            damaged.append(id)
-            continue
-        if found is not None:
-            yield found
-            left -= 1
-            if not left:
-                return
 
 
 @cli.command()
@@ -242,23 +207,22 @@ def show(context: click.Context, url: str | None, as_json: bool, id: str) -> Non
     ID is an envelope's id, its beginning or its end (at least 8 characters); KIND:REFERENCE is the backend's own id,
     such as deployment:dep-1. Exit status 1 when its entries in the ledger are not sound.
     """
+    now, console = _now(), _console()
     with _opened(context, url) as ledger:
         found = _resolve(ledger, id)
         record = _record(ledger, found)
         try:
-            now = _now()
-            children = ledger.children(found)
-            status = _chain_status(ledger, found)
+            children, status = ledger.children(found), _chain_status(ledger, found)
             if as_json:
                 data = presentation.details(record, now=now, children=children, chain=status)
             else:
-                sheet = presentation.Sheet(record, now=now, children=children, chain=status)
+                sheet = presentation.sheet(record, now=now, width=console.width, children=children, chain=status)
         except _DAMAGED as error:
             raise _Problem(_damage(found)) from error
-        if as_json:
-            _echo(data, indent=2)
-        else:
-            _print(sheet)
+    if as_json:
+        _echo(data, indent=2)
+    else:
+        console.print(sheet)
     if status.findings:
         context.exit(1)
 
@@ -284,7 +248,7 @@ def verify(context: click.Context, url: str | None, as_json: bool) -> None:
                 "envelopes": result.envelopes,
                 "entries": result.entries,
                 "chains": result.chains,
-                "findings": [presentation.finding_data(finding) for finding in result.findings],
+                "findings": presentation.whole(result.findings),
                 "unknowable": list(UNKNOWABLE),
             }
         )
@@ -398,10 +362,10 @@ def _record(ledger: Ledger, id: str) -> Record:
     raise NotFound(f"expected an envelope, none has the id `{id[:200]}`")
 
 
-def _ids(ledger: Ledger, page: int = _PAGE) -> Iterator[str]:
+def _ids(ledger: Ledger) -> Iterator[str]:
     """Every id, newest first."""
     before: str | None = None
-    while found := ledger.newest(page, before=before):
+    while found := ledger.newest(_PAGE, before=before):
         yield from found
         before = found[-1]
 
@@ -414,7 +378,7 @@ def _resolve(ledger: Ledger, name: str) -> str:
         if bound is None:
             raise NotFound(f"expected an envelope, none is bound to `{name[:200]}`")
         return bound
-    if next(iter(ledger.newest(1, before=f"{name}~")), None) == name:
+    if ledger.newest(1, before=f"{name}~") == [name]:
         return name
     piece = name.lower()
     matches = []
@@ -479,15 +443,11 @@ def _reader_gone() -> bool:
 # Printing
 
 
-def _console(width: int | None = None) -> Console:
+def _console() -> Console:
     console = Console(highlight=False, markup=False, emoji=False)
     if not console.is_terminal and "COLUMNS" not in os.environ:
-        console.width = width or PIPE_WIDTH
+        console.width = PIPE_WIDTH
     return console
-
-
-def _print(picture: RenderableType) -> None:
-    _console().print(picture)
 
 
 def _echo(data: Any, indent: int | None = None) -> None:
@@ -512,8 +472,7 @@ def _print_entry(row: Row, as_json: bool) -> bool:
                 }
             )
         else:
-            line = presentation.entry_line(entry.at, entry.envelope, entry.by, entry.data)
-            _console().print(line, soft_wrap=True)
+            _console().print(presentation.entry_line(entry), soft_wrap=True)
     except _DAMAGED:
         _say(f"expected a readable entry at {row.chain}/{row.position}, it was changed: run `envelope verify`")
         return False

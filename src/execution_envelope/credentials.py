@@ -38,8 +38,31 @@ FORMATS: Final[Mapping[str, str]] = {
     ),
     "url-password": r"(?<=://)[^\s/:@\"']{0,256}:[^\s/@\"']{1,256}(?=@)",
 }
-_ANY: Final = re.compile("|".join(f"(?P<f{n}>{pattern})" for n, pattern in enumerate(FORMATS.values())))
-_NAMES: Final = tuple(FORMATS)
+#: Format name -> texts of which every match contains one. Looking for them first is a hundred times faster.
+_SIGNS: Final[Mapping[str, tuple[str, ...]]] = {
+    "private-key": ("PRIVATE KEY-----",),
+    "jwt": ("eyJ",),
+    "github": ("ghp_", "gho_", "ghu_", "ghs_", "ghr_", "github_pat_"),
+    "gitlab": ("glpat-", "gldt-", "glrt-", "glptt-", "gloas-", "glsoat-", "glcbt-", "glimt-", "glagent-"),
+    "anthropic": ("sk-ant-",),
+    "openai": ("sk-",),
+    "huggingface": ("hf_", "api_org_"),
+    "aws-access-key": ("AKIA", "ASIA", "ABIA", "ACCA"),
+    "google-api-key": ("AIza",),
+    "google-oauth": ("ya29.", "GOCSPX-"),
+    "slack": ("xox", "xapp-"),
+    "stripe": ("k_live_", "k_test_"),
+    "npm": ("npm_",),
+    "pypi": ("pypi-AgE",),
+    "nvidia": ("nvapi-",),
+    "sendgrid": ("SG.",),
+    "vault": ("hvs.", "hvb.", "hvr."),
+    "kamiwaza": ("kz_",),
+    "url-password": ("://",),
+}
+#: Of an authorization header the scheme may be written in any case.
+_SCHEMES: Final = ("bearer", "basic")
+_PATTERNS: Final = {name: re.compile(pattern) for name, pattern in FORMATS.items()}
 _MARKED: Final = "[redacted:"
 
 #: Text longer than this is cut; the cut says how much was there and its digest.
@@ -55,12 +78,21 @@ def marker(format_name: str) -> str:
 
 def contains(text: str) -> bool:
     """Whether a credential in a documented format, or the marker of one, occurs in `text`."""
-    return _MARKED in text or _ANY.search(text) is not None
+    return _MARKED in text or any(_PATTERNS[name].search(text) for name in _possible(text))
 
 
 def redact_text(text: str) -> str:
     """`text` with every credential replaced by its marker."""
-    return _ANY.sub(lambda match: marker(_NAMES[int(str(match.lastgroup)[1:])]), text)
+    for name in _possible(text):
+        text = _PATTERNS[name].sub(marker(name), text)
+    return text
+
+
+def _possible(text: str) -> list[str]:
+    """The formats that may occur in `text`. Whole headers first, so that their inner part is not left over."""
+    lower = text.lower()
+    headers = ["authorization"] if any(scheme in lower for scheme in _SCHEMES) else []
+    return headers + [name for name, signs in _SIGNS.items() if any(sign in text for sign in signs)]
 
 
 def cut_text(text: str, limit: int = MAX_TEXT) -> str:

@@ -282,6 +282,7 @@ def canonical(value: Any) -> bytes:
 
 
 def sha256(data: bytes) -> str:
+    """The digest in hexadecimal."""
     return hashlib.sha256(data).hexdigest()
 
 

@@ -70,6 +70,7 @@ class Record:
             self.apply(event)
 
     def apply(self, event: Event) -> None:
+        """Add an event. Raises `IllegalTransition`; nothing is changed then."""
         self.state = check(self.state, [event.data])
         self.events.append(event)
         if isinstance(event.data, Granted):

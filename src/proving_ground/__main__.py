@@ -8,7 +8,7 @@ import uvicorn
 
 from proving_ground.admission import ledger_url
 from proving_ground.app import create_app
-from proving_ground.auth import write_demo
+from proving_ground.auth import demo_tokens, write_demo
 from proving_ground.catalog import SMOLLM2, Catalog
 from proving_ground.settings import Settings
 
@@ -34,7 +34,9 @@ def main(catalog: Catalog | None = None) -> None:
     try:
         settings = Settings.from_env()
         settings.data.mkdir(parents=True, exist_ok=True, mode=0o700)
-        tokens = {} if settings.tokens.exists() else write_demo(settings.tokens)
+        if not settings.tokens.exists():
+            write_demo(settings.tokens)
+        tokens = demo_tokens(settings.tokens)
         app = create_app(settings, catalog=catalog)
         listener = _listen(settings.port)
     except (ValueError, OSError) as error:

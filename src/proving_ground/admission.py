@@ -20,7 +20,7 @@ from execution_envelope import (
 from execution_envelope.integrations.fastapi import Caller as EnvelopeCaller
 from execution_envelope.reconciliation import Liveness, Prober
 from proving_ground.auth import OPERATOR, CurrentCaller
-from proving_ground.catalog import ENGINE
+from proving_ground.catalog import ENGINE, Catalog
 from proving_ground.deployment import Deployment, Instance
 from proving_ground.engine import Enforced, Usage
 from proving_ground.quantities import in_words
@@ -68,14 +68,20 @@ def envelope_caller(caller: CurrentCaller) -> EnvelopeCaller:
 class EnvelopeRecorder:
     """Tells the envelope of a deployment what the supervisor does, see `recorder.py`."""
 
-    def __init__(self, controller: AdmissionController) -> None:
+    def __init__(self, controller: AdmissionController, catalog: Catalog) -> None:
         self._controller = controller
+        self._catalog = catalog
 
     async def _of(self, deployment: Deployment, by: str = SUPERVISOR) -> Admission:
         return await self._controller.resume("deployment", str(deployment.id), by=by)
 
     async def effective(self, deployment: Deployment, values: Mapping[str, int], why: Sequence[Difference]) -> None:
         admission = await self._of(deployment, RESOLVER)
+        model = self._catalog.model(deployment.model_id)
+        if model is not None:
+            await admission.effective(
+                constraints={"model": model.repo_id}, cause="alias", because="what the catalogue calls this id"
+            )
         for said in why:
             if said.key in values:
                 amount = values[said.key]

@@ -74,8 +74,8 @@ class TokenFile:
         return found
 
 
-def write_demo(path: Path) -> dict[str, str]:
-    """Make a token file of three people with random tokens, mode 0600; returns subject -> token."""
+def write_demo(path: Path) -> None:
+    """Make a token file of three people with random tokens, mode 0600."""
     people: dict[str, dict[str, Any]] = {
         "dana": {"tenant": "acme", "roles": [OPERATOR], "workrooms": ["support-bot"]},
         "sam": {"tenant": "acme", "roles": ["viewer"], "workrooms": []},
@@ -86,7 +86,12 @@ def write_demo(path: Path) -> dict[str, str]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
         json.dump(entries, file, indent=2)
-    return tokens
+
+
+def demo_tokens(path: Path) -> dict[str, str]:
+    """Subject -> token, of those that `write_demo` made: they may be printed, tokens of one's own may not."""
+    entries: dict[str, dict[str, Any]] = json.loads(path.read_text())
+    return {who["subject"]: token for token, who in entries.items() if token.startswith(f"pg-{who['subject']}-")}
 
 
 def current_caller(request: Request) -> Caller:

@@ -57,7 +57,6 @@ def test_the_first_alternative_is_read() -> None:
         ({"engine_name": "llama.cpp"}, ("engine", "alias")),
         ({"engine_name": "vllm"}, ("engine", "unsupported")),
         ({"location": "mars"}, ("location", "unsupported")),
-        ({"autoscaling": True}, ("autoscaling", "unsupported")),
         ({"gpu_allocation": 0.5}, ("gpu_allocation", "unsupported")),
         ({"min_copies": 2}, ("replicas", "policy")),
         ({"tensor_parallel_size": 4}, ("tensor_parallel_size", "unsupported")),

@@ -125,8 +125,9 @@ def _cores(value: Any) -> Any:
 
 
 def _minutes(value: Any) -> Any:
-    huge = isinstance(value, int) and value.bit_length() > 64
-    return value if value is None or huge else f"{value} min"
+    """Minutes with their unit; what is no number of a sane size stays as it is, to be refused by name."""
+    small = isinstance(value, str | float) or (isinstance(value, int) and value.bit_length() <= 64)
+    return f"{value} min" if small else value
 
 
 def _gpu(body: Mapping[str, Any], accelerator: Mapping[str, Any]) -> Any:

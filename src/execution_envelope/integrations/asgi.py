@@ -97,7 +97,8 @@ class RequestSeam:
     promised: int | None = None  # bytes that the content-length still promises
     finished: bool = False
     cut: bool = False
-    disconnected: bool = False
+    gone: bool = False
+    disconnected: bool = False  # gone before the last byte
     replaced: bool = False
     stopped: bool = False
     begun: bool = False
@@ -194,7 +195,7 @@ class EnvelopeMiddleware:
             if seam.stopped:
                 await self._conclude(seam, guarded)
                 return
-            if seam.cut:
+            if seam.cut or (seam.gone and not seam.disconnected):
                 await self._conclude(seam, guarded, **_outcome(seam))
             elif seam.disconnected:
                 await self._conclude(seam, guarded, cancelled="the client went away")
@@ -237,7 +238,8 @@ class EnvelopeMiddleware:
             try:
                 await send(message)
             except OSError:
-                seam.disconnected = True
+                seam.gone = True
+                seam.disconnected = seam.disconnected or not seam.finished
                 raise
             if last:
                 seam.finished = True

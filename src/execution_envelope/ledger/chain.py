@@ -55,6 +55,7 @@ decode: Final = msgspec.json.Decoder(Entry).decode
 
 
 def link_hash(before: bytes, body: bytes) -> bytes:
+    """The hash of an entry: over the one before it and its canonical bytes."""
     return hashlib.sha256(before + body).digest()
 
 
@@ -71,6 +72,7 @@ class Chain:
         self.head = GENESIS
 
     def opening(self, at: str, process: Process, version: str) -> Link:
+        """The first entry, which names the process that writes."""
         entry = Entry(self.id, 0, at, "ledger", Opened(process, version))
         return self._link(entry, GENESIS)
 
@@ -87,6 +89,7 @@ class Chain:
         return links
 
     def advance(self, links: list[Link]) -> None:
+        """Move on behind what was stored."""
         self.position += len(links)
         self.head = links[-1].hash
 

@@ -54,7 +54,7 @@ class _Seen:
 
     def beside(self) -> _Beside:
         """What the tables beside the log have to hold by now."""
-        keys = {(sealed.key, sealed.request, id) for id, sealed in self.sealed.items() if sealed.key is not None}
+        keys = {(s.key, s.request, id) for id, s in self.sealed.items() if s.key is not None}
         ended = {id for id, state in self.state.items() if state in TERMINAL}
         lines: dict[tuple[str, str], list[str]] = {}
         for kind, reference, id in self.bindings:
@@ -66,7 +66,7 @@ class _Beside(NamedTuple):
     """Envelopes, keys, ends, and the envelopes of each reference in the order they were bound to it."""
 
     envelopes: set[str]
-    keys: set[tuple[str | None, str, str]]
+    keys: set[tuple[str, str, str]]
     ended: set[str]
     lines: dict[tuple[str, str], list[str]]
 
@@ -81,7 +81,10 @@ def verify(ledger: Ledger, *, progress: Callable[[int], None] = lambda entries: 
     # Others may write meanwhile: what stands beside the log is at least what the log said before it was read, and at
     # most what the log says afterwards.
     least = seen.beside()
-    envelopes = list(ledger.envelopes())
+    envelopes: dict[str, str] = {}
+    for id, body, digest, parent in ledger.envelopes():
+        findings += [Finding(f"envelope {id}", problem) for problem in _envelope(id, body, digest, parent)]
+        envelopes[id] = sha256(body) if isinstance(body, bytes) else ""
     keys = {(row.digest, row.request, row.envelope) for row in ledger.key_rows()}
     lines: dict[tuple[str, str], list[str]] = {}
     for kind, reference, id in ledger.references():
@@ -89,12 +92,16 @@ def verify(ledger: Ledger, *, progress: Callable[[int], None] = lambda entries: 
     ended = set(ledger.closings())
     findings += _log(ledger, seen, progress)
     most = seen.beside()
-    for id, body, digest, parent in envelopes:
-        findings += [Finding(f"envelope {id}", problem) for problem in _envelope(id, body, digest, parent, seen)]
-    for id in least.envelopes - {id for id, *_ in envelopes}:
+    for id, digest in envelopes.items():
+        sealed = seen.sealed.get(id)
+        if sealed is None:
+            findings.append(Finding(f"envelope {id}", "expected a `sealed` event, there is none"))
+        elif sealed.digest != digest:
+            findings.append(Finding(f"envelope {id}", "its bytes are not those that were sealed"))
+    for id in sorted(least.envelopes - envelopes.keys()):
         findings.append(Finding(f"envelope {id}", "expected the sealed part, it is missing"))
-    for digest, _, id in sorted((least.keys - keys) | (keys - most.keys), key=repr):
-        findings.append(Finding(f"key {digest}", f"the key row of envelope {id} does not match what was sealed"))
+    for key, _, id in sorted((least.keys - keys) | (keys - most.keys), key=repr):
+        findings.append(Finding(f"key {key}", f"the key row of envelope {id} does not match what was sealed"))
     for kind, reference in sorted(least.lines.keys() | lines.keys(), key=repr):
         line, longest = lines.get((kind, reference), []), most.lines.get((kind, reference), [])
         shortest = least.lines.get((kind, reference), [])
@@ -169,18 +176,12 @@ def _history(entry: chains.Entry, seen: _Seen) -> Iterator[str]:
         seen.bindings[entry.data.kind, entry.data.reference, id] = None
 
 
-def _envelope(id: str, body: bytes, digest: str, parent: str | None, seen: _Seen) -> Iterator[str]:
+def _envelope(id: str, body: bytes, digest: str, parent: str | None) -> Iterator[str]:
     if not isinstance(body, bytes):
         yield "expected bytes"
         return
-    actual = sha256(body)
-    if actual != digest:
+    if sha256(body) != digest:
         yield "its digest does not match its bytes"
-    sealed = seen.sealed.get(id)
-    if sealed is None:
-        yield "expected a `sealed` event, there is none"
-    elif sealed.digest != actual:
-        yield "its bytes are not those that were sealed"
     try:
         envelope = decode_envelope(body)
     except (msgspec.MsgspecError, UnicodeError) as error:

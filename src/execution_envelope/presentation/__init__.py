@@ -1,0 +1,28 @@
+"""A record as people and programs see it: pictures for a terminal, and plain JSON data. No I/O, no clock.
+
+Everything in a record was written by somebody: `clean` takes out what a terminal would obey, and no text is ever read
+as markup. The JSON data keeps it all as it is.
+"""
+
+from execution_envelope.presentation.data import attempted_data, details, entry_data, summary, whole
+from execution_envelope.presentation.facts import ChainStatus
+from execution_envelope.presentation.lists import attempted_table, entry_line, finding_text, list_row, list_table
+from execution_envelope.presentation.sheet import sheet
+from execution_envelope.presentation.text import clean, counted
+
+__all__ = [
+    "ChainStatus",
+    "attempted_data",
+    "attempted_table",
+    "clean",
+    "counted",
+    "details",
+    "entry_data",
+    "entry_line",
+    "finding_text",
+    "list_row",
+    "list_table",
+    "sheet",
+    "summary",
+    "whole",
+]

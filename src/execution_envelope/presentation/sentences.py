@@ -1,0 +1,110 @@
+"""What happened, in one sentence for each type of event. Untrusted text in it is as it was recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+from execution_envelope.ledger.chain import Opened
+from execution_envelope.lifecycle import EventData
+from execution_envelope.presentation.text import amounts, because, pairs, when
+
+
+def sentence(data: EventData | Opened) -> str:
+    """What happened."""
+    if isinstance(data, Opened):
+        return f"a chain was opened by {data.process}, version {data.version}"
+    return SENTENCES[data.type](data)
+
+
+def _coded(word: str, data: Any) -> str:
+    return because(f"{word} ({data.code})", data.message)
+
+
+def _sealed(data: Any) -> str:
+    said = f"the five families were sealed, sha256 {data.digest[:12]}..."
+    if data.key is not None:
+        said += ", under an idempotency key"
+    if data.redacted:
+        said += f"; credentials were taken out at {', '.join(data.redacted)}"
+    return said
+
+
+def _verdict(data: Any) -> str:
+    hook, code = f"{data.hook} {data.version}", f" ({data.code})" if data.code else ""
+    if data.failure is not None:
+        failure = because(data.failure, data.message)
+        return f"{hook} failed ({failure}); its failure mode {data.failure_mode} was applied{code}"
+    said = because(f"{hook} says {data.decision}{code}", data.message)
+    return said + (f"; at most {amounts(data.limits)}" if data.limits else "")
+
+
+def _admitted(data: Any) -> str:
+    if data.observed is not None:
+        return f"admitted, not enforced: enforcing would have {data.observed} it"
+    return "admitted undecided: no decider covers this kind" if data.undecided else "admitted, it may go on"
+
+
+def _held(data: Any) -> str:
+    said = _coded("held until somebody approves", data)
+    return said + (f"; to be sent again under the key {data.key}" if data.key else "")
+
+
+def _effective(data: Any) -> str:
+    what = ", ".join(filter(None, (amounts(data.resources), pairs(data.constraints))))
+    return f"taken for {what or 'the same'}; {data.cause}: {data.text}"
+
+
+def _attempt(data: Any) -> str:
+    seen = "; ".join(
+        because(f"{candidate.name} {candidate.outcome}", candidate.reason) for candidate in data.candidates
+    )
+    return f"found no room: {data.reason}" + (f" ({seen})" if seen else "")
+
+
+def _bound(data: Any) -> str:
+    return f"bound to {data.kind}:{data.reference}, owned by {data.owner}, to be asked after from {when(data.check_by)}"
+
+
+def _granted(data: Any) -> str:
+    said = f"{data.part or 'the whole'} is granted {amounts(data.resources) or 'nothing countable'}"
+    if data.constraints:
+        said += f", {pairs(data.constraints)}"
+    if data.route:
+        said += f", on {pairs(data.route)}"
+    return f"{said} ({data.basis})"
+
+
+def _used(data: Any) -> str:
+    said = f"{data.part or 'it'} used {amounts(data.resources)} ({data.how})"
+    return said + (f", report {data.key}" if data.key else "")
+
+
+#: Event type -> its sentence. A test holds that every type of event has one.
+SENTENCES: Final[Mapping[str, Callable[[Any], str]]] = {
+    "sealed": _sealed,
+    "verdict": _verdict,
+    "admitted": _admitted,
+    "denied": lambda data: _coded("denied", data) + ("; trying later can help" if data.retryable else ""),
+    "held": _held,
+    "expired": lambda data: "expired: nobody approved in time",
+    "limit": lambda data: f"{data.hook} allows at most {amounts(data.resources)}",
+    "effective": _effective,
+    "attempt": _attempt,
+    "bound": _bound,
+    "granted": _granted,
+    "released": lambda data: because(f"{data.part or 'the whole'} was released", data.reason),
+    "ready": lambda data: f"{data.part or 'it'} serves",
+    "used": _used,
+    "violation": lambda data: f"beyond a bound: {data.text}",
+    "error": lambda data: f"an error that did not end it: {data.text}",
+    "rejected": lambda data: _coded("rejected", data),
+    "completed": lambda data: because(
+        "completed, what was granted is unknown" if data.granted else "completed", data.message
+    ),
+    "failed": lambda data: _coded("failed", data),
+    "cancelled": lambda data: because("cancelled", data.message),
+    "revoked": lambda data: because("revoked", data.message),
+    "abandoned": lambda data: f"abandoned: {data.evidence}",
+    "late": lambda data: f"after the end: {sentence(data.fact)}",
+}

@@ -1,0 +1,157 @@
+"""The published JSON Schemas are those of the code, and what is really sealed and recorded fits them.
+
+``python -m tests.test_schemas`` writes them anew.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, get_args
+
+import anyio
+import jsonschema
+import msgspec
+import pytest
+import rfc8785
+from hypothesis import given
+
+from execution_envelope import AdmissionController, Ask, Candidate, Decision, EnvelopeError, Grant, Rule
+from execution_envelope.envelope import Envelope, canonical, seal
+from execution_envelope.ledger import MemoryLedger, verify
+from execution_envelope.ledger.chain import Entry
+from execution_envelope.lifecycle import EventData, Expired, Late, Revoked, Used
+from execution_envelope.reconciliation import Liveness
+from execution_envelope.testing import START, ask
+from tests.strategies import asks
+
+FOLDER = Path(__file__).parent.parent / "docs" / "reference"
+SCHEMAS: dict[str, type] = {"envelope": Envelope, "event": Entry}
+
+
+def generated(name: str) -> str:
+    """The schema file's content, in a stable order; `docs/build.py` writes the same."""
+    schema = msgspec.json.encode(msgspec.json.schema(SCHEMAS[name]), order="sorted")
+    return msgspec.json.format(schema, indent=2).decode() + "\n"
+
+
+def validator(name: str) -> jsonschema.Draft202012Validator:
+    schema = json.loads((FOLDER / f"{name}.schema.json").read_text())
+    jsonschema.Draft202012Validator.check_schema(schema)
+    return jsonschema.Draft202012Validator(schema)
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_the_files_are_those_of_the_code(name: str) -> None:
+    written = (FOLDER / f"{name}.schema.json").read_text()
+    assert written == generated(name), (
+        "expected the schema of the code; write it anew by `python -m tests.test_schemas`"
+    )
+
+
+@given(asks())
+def test_whatever_is_sealed_fits(random: Ask) -> None:
+    body = seal(random, id="01890a5d-ac96-774b-bcce-b302099a8057", now=START).body
+    VALIDATORS["envelope"].validate(json.loads(body))
+
+
+VALIDATORS = {name: validator(name) for name in SCHEMAS if (FOLDER / f"{name}.schema.json").exists()}
+
+
+async def everything() -> MemoryLedger:
+    """A ledger that holds every type of event that the seam records."""
+    ledger = MemoryLedger()
+    answers = {"deny": Decision.deny("policy", "no"), "hold": Decision.hold("ask first")}
+    limits = Rule("limits", lambda e: answers.get(e.execution.operation, Decision.allow(limits={"gpu": 2})))
+    controller = AdmissionController(ledger, hooks=[limits])
+    for operation in answers:
+        with pytest.raises(EnvelopeError):
+            await controller.begin(ask(operation=operation))
+    admission = await controller.begin(
+        ask(schema="S", body={"password": "x"}, secrets=["password"], idempotency_key="k", facets={"a": ("p", None, 1)})
+    )
+    await admission.effective({"gpu": 1}, cause="policy", because="one", constraints={"engine": ["a", {"b": None}]})
+    await admission.attempt([Candidate("n1", "refused", "full"), Candidate("n2", "tried")], reason="no room")
+    await admission.bind("deployment", "d1")
+    await admission.leave(failed=("ValueError", "on the way out"))
+    with pytest.raises(EnvelopeError):
+        await admission.grant(
+            Grant(
+                {
+                    "gpu": 4,
+                    "memory": {"amount": "1GiB", "floor": 1, "ceiling": "2GiB", "per": "replica"},
+                    "rows": "unknown",
+                },
+                part="0",
+                basis="enforced",
+                because={"gpu": ("balancing", "so")},
+                honoured=["engine"],
+                constraints={"device": "cpu"},
+                route={"host": "n1"},
+                candidates=[Candidate("n1", "chosen")],
+            )
+        )
+    await admission.ready("0")
+    await admission.used({"steps": 1, "output_tokens": "unlimited"}, key="r", how="estimated")
+    await admission.release("0", reason="scaled down")
+    await admission.fail("Crash", "it crashed")
+    await admission.used({"steps": 1})
+    for end in ("reject", "complete", "cancel"):
+        other = await controller.begin(ask())
+        await (other.reject("NoRoom", "full") if end == "reject" else getattr(other, end)())
+    lost = await controller.begin(ask())
+    await lost.bind("job", "j", owner="node")
+
+    async def gone(record: Any) -> Liveness:
+        return Liveness.gone("not there")
+
+    await controller.reconcile({"node": gone}, everything=True)
+    assert verify(ledger).sound
+    return ledger
+
+
+def test_every_event_fits_and_is_canonical() -> None:
+    ledger = anyio.run(everything)
+    types = set()
+    for row in ledger.rows():
+        body = json.loads(row.body)
+        VALIDATORS["event"].validate(body)
+        assert rfc8785.dumps(body) == row.body
+        types.add(row.type)
+    for _, sealed, _, _ in ledger.envelopes():
+        VALIDATORS["envelope"].validate(json.loads(sealed))
+        assert rfc8785.dumps(json.loads(sealed)) == sealed
+    # Two ends that no call of the seam records yet.
+    for data in (Expired(), Revoked("taken back"), Late(Used({"steps": 1}))):
+        VALIDATORS["event"].validate(json.loads(canonical(Entry("c", 1, "t", "b", data, "e", 0))))
+        types.add(data.type)
+    assert types == {"opened"} | {str(kind.__struct_config__.tag) for kind in get_args(EventData)}
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("envelope", {"identity": {}}),
+        ("envelope", {"token": "x"}),
+        ("envelope", {"execution": {"kind": "model.delete", "operation": "x", "target": {"type": "a", "id": "b"}}}),
+        ("envelope", {"requested": {"resources": {"gpu": {"amount": "many"}}}}),
+        ("event", {"data": {"type": "promoted"}}),
+        ("event", {"position": "1"}),
+        ("event", {"extra": 1}),
+    ],
+    ids=str,
+)
+def test_the_schemas_refuse_what_is_not(name: str, change: dict[str, Any]) -> None:
+    if name == "envelope":
+        body = json.loads(seal(ask(), id="x", now=START).body)
+    else:
+        body = json.loads(canonical(Entry("c", 1, "t", "b", Revoked(), "e", 0)))
+    VALIDATORS[name].validate(body)
+    with pytest.raises(jsonschema.ValidationError):
+        VALIDATORS[name].validate(body | change)
+
+
+if __name__ == "__main__":
+    for name in SCHEMAS:
+        (FOLDER / f"{name}.schema.json").write_text(generated(name))
+        print(FOLDER / f"{name}.schema.json")
