@@ -43,5 +43,5 @@ $(VENV)/.test: $(VENV)/.run
 # The oldest FastAPI that is supported; the newest is in the other environment.
 $(OLDEST)/.test: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv $(OLDEST)
-	$(OLDEST)/bin/python $(PIP) -c constraints-oldest.txt -e ".[fastapi]" httpx hypothesis pytest trio uvicorn
+	$(OLDEST)/bin/python $(PIP) -c constraints-oldest.txt -e ".[fastapi]" httpx hypothesis pytest python-multipart trio uvicorn
 	@touch $@

@@ -55,8 +55,8 @@ def _lifecycle() -> str:
         for event in [event.cls]
     ]
     return (
-        "# Lifecycle\n\nAn event that changes the state is named after the state it leads to. Ends are bold; what comes "
-        "after an end is kept as `late`.\n\n"
+        "# Lifecycle\n\nAn event that changes the state is named after the state it leads to. Ends are bold; what "
+        "comes after an end is kept as `late`.\n\n"
         + _table(("state", "may become", "may also record"), rows)
         + "\n## Events\n\nTheir fields: [event.schema.json](event.schema.json).\n\n"
         + _table(("event", "what it says"), events)
@@ -71,8 +71,8 @@ def _resources() -> str:
         for name, r in resources.VOCABULARY.items()
     ]
     return (
-        "# Resources\n\nOne closed vocabulary for all kinds of execution. Inside, amounts are integers in the base unit; "
-        'at the face they may be written `"512MiB"`, `"500m"`, `0.5`, `"30s"`. Absent, `0`, `"unknown"` and '
+        "# Resources\n\nOne closed vocabulary for all kinds of execution. Inside, amounts are integers in the base "
+        'unit; at the face they may be written `"512MiB"`, `"500m"`, `0.5`, `"30s"`. Absent, `0`, `"unknown"` and '
         '`"unlimited"` are four different things. A bare amount is a total; `per_replica(...)` and `per_device(...)` '
         "are compared per part.\n\n"
         + _table(("name", "meaning", "base unit", "parts of a grant", "reports of usage"), rows)
@@ -88,7 +88,10 @@ def _limits() -> str:
         ("one constraint or facet", f"{envelope.MAX_VALUE_BYTES} bytes", "replaced by its size and SHA-256"),
         ("depth of a constraint", f"{envelope.MAX_DEPTH} levels", "what is deeper is replaced by its SHA-256"),
         ("amounts", f"0 to {resources.MAX_AMOUNT}", "refused, the field is named"),
-        *((f"entries in `{name}`", str(count), "refused, the field is named") for name, count in envelope.MAX_ENTRIES.items()),
+        *(
+            (f"entries in `{name}`", str(count), "refused, the field is named")
+            for name, count in envelope.MAX_ENTRIES.items()
+        ),
         ("names in one grant or effective value", str(grant.MAX_NAMES), "refused, the field is named"),
         ("attempted requests kept", str(MAX_ATTEMPTED), "the oldest go"),
         (
@@ -109,9 +112,9 @@ def _codes() -> str:
 def _credentials() -> str:
     rows = [(f"`{name}`", f"`{credentials.marker(name)}`") for name in credentials.FORMATS]
     return (
-        "# Credentials that are taken out\n\nA value in one of these documented formats is replaced by its marker before "
-        "anything is sealed or recorded. The request is not refused. A secret in no such format is taken out only when "
-        "the adapter names its field (`Ask.secrets`).\n\n" + _table(("format", "marker"), rows)
+        "# Credentials that are taken out\n\nA value in one of these documented formats is replaced by its marker "
+        "before anything is sealed or recorded. The request is not refused. A secret in no such format is taken out "
+        "only when the adapter names its field (`Ask.secrets`).\n\n" + _table(("format", "marker"), rows)
     )
 
 

@@ -70,7 +70,7 @@ class Boom(Exception):
 async def test_left_well_without_a_grant_it_is_completed_and_counted(controller: AdmissionController) -> None:
     async with controller.admit(ask()) as admission:
         assert admission.state == "admitted"
-    record = await controller.record(admission.id)
+    record = await controller.read(admission.id)
     assert types(record) == ["sealed", "admitted", "completed"]
     assert (record.state, last(record).granted, record.ungranted) == ("completed", "unknown", True)
     assert controller.counters["ungranted"] == 1
@@ -79,7 +79,7 @@ async def test_left_well_without_a_grant_it_is_completed_and_counted(controller:
 async def test_left_well_with_a_grant_it_is_completed(controller: AdmissionController) -> None:
     async with controller.admit(ask()) as admission:
         await admission.grant(GPU)
-    record = await controller.record(admission.id)
+    record = await controller.read(admission.id)
     assert (record.state, last(record).granted, record.ungranted) == ("completed", None, False)
     assert controller.counters["ungranted"] == 0
     assert record.granted == {"gpu": 1000} and record.held == {}
@@ -89,7 +89,7 @@ async def test_an_error_before_any_grant_is_rejected(controller: AdmissionContro
     with pytest.raises(Boom):
         async with controller.admit(ask()) as admission:
             raise Boom("no room")
-    record = await controller.record(admission.id)
+    record = await controller.read(admission.id)
     assert (record.state, last(record).code, last(record).message) == ("rejected", "Boom", "no room")
 
 
@@ -98,7 +98,7 @@ async def test_an_error_after_a_grant_is_failed(controller: AdmissionController)
         async with controller.admit(ask()) as admission:
             await admission.grant(GPU)
             raise Boom("crashed")
-    record = await controller.record(admission.id)
+    record = await controller.read(admission.id)
     assert (record.state, last(record).code, last(record).message) == ("failed", "Boom", "crashed")
 
 
@@ -116,7 +116,7 @@ async def test_cancellation_is_cancelled(controller: AdmissionController, grante
                 async with anyio.create_task_group() as group:
                     group.start_soon(anyio.sleep, 9)
             await anyio.sleep(9)
-    record = await controller.record(seen[0])
+    record = await controller.read(seen[0])
     assert record.state == "cancelled"
 
 
@@ -133,7 +133,7 @@ async def test_once_bound_leaving_never_ends_it(controller: AdmissionController,
                     await anyio.sleep(9)
         except Boom:
             pass
-    record = await controller.record("deployment:d1")
+    record = await controller.read("deployment:d1")
     assert record.state == "admitted" and record.is_open
     expected = {"badly": "Boom: on the way out", "cancelled": "cancelled while it was resolved"}.get(end)
     assert [event.data.text for event in record.events if event.data.type == "error"] == (
@@ -142,7 +142,7 @@ async def test_once_bound_leaving_never_ends_it(controller: AdmissionController,
     owner = await controller.resume("deployment", "d1", by="node")
     await owner.grant(GPU)
     await owner.complete()
-    assert (await controller.record(record.id)).state == "completed"
+    assert (await controller.read(record.id)).state == "completed"
 
 
 async def test_what_was_ended_inside_stays_as_it_ended(controller: AdmissionController) -> None:
@@ -150,7 +150,7 @@ async def test_what_was_ended_inside_stays_as_it_ended(controller: AdmissionCont
         async with controller.admit(ask()) as admission:
             await admission.reject("NoRoom", "full")
             raise Boom("told already")
-    assert types(await controller.record(admission.id)) == ["sealed", "admitted", "rejected"]
+    assert types(await controller.read(admission.id)) == ["sealed", "admitted", "rejected"]
 
 
 async def test_late_facts_are_kept_and_change_nothing_but_what_was_used(controller: AdmissionController) -> None:
@@ -161,7 +161,7 @@ async def test_late_facts_are_kept_and_change_nothing_but_what_was_used(controll
     await admission.used({"steps": 2}, key="a")
     await admission.used({"steps": 2}, key="a")
     await admission.used({"steps": 3}, key="b", how="estimated")
-    record = await controller.record(admission.id)
+    record = await controller.read(admission.id)
     assert record.state == "completed" and record.granted == {"gpu": 1000}
     assert (record.used["steps"].amount, record.used["steps"].how) == (5, "estimated")
 
@@ -184,7 +184,7 @@ async def test_a_later_replay_returns_the_first_and_may_only_read(controller: Ad
         await {"completed": first.complete, "cancelled": first.cancel, "rejected": lambda: first.reject("c", "m")}[
             how
         ]()
-    before = (await controller.record(first.id)).events
+    before = (await controller.read(first.id)).events
     async with controller.admit(ask(idempotency_key="k")) as again:
         assert (again.replayed, again.id, again.state) == (True, first.id, "admitted" if how == "bound" else how)
         assert again.references == {"deployment": "d1"}
@@ -201,7 +201,7 @@ async def test_a_later_replay_returns_the_first_and_may_only_read(controller: Ad
     with pytest.raises(Boom):
         async with controller.admit(ask(idempotency_key="k")):
             raise Boom
-    assert (await controller.record(first.id)).events == before
+    assert (await controller.read(first.id)).events == before
     assert controller.counters["replayed"] == 2
 
 
@@ -310,7 +310,7 @@ async def test_deny_beats_hold_beats_allow(row: str) -> None:
         record = admission.record
         assert controller.counters["undecided"] == admission.record.undecided
     except (Denied, Held) as refused:
-        record = await controller.record(refused.envelope_id or "")
+        record = await controller.read(refused.envelope_id or "")
         said = "held" if isinstance(refused, Held) else "denied retryable" if refused.retryable else "denied"
         assert refused.status == 403
         assert {reason.hook for reason in refused.reasons} == {
@@ -384,7 +384,7 @@ async def test_a_hook_that_fails_is_on_the_record_with_its_failure_mode(how: str
         record = (await controller.begin(ask())).record
     except (Denied, Held) as refused:
         assert refused.retryable
-        record = await controller.record(refused.envelope_id or "")
+        record = await controller.read(refused.envelope_id or "")
     assert record.state == {"deny": "denied", "allow": "admitted", "hold": "held"}[mode]
     [verdict] = record.verdicts
     assert (verdict.failure, verdict.failure_mode, verdict.decision) == (FAILURES[how], mode, mode)
@@ -474,11 +474,11 @@ async def test_a_held_request_is_sent_again(key: str | None) -> None:
         await controller.begin(ask(idempotency_key=key))
     again = held.value.idempotency_key
     assert again == (key or held.value.envelope_id) and held.value.retryable
-    before = (await controller.record(held.value.envelope_id or "")).events
+    before = (await controller.read(held.value.envelope_id or "")).events
     with pytest.raises(Held) as still:
         await controller.begin(ask(idempotency_key=again))
     assert still.value.idempotency_key == again
-    assert (await controller.record(still.value.envelope_id or "")).events == before
+    assert (await controller.read(still.value.envelope_id or "")).events == before
     with pytest.raises(KeyConflict):
         await controller.begin(ask(idempotency_key=again, requested={"gpu": 8}))
     approved.append(True)
@@ -498,7 +498,7 @@ async def test_another_subject_cannot_take_up_what_is_held() -> None:
         ask(subject=Subject("user", "erin", tenant="acme"), idempotency_key=held.value.idempotency_key)
     )
     assert other.id != held.value.envelope_id
-    assert (await controller.record(held.value.envelope_id or "")).state == "held"
+    assert (await controller.read(held.value.envelope_id or "")).state == "held"
 
 
 async def test_a_held_request_may_be_denied_or_cancelled_later() -> None:
@@ -516,7 +516,7 @@ async def test_a_held_request_may_be_denied_or_cancelled_later() -> None:
         answer[0] = Decision.hold("wait")
         await controller.begin(ask())
     await (await controller.resume(other.value.envelope_id or "", by="desk")).cancel("withdrawn")
-    assert (await controller.record(other.value.envelope_id or "")).state == "cancelled"
+    assert (await controller.read(other.value.envelope_id or "")).state == "cancelled"
     assert (await controller.reconcile({})).found == []
 
 
@@ -559,7 +559,7 @@ async def test_a_grant_beyond_a_limit_is_recorded_first_and_then_raised() -> Non
     with pytest.raises(Violation, match="gpu 3 is beyond the 2 that hook narrow allows") as violation:
         await admission.grant(Grant({"gpu": 1}, part="1"))
     assert (violation.value.resource, violation.value.envelope_id) == ("gpu", admission.id)
-    record = await controller.record(admission.id)
+    record = await controller.read(admission.id)
     assert record.granted == {"gpu": 3000} and types(record)[-2:] == ["granted", "violation"]
     [recorded] = record.violations
     assert (recorded.bound, recorded.granted, recorded.source) == (2000, 3000, "hook narrow")
@@ -574,7 +574,7 @@ async def test_only_a_parent_bounds_and_only_what_it_was_granted(controller: Adm
     await children[1].grant(Grant({"gpu": 1}))
     with pytest.raises(Violation, match=f"gpu 3 is beyond the 2 that parent {parent.id} was granted"):
         await children[2].grant(Grant({"gpu": 1}))
-    assert (await controller.record(children[2].id)).granted == {"gpu": 1000}
+    assert (await controller.read(children[2].id)).granted == {"gpu": 1000}
     # What ended holds nothing any more, and other links do not bound.
     await children[2].complete()
     await children[0].complete()
@@ -612,16 +612,16 @@ async def test_a_later_change_completes_the_older_and_takes_over_its_reference(c
     newer = await controller.begin(ask(supersedes="deployment:d1", requested={"gpu": 2}))
     assert newer.envelope.correlation.supersedes == older.id
     await newer.bind("deployment", "d1")
-    assert (await controller.record("deployment:d1")).id == newer.id
-    assert (await controller.record(older.id)).is_open
+    assert (await controller.read("deployment:d1")).id == newer.id
+    assert (await controller.read(older.id)).is_open
     await newer.grant(Grant({"gpu": 2}))
-    record = await controller.record(older.id)
+    record = await controller.read(older.id)
     assert (record.state, last(record).message, last(record).granted) == (
         "completed",
         f"superseded by {newer.id}",
         None,
     )
-    assert (await controller.record(newer.id)).state == "granted"
+    assert (await controller.read(newer.id)).state == "granted"
     assert verify(controller.ledger).sound
 
 
@@ -630,8 +630,8 @@ async def test_a_later_change_that_is_never_granted_ends_nothing(controller: Adm
     await older.bind("deployment", "d1")
     newer = await controller.begin(ask(supersedes=older.id))
     await newer.reject("NoRoom", "full")
-    assert (await controller.record("deployment:d1")).id == older.id
-    assert (await controller.record(older.id)).is_open
+    assert (await controller.read("deployment:d1")).id == older.id
+    assert (await controller.read(older.id)).is_open
 
 
 async def test_a_reference_in_use_is_taken(controller: AdmissionController) -> None:
@@ -639,7 +639,7 @@ async def test_a_reference_in_use_is_taken(controller: AdmissionController) -> N
     await first.bind("deployment", "d1")
     with pytest.raises(ReferenceTaken, match=f"it leads to {first.id}"):
         await second.bind("deployment", "d1")
-    assert (await controller.record(second.id)).references == {}
+    assert (await controller.read(second.id)).references == {}
     await second.bind("job", "d1")
 
 
@@ -655,7 +655,7 @@ async def test_a_reference_that_cannot_be_found_again_is_refused(
 @pytest.mark.parametrize("reference", [("x",), ("deployment:x",), ("deployment", "x")])
 async def test_what_is_not_there_is_not_found(controller: AdmissionController, reference: tuple[str, ...]) -> None:
     with pytest.raises(NotFound):
-        await controller.record(*reference)
+        await controller.read(*reference)
     with pytest.raises(NotFound):
         await controller.resume(*reference, by="node")
 
@@ -664,7 +664,7 @@ async def test_whoever_continues_is_recorded_as_itself(controller: AdmissionCont
     admission = await controller.begin(ask())
     await (await controller.resume(admission.id, by="scheduler")).grant(Grant({"gpu": 1}, by="placer"))
     await (await controller.resume(admission.id, by="node")).complete()
-    assert [event.by for event in (await controller.record(admission.id)).events] == [
+    assert [event.by for event in (await controller.read(admission.id)).events] == [
         "backend",
         "backend",
         "placer",
@@ -694,7 +694,7 @@ async def test_a_fact_that_cannot_be_recorded_is_refused_by_name(
     with pytest.raises(InvalidField) as refused:
         await call(admission)
     assert refused.value.field == field
-    assert types(await controller.record(admission.id)) == ["sealed", "admitted"]
+    assert types(await controller.read(admission.id)) == ["sealed", "admitted"]
 
 
 # Reconciliation
@@ -722,7 +722,7 @@ async def test_an_unbound_admission_lives_as_long_as_its_process(process: Proces
     admission = await controller.begin(ask())
     result = await controller.reconcile({}, everything=True)
     assert [(id, liveness.status) for id, liveness in result.found] == [(admission.id, status)]
-    record = await controller.record(admission.id)
+    record = await controller.read(admission.id)
     assert record.is_open is (status != "gone")
     if status == "gone":
         assert record.state == "abandoned" and f"pid {GONE.pid} on {GONE.host}, is gone" in last(record).evidence
@@ -764,7 +764,7 @@ async def test_the_owner_of_a_bound_one_is_asked(case: str, monkeypatch: pytest.
     [(id, liveness)] = result.found
     assert id == admission.id
     assert liveness.status == (case if case in ("alive", "gone") else "unknown") and liveness.evidence
-    record = await controller.record(admission.id)
+    record = await controller.read(admission.id)
     assert record.state == ("abandoned" if case == "gone" else "granted")
     assert record.held == ({} if case == "gone" else {"gpu": 1000})
     if case == "gone":
@@ -795,7 +795,7 @@ async def test_a_bound_one_whose_recorder_is_gone_is_asked_after_at_once() -> No
     await admission.bind("deployment", "d1", owner="node")
     result = await controller.reconcile({"node": prober(Liveness.alive("still there"))})
     assert result.ids("alive") == [admission.id]
-    assert (await controller.record(admission.id)).is_open
+    assert (await controller.read(admission.id)).is_open
 
 
 async def test_what_changed_meanwhile_is_not_abandoned() -> None:
@@ -809,7 +809,7 @@ async def test_what_changed_meanwhile_is_not_abandoned() -> None:
 
     result = await controller.reconcile({"node": probe}, everything=True)
     assert result.ids("unknown") == [admission.id]
-    assert (await controller.record(admission.id)).is_open
+    assert (await controller.read(admission.id)).is_open
 
 
 async def test_two_reconcilers_at_once_never_disagree(tmp_path: Path) -> None:
@@ -831,7 +831,7 @@ async def test_two_reconcilers_at_once_never_disagree(tmp_path: Path) -> None:
             group.start_soon(reconcile, by)
     assert sorted(gone) == sorted(ledger.newest(99))
     for id in gone:
-        record = await first.record(id)
+        record = await first.read(id)
         assert types(record).count("abandoned") == 1 and "late" not in types(record)
         assert last(record).evidence == record.events[-1].by
     ledger.close()
@@ -1008,7 +1008,7 @@ def test_blocking_does_the_same(where: str, tmp_path: Path) -> None:
     resumed = blocking.resume("deployment", "d1", by="node")
     resumed.release("0")
     resumed.complete()
-    assert blocking.record(admission.id).state == "completed"
+    assert blocking.read(admission.id).state == "completed"
     with blocking.admit(ask(idempotency_key="k")) as again, pytest.raises(ReadOnly):
         assert again.replayed
         again.cancel()
@@ -1016,10 +1016,10 @@ def test_blocking_does_the_same(where: str, tmp_path: Path) -> None:
         pytest.fail("it was started")
     with pytest.raises(Boom), blocking.admit(ask()) as failing:
         raise Boom("x")
-    assert blocking.record(failing.id).state == "rejected"
+    assert blocking.read(failing.id).state == "rejected"
     with blocking.admit(ask()) as ungranted:
         pass
-    assert blocking.record(ungranted.id).ungranted
+    assert blocking.read(ungranted.id).ungranted
     with pytest.raises(NotFound):
         blocking.resume("nothing", by="x")
     controller.ledger.close()
@@ -1049,4 +1049,4 @@ async def test_tasks_share_a_handle(controller: AdmissionController) -> None:
     async with anyio.create_task_group() as group:
         for number in range(20):
             group.start_soon(admission.ready, str(number))
-    assert len((await controller.record(admission.id)).events) == 22
+    assert len((await controller.read(admission.id)).events) == 22

@@ -199,7 +199,7 @@ async def test_no_byte_of_it_is_in_the_ledger(name: str, tmp_path: Path) -> None
         assert needle.decode() not in str(refused.value)
 
     # What is read back is readable, and the part's grant, release and use met under one name.
-    record = await controller.record(admission.id)
+    record = await controller.read(admission.id)
     assert list(record.grants) == [scrub(f"part {secret}")] and record.held == {}
     sealed = next(event.data for event in record.events if isinstance(event.data, Sealed))
     assert set(LISTED.split()) <= set(sealed.redacted)
@@ -224,7 +224,7 @@ async def test_a_reference_with_a_credential_is_still_found(tmp_path: Path) -> N
     controller = AdmissionController.open("memory://")
     admission = await controller.begin(ask())
     await admission.bind("job", reference)
-    assert (await controller.record("job", reference)).id == admission.id
+    assert (await controller.read("job", reference)).id == admission.id
 
 
 @formats

@@ -371,7 +371,7 @@ async def test_public_defects(corpus: Any, where: str, tmp_path: Path) -> None:
             await admission.ready()
         if case.get("used"):
             await admission.used(case["used"])
-        record = await controller.record("deployment", target.id)
+        record = await controller.read("deployment", target.id)
         expected = case["expected"]
         assert record.state == expected["state"]
         assert record.ready is case.get("ready", False)

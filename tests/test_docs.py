@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -48,7 +49,7 @@ def test_quick_start_runs_as_shown_and_shows_as_said(tmp_path):
         capture_output=True,
         text=True,
         check=True,
-        env={"COLUMNS": "200", "PATH": ""},
+        env={**os.environ, "COLUMNS": "200"},
     ).stdout
     for sentence in (
         "asked 2, given 1; capacity (resolver/1.2): one node is free",
@@ -72,7 +73,7 @@ async def test_fastapi_example_runs_as_shown():
         for _ in range(2):
             answer = await client.post("/serving/deploy_model", json={"model": "m", "gpus": 8}, headers=headers)
             assert (answer.status_code, answer.json()) == (202, "d-1")
-    record = await names["controller"].record("deployment", "d-1")
+    record = await names["controller"].read("deployment", "d-1")
     assert record.state == "admitted"
     assert set(record.envelope.requested.resources) == {"gpu"}
 

@@ -406,7 +406,7 @@ async def test_a_file_that_the_server_sends_itself_is_whole() -> None:
     sent = await _drive(app, controller)
     assert [message["type"] for message in sent] == ["http.response.start", "http.response.pathsend"]
     (id,) = controller.ledger.newest(10)
-    assert (await controller.record(id)).state == "completed"
+    assert (await controller.read(id)).state == "completed"
 
 
 async def test_an_application_that_answers_nothing_is_cut() -> None:
@@ -416,7 +416,7 @@ async def test_an_application_that_answers_nothing_is_cut() -> None:
     controller = AdmissionController(MemoryLedger())
     assert await _drive(app, controller) == []
     (id,) = controller.ledger.newest(10)
-    record = await controller.record(id)
+    record = await controller.read(id)
     assert (record.state, last(record).code) == ("rejected", "cut")
 
 

@@ -233,7 +233,7 @@ async def _granted(sent: Any, grant: Grant) -> Record:
     controller = AdmissionController(MemoryLedger())
     async with controller.admit(ask(sent)) as admission:
         await admission.grant(grant)
-        return await controller.record(admission.id)
+        return await controller.read(admission.id)
 
 
 @pytest.fixture

@@ -354,7 +354,7 @@ def test_four_processes_write_at_once(tmp_path: Path) -> None:
     found = verify(controller.ledger)
     assert found.findings == ()
     assert (found.chains, found.envelopes) == (writers + 1, writers * times + 1)
-    record = anyio.run(controller.record, shared)
+    record = anyio.run(controller.read, shared)
     expected = {f"{writer}-{number}" for writer in range(writers) for number in range(times)}
     assert {e.data.key for e in record.events if e.data.type == "used"} == expected
     assert set(record.grants) == expected
@@ -389,7 +389,7 @@ def test_nothing_acknowledged_is_lost_when_a_writer_is_killed(tmp_path: Path) ->
 
     async def check() -> None:
         for id, state in acknowledged.items():
-            record = await controller.record(id)
+            record = await controller.read(id)
             assert reached[record.state] >= reached[state], id
         result = await controller.reconcile({})
         # What the killed left open belongs to processes that are gone.

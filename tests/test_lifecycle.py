@@ -140,7 +140,7 @@ class Handles(RuleBasedStateMachine):
         return self.loop.run_until_complete(step)
 
     def newest(self, id: str) -> Record:
-        record: Record = self.run(self.controller.record(id))
+        record: Record = self.run(self.controller.read(id))
         return record
 
     def pick(self, number: int) -> Admission:
@@ -206,11 +206,11 @@ class Handles(RuleBasedStateMachine):
         try:
             self.run(admission.bind("deployment", reference))
         except ReferenceTaken:
-            assert self.run(self.controller.record("deployment", reference)).id != admission.id
+            assert self.run(self.controller.read("deployment", reference)).id != admission.id
             assert self.newest(admission.id).events == before.events
             return
         if before.is_open:
-            assert self.run(self.controller.record("deployment", reference)).id == admission.id
+            assert self.run(self.controller.read("deployment", reference)).id == admission.id
 
     @rule(number=st.integers(0, 30), how=st.sampled_from(["well", "badly", "cancelled"]))
     def leave(self, number: int, how: str) -> None:

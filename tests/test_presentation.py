@@ -68,10 +68,10 @@ def record(what: Ask, then: Callable[[Admission], Awaitable[None]] | None = None
             admission = await controller.begin(what)
         except Denied as refusal:
             assert refusal.envelope_id is not None
-            return await controller.record(refusal.envelope_id)
+            return await controller.read(refusal.envelope_id)
         if then is not None:
             await then(admission)
-        return await controller.record(admission.id)
+        return await controller.read(admission.id)
 
     return anyio.run(run)
 

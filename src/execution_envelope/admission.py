@@ -231,7 +231,7 @@ class Admission:
                     facts = _kept(self._record, await build(self._record))
                 except IllegalTransition:
                     # Judged by what this handle saw last: another writer may have made the step legal since.
-                    newest = await journal.record(self.id)
+                    newest = await journal.read(self.id)
                     if newest.next_sequence == self._record.next_sequence:
                         raise
                     self._record = newest
@@ -244,7 +244,7 @@ class Admission:
                 try:
                     await journal.write(writes, by=by or self._by)
                 except SequenceConflict:
-                    self._record = await journal.record(self.id)
+                    self._record = await journal.read(self.id)
                     continue
                 return facts
         raise LedgerUnavailable(
@@ -256,7 +256,7 @@ class Admission:
         older = self.envelope.correlation.supersedes
         if older is None:
             return []
-        record = await self._journal.record(older)
+        record = await self._journal.read(older)
         if not record.is_open:
             return []
         return [(record, [lifecycle.Completed(None if record.grants else "unknown", f"superseded by {self.id}")])]
@@ -278,9 +278,9 @@ class Admission:
     async def _beyond_parent(self, parent: str, held: Mapping[str, Amount]) -> list[lifecycle.Violation]:
         """Only for resources that the parent was granted; what its other children hold is taken off first."""
         journal = self._journal
-        bounds = (await journal.record(parent)).granted
+        bounds = (await journal.read(parent)).granted
         siblings = [
-            (await journal.record(child)).held
+            (await journal.read(child)).held
             for child in await journal.call(journal.ledger.children, parent)
             if child != self.id
         ]

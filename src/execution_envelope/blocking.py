@@ -19,7 +19,7 @@ class Seam(Protocol):
 
     def admit(self, ask: Ask) -> AbstractAsyncContextManager[Admission]: ...
     async def resume(self, *reference: str, by: str) -> Admission: ...
-    async def record(self, *reference: str) -> Record: ...
+    async def read(self, *reference: str) -> Record: ...
 
 
 class BlockingController:
@@ -41,10 +41,10 @@ class BlockingController:
             admission = portal.call(partial(self._controller.resume, *reference, by=by))
         return BlockingAdmission(admission, self._portals)
 
-    def record(self, *reference: str) -> Record:
-        """The record with this id or reference, as `AdmissionController.record`."""
+    def read(self, *reference: str) -> Record:
+        """The record with this id or reference, as `AdmissionController.read`."""
         with self._portals as portal:
-            return portal.call(self._controller.record, *reference)
+            return portal.call(self._controller.read, *reference)
 
 
 class BlockingAdmission:

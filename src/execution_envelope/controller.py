@@ -146,11 +146,11 @@ class AdmissionController:
         The reference is no proof of a right: whoever calls must be allowed to, and `by` is recorded. Raises
         `NotFound`.
         """
-        return self._handle(await self.record(*reference), by=by)
+        return self._handle(await self.read(*reference), by=by)
 
-    async def record(self, *reference: str) -> Record:
+    async def read(self, *reference: str) -> Record:
         """The record with this id, ``"kind:reference"`` or ``"kind", "reference"``. Raises `NotFound`."""
-        return await self._journal.record(*reference)
+        return await self._journal.read(*reference)
 
     async def reconcile(
         self, probers: Mapping[str, Prober], *, everything: bool = False, by: str = "reconcile"
@@ -163,7 +163,7 @@ class AdmissionController:
         """
         result = Reconciliation()
         for id in await self._journal.call(self.ledger.unfinished):
-            record = await self.record(id)
+            record = await self.read(id)
             # It may have ended since it was listed.
             if record.state == "held" or not record.is_open:
                 continue
@@ -224,7 +224,7 @@ class AdmissionController:
             if reference is None:
                 continue
             try:
-                linked = await self.record(reference)
+                linked = await self.read(reference)
             except NotFound as error:
                 raise InvalidField(f"correlation.{link}", str(error)) from error
             # Another tenant's envelope is said not to exist: a link must not tell what others run.
@@ -243,7 +243,7 @@ class AdmissionController:
                 "expected the request that this idempotency key came with first, got another one",
                 envelope_id=first.envelope,
             )
-        record = await self.record(first.envelope)
+        record = await self.read(first.envelope)
         if record.state == "held":
             return await self._decide_again(record)
         if record.state == "denied":
@@ -261,7 +261,7 @@ class AdmissionController:
         """Nobody waits for the admission any more: if it was recorded all the same, nobody else would end it."""
         with anyio.CancelScope(shield=True):
             try:
-                await self._handle(await self.record(id), by=self.component).leave(
+                await self._handle(await self.read(id), by=self.component).leave(
                     cancelled="cancelled while it was admitted"
                 )
             except (NotFound, LedgerUnavailable):

@@ -33,7 +33,7 @@ class Journal:
     def now(self) -> datetime:
         return self._clock().astimezone(UTC)
 
-    async def record(self, *reference: str) -> Record:
+    async def read(self, *reference: str) -> Record:
         """The record with this id, ``"kind:reference"`` or ``"kind", "reference"``. Raises `NotFound`."""
         name = ":".join(reference)
         stored = await self.call(self.ledger.read, await self._resolve(name))

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from proving_ground.auth import Caller, TokenFile, write_demo
+from proving_ground.auth import Caller, TokenFile, demo_tokens, write_demo
 
 
 def test_demo_tokens_identify_their_holders(tmp_path: Path) -> None:
-    tokens = write_demo(tmp_path / "tokens.json")
+    write_demo(tmp_path / "tokens.json")
+    tokens = demo_tokens(tmp_path / "tokens.json")
     known = TokenFile.load(tmp_path / "tokens.json")
     assert known.identify(tokens["dana"]) == Caller("dana", "acme", ("operator",), ("support-bot",))
     assert known.identify(tokens["sam"]) == Caller("sam", "acme", ("viewer",), ())
@@ -31,7 +32,9 @@ def test_the_file_is_its_owners_and_written_once(tmp_path: Path) -> None:
 
 
 def test_demo_tokens_are_random(tmp_path: Path) -> None:
-    assert set(write_demo(tmp_path / "a").values()).isdisjoint(write_demo(tmp_path / "b").values())
+    write_demo(tmp_path / "a")
+    write_demo(tmp_path / "b")
+    assert set(demo_tokens(tmp_path / "a").values()).isdisjoint(demo_tokens(tmp_path / "b").values())
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"hidden-token": {"subject": "x"}}', '{"hidden-token": 3}'])
@@ -43,7 +46,8 @@ def test_a_wrong_file_is_refused_without_showing_a_token(tmp_path: Path, content
 
 
 def test_tokens_are_not_kept(tmp_path: Path) -> None:
-    tokens = write_demo(tmp_path / "tokens.json")
+    write_demo(tmp_path / "tokens.json")
+    tokens = demo_tokens(tmp_path / "tokens.json")
     known = TokenFile.load(tmp_path / "tokens.json")
     assert not any(token in repr(vars(known)) for token in tokens.values())
     assert set(json.loads((tmp_path / "tokens.json").read_text())) == set(tokens.values())

@@ -49,7 +49,7 @@ def describe_deployment(body: Any, context: Context) -> Ask:
     return Ask(
         kind="model.deploy",
         operation="serving.deploy_model",
-        target=Target("model", model, body.get("m_config_id")),
+        target=Target("model", model, body.get("m_config_id")),  # a model is deployed as one configuration of it
         scope={"workroom": context.headers.get("x-workroom-id")},
         requested={
             "replicas": _replicas(body),

@@ -62,6 +62,7 @@ class Guard:
         self.path = path
 
     def covers(self, method: str, path: str) -> bool:
+        """Whether a request for this path has to seal an envelope."""
         # A plain Starlette route for GET runs the same endpoint for HEAD.
         same = method == self.method or (method == "HEAD" and self.method == "GET")
         return same and self._pattern.match(path) is not None
