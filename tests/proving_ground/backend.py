@@ -25,6 +25,7 @@ class Backend:
         self.data = data
         self.url = url
         self.process = process
+        self._sessions: list[Any] = []
 
     @classmethod
     def start(cls, data: Path, *, script: Path | None = None, **env: str) -> "Backend":
@@ -56,7 +57,9 @@ class Backend:
         """The real SDK client."""
         from kamiwaza_sdk import KamiwazaClient
 
-        return KamiwazaClient(f"{self.url}/api", api_key=self.token(subject))
+        client = KamiwazaClient(f"{self.url}/api", api_key=self.token(subject))
+        self._sessions.append(client.session)
+        return client
 
     def engines(self) -> list[tuple[int, int]]:
         """(pid, start time) of every engine this data directory ever had that still runs."""
@@ -71,6 +74,8 @@ class Backend:
 
     def stop(self) -> None:
         """As Ctrl-C would; then no engine of it runs, kept ones neither."""
+        for session in self._sessions:
+            session.close()
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGINT)
             try:

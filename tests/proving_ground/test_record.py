@@ -133,9 +133,10 @@ def test_all_granted_as_asked_and_stopped_by_the_user(shared: Backend) -> None:
     assert shown.rows["memory"]["in_words"] == "256 MiB per replica as asked"
     assert [part["basis"] for part in shown.data["parts"]] == ["enforced"]
 
-    client.openai.get_client(deployment_id=deployment).chat.completions.create(
-        model="any", messages=[{"role": "user", "content": "Name a color."}], max_tokens=8
-    )
+    with client.openai.get_client(deployment_id=deployment) as openai:
+        openai.chat.completions.create(
+            model="any", messages=[{"role": "user", "content": "Name a color."}], max_tokens=8
+        )
     client.serving.stop_deployment(deployment)
     shown = state(shared, str(deployment), "completed")
     assert shown.data["timeline"][-1]["by"] == "user:dana"
@@ -295,8 +296,8 @@ def test_kept_engines_are_found_again_and_nothing_is_abandoned(start: Start) -> 
     after = start(backend.data, KEEP_ENGINES="1")
     assert after.engines() == engines
     assert show(after, deployment).data["state"] == "granted"
-    client = after.client().openai.get_client(deployment_id=deployment)
-    client.chat.completions.create(model="any", messages=[{"role": "user", "content": "Hi"}], max_tokens=4)
+    with after.client().openai.get_client(deployment_id=deployment) as openai:
+        openai.chat.completions.create(model="any", messages=[{"role": "user", "content": "Hi"}], max_tokens=4)
     stop(after, deployment)
     shown = state(after, deployment, "completed")
     assert "abandoned" not in shown.events
