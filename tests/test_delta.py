@@ -7,15 +7,17 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
 from execution_envelope import AdmissionController, Grant, Target
+from execution_envelope.cli import cli
 from execution_envelope.delta import Difference, Outcome, delta, in_words
 from execution_envelope.envelope import seal
 from execution_envelope.ledger import MemoryLedger, SqliteLedger, verify
 from execution_envelope.lifecycle import CAUSES, Effective, Event, Why
-from execution_envelope.resources import VOCABULARY, parse_quantity
+from execution_envelope.resources import VOCABULARY, human, parse_quantity
 from execution_envelope.testing import START, ask
 from tests.strategies import base_values, resources
 
@@ -350,6 +352,21 @@ def test_every_requested_key_is_told_once(data: st.DataObject, name: str) -> Non
         assert name in VOCABULARY and in_words(found[0])
 
 
+def assert_shown(ledger: Path, reference: str, expected: dict[str, Any]) -> None:
+    """`envelope show` makes the defect plain in one look: the sentence, its outcome, and how many are unstated."""
+    runner = CliRunner(env={"COLUMNS": "200"})
+    shown = runner.invoke(cli, ["--ledger", f"sqlite:///{ledger}", "show", f"deployment:{reference}"])
+    assert shown.exit_code == 0, shown.output
+    text = " ".join(shown.output.split())
+    for outcome, sentence in expected["delta"].values():
+        assert f"{outcome}: {sentence}" in text
+    if expected["unstated"]:
+        assert f"{len(expected['unstated'])} unstated" in text
+    for name, amount in expected["used"].items():
+        if amount < expected["granted"].get(name, 0):
+            assert f"used {human(name, amount)} of {human(name, expected['granted'][name])}" in text
+
+
 @pytest.mark.parametrize(
     "corpus", [json.loads(path.read_text()) for path in DEFECTS], ids=[path.stem for path in DEFECTS]
 )
@@ -382,6 +399,8 @@ async def test_public_defects(corpus: Any, where: str, tmp_path: Path) -> None:
         if "parts" in expected:
             parts = {part: {n: q.amount for n, q in g.resources.items()} for part, g in record.grants.items()}
             assert parts == expected["parts"]
+        if where == "sqlite":
+            assert_shown(tmp_path / "ledger.db", target.id, expected)
     assert verify(ledger).findings == ()
     ledger.close()
 
