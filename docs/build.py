@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import msgspec
 
-from execution_envelope import credentials, envelope, grant, lifecycle, resources
-from execution_envelope.controller import ATTEMPTED_BURST, ATTEMPTED_PER_SECOND
+from execution_envelope import credentials, envelope, grant, journal, lifecycle, resources
+from execution_envelope.admission import MAX_CONFLICTS
+from execution_envelope.controller import ATTEMPTED_BURST, ATTEMPTED_PER_SECOND, AdmissionController
 from execution_envelope.hooks import CODES
 from execution_envelope.ledger.chain import Entry
 from execution_envelope.ledger.contract import MAX_ATTEMPTED
+from execution_envelope.ledger.sqlite import BUSY_TIMEOUT
 from execution_envelope.reconciliation import PROBE_TIMEOUT
 
 HERE = Path(__file__).parent / "reference"
@@ -24,6 +27,7 @@ def pages() -> dict[Path, str]:
         HERE / "resources.md": _resources(),
         HERE / "limits.md": _limits(),
         HERE / "reason-codes.md": _codes(),
+        HERE / "counters.md": _counters(),
         HERE / "credentials.md": _credentials(),
         HERE / "envelope.schema.json": _schema(envelope.Envelope),
         HERE / "event.schema.json": _schema(Entry),
@@ -82,6 +86,7 @@ def _resources() -> str:
 
 
 def _limits() -> str:
+    deadline = inspect.signature(AdmissionController).parameters["deadline"].default
     rows = [
         ("text in the sealed part", f"{credentials.MAX_TEXT} characters", "cut, with its length and SHA-256"),
         ("messages and reasons of events", f"{credentials.MAX_MESSAGE} characters", "cut, with its length and SHA-256"),
@@ -92,7 +97,21 @@ def _limits() -> str:
             (f"entries in `{name}`", str(count), "refused, the field is named")
             for name, count in envelope.MAX_ENTRIES.items()
         ),
+        ("names of constraints, hints and facets", "128 characters", "refused, the field is named"),
+        ("idempotency key", "255 characters", "refused, the field is named"),
+        ("paths named as taken out of one request", str(envelope.MAX_REDACTED), "the last one says how many more"),
         ("names in one grant or effective value", str(grant.MAX_NAMES), "refused, the field is named"),
+        (
+            "names of parts, owners, components and routes",
+            f"{grant.MAX_NAME} characters",
+            "refused, the field is named",
+        ),
+        ("a reference", "200 characters, with its kind", "refused, the field is named"),
+        ("all deciders of one request", f"{deadline:g} s unless set", "each one's failure mode, on the record"),
+        ("one call of a ledger that others write", f"{BUSY_TIMEOUT:g} s", "`LedgerUnavailable`: 503, nothing started"),
+        ("one fact that other writers come before", f"{MAX_CONFLICTS} tries", "`LedgerUnavailable`, nothing recorded"),
+        ("calls of a ledger at once in a process", str(journal.MAX_CALLS), "the next ones wait their turn"),
+        ("waiting for such a turn", f"{journal.MAX_WAIT:g} s", "`LedgerUnavailable`: 503, nothing started"),
         ("attempted requests kept", str(MAX_ATTEMPTED), "the oldest go"),
         (
             "attempted requests recorded",
@@ -107,6 +126,14 @@ def _limits() -> str:
 def _codes() -> str:
     rows = [(f"`{code}`", "yes" if later else "no", meaning) for code, (later, meaning) in CODES.items()]
     return "# Reason codes\n\nWhy a decider denied or held.\n\n" + _table(("code", "can later help", "meaning"), rows)
+
+
+def _counters() -> str:
+    rows = [(f"`{name}`", meaning) for name, meaning in journal.COUNTERS.items()]
+    return (
+        "# Counters\n\nWhat each process counts, under `AdmissionController.counters`; one that is not there is 0.\n\n"
+        + _table(("counter", "counts"), rows)
+    )
 
 
 def _credentials() -> str:

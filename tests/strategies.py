@@ -34,9 +34,12 @@ def quantities(draw: st.DrawFn, resource: str) -> object:
     value = draw(base_values(resource))
     if draw(st.booleans()):
         return value
-    bound = st.none() | base_values(resource).filter(lambda v: v not in ("unknown", "unlimited"))
     per = draw(st.sampled_from(["total", "replica", "device"]))
-    return {"amount": value, "floor": draw(bound), "ceiling": draw(bound), "per": per}
+    # A floor is not above the amount, a ceiling not below it.
+    ceilings = st.none() if value == "unlimited" else st.sampled_from([None, MAX_AMOUNT // 1000])
+    if isinstance(value, int | str) and str(value).removesuffix("m").isdigit():
+        ceilings = st.sampled_from([None, value])
+    return {"amount": value, "floor": draw(st.sampled_from([None, 0])), "ceiling": draw(ceilings), "per": per}
 
 
 json_values = st.recursive(
@@ -90,6 +93,6 @@ def asks(draw: st.DrawFn) -> Ask:
         request_id=draw(optional_text),
         traceparent=draw(st.none() | st.just("00-" + "a" * 32 + "-" + "b" * 16 + "-01") | texts),
         tracestate=draw(optional_text),
-        idempotency_key=draw(optional_text),
+        idempotency_key=draw(st.none() | texts.filter(bool)),
         facets=draw(st.dictionaries(names, st.tuples(texts, optional_text, json_values), max_size=2)),
     )

@@ -9,7 +9,9 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -104,10 +106,12 @@ def complains(result: Result, *said: str) -> None:
 
 
 def tamper(path: Path, *statements: str) -> None:
+    """Change rows as somebody with an editor would, and put the guards back."""
     with sqlite3.connect(path) as connection:
-        for (name,) in connection.execute("SELECT name FROM sqlite_schema WHERE type = 'trigger'").fetchall():
+        triggers = connection.execute("SELECT name, sql FROM sqlite_schema WHERE type = 'trigger'").fetchall()
+        for name, _ in triggers:
             connection.execute(f"DROP TRIGGER {name}")
-        for statement in statements:
+        for statement in (*statements, *(sql for _, sql in triggers)):
             connection.execute(statement)
     connection.close()
 
@@ -153,6 +157,21 @@ def test_what_is_no_ledger_is_refused_and_left_alone(tmp_path: Path) -> None:
     complains(run("verify", "--ledger", f"sqlite:///{empty}"), f"`{empty}` is an empty database")
     complains(run("list", "--ledger", f"sqlite:///{tmp_path}"), "is not a file")
     assert {path: path.read_bytes() for path in sorted(tmp_path.iterdir())} == before
+
+
+def test_a_ledger_without_a_version_is_said_without_a_traceback(sample: Sample) -> None:
+    tamper(sample.path, "DELETE FROM ledger_schema")
+    complains(in_order("list", sample=sample), f"expected ledger schema 1, `{sample.path}` has none")
+
+
+@pytest.mark.parametrize("command", [["list"], ["list", "--attempted"], ["show", "deployment:dep-1"], ["verify"]])
+def test_it_reads_while_somebody_holds_the_write_lock(sample: Sample, command: Sequence[str]) -> None:
+    with closing(sqlite3.connect(sample.path, isolation_level=None)) as writer:
+        writer.execute("BEGIN IMMEDIATE")
+        began = time.monotonic()
+        assert in_order(*command, sample=sample).exit_code == 0
+        assert time.monotonic() - began < 2
+        writer.execute("ROLLBACK")
 
 
 def test_bad_input_is_one_line(sample: Sample) -> None:
@@ -302,7 +321,8 @@ def test_verify_a_sound_ledger(sample: Sample) -> None:
     assert result.exit_code == 0
     text = " ".join(result.stdout.split())
     assert text.startswith("sound: 3 envelopes, 12 entries in 1 chain recomputed")
-    assert "cannot be known from the ledger alone: whether the newest entries of a chain were cut off" in text
+    assert "cannot be known from the ledger alone: whether the newest entries were cut off" in text
+    assert "whether the newest chains were removed as a whole from the end" in text
     assert result.stderr == ""
     (data,) = json_lines(in_order("verify", "--json", sample=sample))
     assert data == {

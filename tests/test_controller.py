@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import anyio
+import msgspec
 import pytest
 
 from execution_envelope import (
@@ -699,8 +700,8 @@ async def test_a_fact_that_cannot_be_recorded_is_refused_by_name(
 
 # Reconciliation
 
-GONE = Process(host=current().host, boot=current().boot, pid=current().pid, started=1)
-ELSEWHERE = Process(host="elsewhere.example", boot="b", pid=1, started=1)
+GONE = msgspec.structs.replace(current(), started=1)
+ELSEWHERE = msgspec.structs.replace(current(), host="elsewhere.example")
 
 
 class WrittenBy(MemoryLedger):
@@ -917,13 +918,15 @@ async def test_a_locked_ledger_is_unavailable_and_comes_back(tmp_path: Path, mon
     ledger.close()
 
 
-async def test_an_exit_that_cannot_be_recorded_is_counted_and_found_later() -> None:
+async def test_an_exit_that_cannot_be_recorded_is_counted_and_recorded_later() -> None:
     ledger = FaultyLedger(MemoryLedger())
     controller = AdmissionController(ledger)
     async with controller.admit(ask()) as admission:
         ledger.fail_at = ledger.calls + 1
     assert controller.counters["unrecorded_exits"] == 1
-    assert (await controller.reconcile({})).ids("alive") == [admission.id]
+    assert (await controller.read(admission.id)).state == "admitted"
+    assert (await controller.reconcile({})).found == []
+    assert (await controller.read(admission.id)).state == "completed"
     with pytest.raises(Boom):
         async with controller.admit(ask()):
             ledger.fail_at = ledger.calls + 1

@@ -4,23 +4,34 @@ from __future__ import annotations
 
 import base64
 import json
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from execution_envelope import AdmissionController, Ask, Candidate, Decision, Denied, Grant, Rule, Subject, Target
-from execution_envelope.credentials import FORMATS, MAX_TEXT, contains, marker, redact_text, scrub
+from execution_envelope.credentials import FORMATS, MAX_TEXT, brief, contains, marker, redact_text, scrub, shown
 from execution_envelope.envelope import Scoped, seal
+from execution_envelope.errors import InvalidField
+from execution_envelope.grant import MAX_NAME, label
 from execution_envelope.ledger import SqliteLedger, verify
 from execution_envelope.lifecycle import Sealed
 from execution_envelope.reconciliation import Liveness
+from execution_envelope.resources import parse_amount, parse_quantity
 from execution_envelope.testing import START, ask
+from tests import strategies
+
+assert strategies  # it loads the settings
 
 # Put together when the test runs, so that no scanner takes this file for a leak. What varies from one value to the
 # next is `SECRET`: it is what must not be found.
 SECRET = "Zq7Xw2Rt9" + "Lm4Kp8Vb3" + "Nc6Hd1Gs5" + "Jf0Ty"
 UPPER = "ZQ7XW2RT" + "4LMKPVB3"
+HEX = "9f3c1a7e5b2d" + "8046c1f7e3a9" + "5d20b4f6"
 
 
 def words(*parts: str) -> str:
@@ -33,6 +44,7 @@ def b64(text: str) -> str:
 
 EXAMPLES = {
     "private-key": words("-----BEGIN RSA PRIV", "ATE KEY-----\n", SECRET, "\n-----END RSA PRIV", "ATE KEY-----"),
+    "jwe": words(b64('{"alg":"dir","enc":"A256GCM"}'), "..", SECRET[:16], ".", SECRET, ".", SECRET[:22]),
     "jwt": words(b64('{"alg":"HS256"}'), ".", b64('{"sub":"dana"}') + SECRET, ".", SECRET),
     "github": words("gh", "p_", SECRET, SECRET)[:40],
     "gitlab": words("gl", "pat-", SECRET),
@@ -40,8 +52,11 @@ EXAMPLES = {
     "openai": words("sk-", "proj-", SECRET),
     "huggingface": words("h", "f_", SECRET),
     "aws-access-key": words("AK", "IA", UPPER),
+    "aws-secret-key": words("aws_secret_", "access_key=", SECRET, SECRET)[:62],
+    "azure": words("DefaultEndpointsProtocol=https;Account", "Key=", SECRET, SECRET, SECRET)[:126] + "==",
     "google-api-key": words("AI", "za", SECRET, "abc"),
     "google-oauth": words("ya", "29.", SECRET),
+    "slack-webhook": words("https://hooks.", "slack.com/services/T000/B000/", SECRET),
     "slack": words("xo", "xb-", SECRET),
     "stripe": words("sk_", "live_", SECRET),
     "npm": words("np", "m_", SECRET, "abcd"),
@@ -50,10 +65,22 @@ EXAMPLES = {
     "sendgrid": words("S", "G.", SECRET, ".", SECRET),
     "vault": words("hv", "s.", SECRET),
     "kamiwaza": words("k", "z_", SECRET),
+    "databricks": words("da", "pi", HEX),
+    "groq": words("gs", "k_", SECRET, SECRET)[:56],
+    "replicate": words("r", "8_", SECRET, SECRET)[:40],
+    "xai": words("xa", "i-", SECRET, SECRET, SECRET)[:84],
+    "perplexity": words("pp", "lx-", SECRET, SECRET)[:53],
+    "pinecone": words("pc", "sk_abcde_", SECRET, SECRET),
+    "langsmith": words("ls", "v2_pt_", HEX, "_0123456789"),
+    "docker": words("dckr_", "pat_", SECRET)[:36],
+    "digitalocean": words("do", "p_v1_", HEX, HEX),
+    "telegram": words("123456", "789:AA", SECRET, "abcdef")[:45],
     "authorization": words("Bea", "rer ", SECRET),
     "url-password": words("postgres", "://app:", SECRET, "@db"),
 }
-SECRETS = {name: UPPER if UPPER in text else SECRET[:18] for name, text in EXAMPLES.items()}
+SECRETS = {
+    name: next(secret for secret in (UPPER, HEX, SECRET[:16]) if secret in text) for name, text in EXAMPLES.items()
+}
 
 formats = pytest.mark.parametrize("name", FORMATS)
 
@@ -140,35 +167,32 @@ async def test_no_byte_of_it_is_in_the_ledger(name: str, tmp_path: Path) -> None
     async def prober(record: Any) -> Liveness:
         return Liveness.gone(f"gone {secret}")
 
-    controller = AdmissionController(ledger, component=f"backend {secret}", hooks=[Rule("h", hook)])
+    controller = AdmissionController(ledger, component="backend", hooks=[Rule("h", hook)])
     admission = await controller.begin(everywhere(secret))
     await admission.effective(
         {"gpu": 1},
         cause="policy",
         because=f"so {secret}",
-        constraints={"engine": secret, f"n {secret}": [secret]},
-        by=f"by {secret}",
+        constraints={"engine": secret, "n": [secret]},
+        by="by",
     )
     await admission.attempt([Candidate(f"node {secret}", "refused", f"full {secret}")], reason=f"no room {secret}")
-    kind = "job" if ":" in secret else f"job {secret}"[:90]
-    await admission.bind(kind, secret[:100], owner=f"owner {secret}")
+    await admission.bind("job", "job-1", owner="owner")
     await admission.grant(
         Grant(
             resources={"gpu": 1},
-            part=f"part {secret}",
-            route={"host": f"at {secret}", f"r {secret}": "x"},
-            honoured=[f"engine {secret}"],
-            because={f"args {secret}": ("policy", f"because {secret}")},
-            constraints={"engine": {"args": secret}, f"c {secret}": secret},
+            part="0",
+            route={"host": f"at {secret}"},
+            honoured=["engine"],
+            because={"args": ("policy", f"because {secret}")},
+            constraints={"engine": {"args": secret}},
             candidates=[Candidate(f"node {secret}", "chosen", f"best {secret}")],
-            by=f"placer {secret}",
         )
     )
-    await admission.ready(f"part {secret}")
-    await admission.used({"gpu": 1}, part=f"part {secret}", key=f"report {secret}")
-    await admission.release(f"part {secret}", reason=f"done {secret}")
+    await admission.used({"gpu": 1}, part="0", key="report")
+    await admission.release("0", reason=f"done {secret}")
     await admission.leave(failed=(f"Code {secret}", f"message {secret}"))
-    other = await controller.resume(admission.id, by=f"node {secret}")
+    other = await controller.resume(admission.id, by="node")
     await other.fail(f"Code {secret}", f"message {secret}")
     await other.complete(f"late {secret}")
 
@@ -198,9 +222,7 @@ async def test_no_byte_of_it_is_in_the_ledger(name: str, tmp_path: Path) -> None
             await strict.begin(ask())
         assert needle.decode() not in str(refused.value)
 
-    # What is read back is readable, and the part's grant, release and use met under one name.
     record = await controller.read(admission.id)
-    assert list(record.grants) == [scrub(f"part {secret}")] and record.held == {}
     sealed = next(event.data for event in record.events if isinstance(event.data, Sealed))
     assert set(LISTED.split()) <= set(sealed.redacted)
     assert not any(needle.decode() in path for path in sealed.redacted)
@@ -218,13 +240,188 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+@formats
+def test_a_name_with_a_credential_is_refused_and_never_changed(name: str) -> None:
+    with pytest.raises(InvalidField, match="expected a name without a credential") as refused:
+        label(f"part {EXAMPLES[name]}", "grant.part")
+    assert refused.value.field == "grant.part" and not pieces_of(EXAMPLES[name], str(refused.value))
+
+
+def test_names_stay_as_they_are() -> None:
+    jobs = [f"sk-learn-train-job-2026-000{n}" for n in (1, 2)]
+    assert [label(job) for job in jobs] == jobs
+    assert label(None) is None and label("é" * MAX_NAME) == "é" * MAX_NAME
+    for bad in ("x" * (MAX_NAME + 1), "a\ud800", 5, b"x"):
+        with pytest.raises(InvalidField) as refused:
+            label(bad)  # type: ignore[call-overload]
+        assert refused.value.field == "name"
+
+
 @pytest.mark.anyio
-async def test_a_reference_with_a_credential_is_still_found(tmp_path: Path) -> None:
-    reference = EXAMPLES["url-password"]
+async def test_names_that_look_like_a_key_lead_to_their_own_envelopes() -> None:
     controller = AdmissionController.open("memory://")
-    admission = await controller.begin(ask())
-    await admission.bind("job", reference)
-    assert (await controller.read("job", reference)).id == admission.id
+    ids = []
+    for number in (1, 2):
+        admission = await controller.begin(ask())
+        await admission.bind("job", f"sk-learn-train-job-2026-000{number}")
+        ids.append(admission.id)
+    for number, id in enumerate(ids, start=1):
+        assert (await controller.read("job", f"sk-learn-train-job-2026-000{number}")).id == id
+
+
+def pieces_of(secret: str, text: str) -> list[str]:
+    """The pieces of twelve characters of the secret part of a credential that are in `text`."""
+    parts = [part for known in (SECRET, UPPER, HEX) for part in [known] if part[:12] in secret]
+    whole = max(parts, key=len)
+    return [whole[n : n + 12] for n in range(len(whole) - 11) if whole[n : n + 12] in text]
+
+
+class Odd:
+    """No JSON."""
+
+
+def refusals(text: str) -> list[Callable[[], Any]]:
+    """Calls that refuse `text`, wherever it is put."""
+    key = text.strip() if re.fullmatch(r"[A-Za-z0-9_.:/-]{1,128}", text.strip()) else "key"
+    overrides: list[dict[str, Any]] = [
+        {"kind": text},
+        {"scope": {text: "x"}},
+        {"scope": {"hints": {text + "\n": "x"}}},
+        {"scope": {"regions": text}},
+        {"scope": text},
+        {"requested": {text: 1}},
+        {"requested": {"gpu": text}},
+        {"requested": {"memory": {"amount": 1, "per": text}}},
+        {"requested": {"memory": {"amount": 1, "floor": text}}},
+        {"requested": text},
+        {"constraints": {text + "\n": 1}},
+        {"constraints": {key: {key: Odd()}}},
+        {"constraints": text},
+        {"facets": {"a.b": text}},
+        {"facets": {key: ("p", None, Odd())}},
+        {"subject": Subject("user", "d", roles=text)},
+        {"subject": Subject("user", "d", delegation=[text])},  # type: ignore[list-item]
+        {"secrets": text},
+        {"target": text},
+    ]
+    grants: list[dict[str, Any]] = [
+        {"part": text},
+        {"honoured": text},
+        {"honoured": [text]},
+        {"basis": text},
+        {"because": {"gpu": text}},
+        {"because": {"gpu": (text, "x")}},
+        {"because": {text: ("policy", "x")}},
+        {"because": {text: "x"}},
+        {"route": {text: "x"}},
+        {"route": {text: 5}},
+        {"route": text},
+        {"constraints": {text: 1}},
+        {"constraints": {"a": {key: Odd()}}},
+        {"resources": {text: 1}},
+        {"resources": {"gpu": text}},
+        {"candidates": text},
+        {"candidates": [Candidate("n", text)]},  # type: ignore[arg-type]
+    ]
+    return [
+        *(lambda given=given: seal(ask(**given), id="x", now=START) for given in overrides),
+        *(lambda given=given: Grant(**{"resources": {"gpu": 1}, **given}).fact() for given in grants),
+        lambda: parse_amount("gpu", text, field="f"),
+        lambda: parse_amount("cost", [text], field="f"),
+        lambda: parse_quantity(text, 1, field="f"),
+    ]
+
+
+@formats
+@given(before=st.integers(0, 130), behind=st.sampled_from(["", " x", "\n", "-"]))
+@settings(max_examples=15)
+def test_no_piece_of_a_credential_is_in_an_error(name: str, before: int, behind: str) -> None:
+    text = "x" * before + " " + EXAMPLES[name] + behind
+    for refuse in refusals(text):
+        try:
+            refuse()
+        except InvalidField as error:
+            assert not pieces_of(EXAMPLES[name], f"{error} {error.field}")
+
+
+@formats
+def test_the_refusals_refuse(name: str) -> None:
+    refused = 0
+    for refuse in refusals(EXAMPLES[name]):
+        try:
+            refuse()
+        except InvalidField:
+            refused += 1
+    assert refused > 34
+
+
+def test_what_is_shown_is_short_and_plain() -> None:
+    assert shown("x" * 80) == f"`{'x' * 61}...`"
+    assert (shown(5), shown(None), shown(10**100), shown(["a"])) == ("`5`", "`None`", "`a huge number`", "`list`")
+    assert brief("a\ud800") == "a?"
+
+
+@pytest.mark.parametrize("bad", [None, 5, b"x", ["x"]])
+def test_a_message_that_is_no_text_is_refused_by_name(bad: Any) -> None:
+    with pytest.raises(InvalidField) as refused:
+        scrub(bad, field="fail.message")
+    assert refused.value.field == "fail.message"
+
+
+def test_removed_values_go_from_later_texts_before_anything_is_cut() -> None:
+    removed = frozenset({"hunter2hunter2", "hunter2"})
+    text = scrub("a" * 495 + "hunter2hunter2, hunter2", removed=removed)
+    assert "hunter" not in text and text.startswith("a" * 495 + "[reda")
+    assert scrub("it said hunter2hunter2", removed=removed) == "it said [redacted:field]"
+
+
+def test_named_fields_of_every_family_are_removed_and_known() -> None:
+    sealed = seal(
+        ask(
+            constraints={"engine": {"password": "opensesame", "name": "vllm"}, "a.b": {"c": "short"}},
+            facets={"ns.name": ("p", None, {"pin": "123456789"}), "ns.other": ("p", None, {"pin": "x", "n": 1})},
+            scope={"project": "p", "hints": {"note": Scoped("between us", "established", "token"), "plain": "yes"}},
+            schema="S",
+            body={"env": {"A": "from the env", "url": words("db", "://app:passw0rd", "@h")}, "constraints": 1},
+            secrets=["env.A", "constraints.engine.password", "facets.ns.name", "facets.*.pin", "scope.hints.note"],
+        ),
+        id="x",
+        now=START,
+    )
+    text = sealed.body.decode()
+    for gone in ("opensesame", "123456789", "between us", "from the env"):
+        assert gone not in text and gone not in repr(sealed)
+    assert sealed.removed >= {"opensesame", "123456789", "between us", "from the env", "passw0rd"}
+    constraints = sealed.envelope.requested.constraints
+    assert constraints["engine"].value == {"password": "[redacted:field]", "name": "vllm"}
+    assert constraints["a.b"].value == {"c": "short"}
+    facets = sealed.envelope.correlation.facets
+    assert (facets["ns.name"].text, facets["ns.other"].text) == (
+        '"[redacted:field]"',
+        '{"n":1,"pin":"[redacted:field]"}',
+    )
+    hints = sealed.envelope.scope.hints
+    assert hints["note"] == Scoped("[redacted:field]", "established", "token") and hints["plain"].value == "yes"
+    assert set(sealed.redacted) >= {"request.env.A", "requested.constraints.engine.value.password"}
+
+
+def test_credentials_that_were_found_are_known_too() -> None:
+    sealed = seal(ask(constraints={"args": ["--key", EXAMPLES["github"]], "n": 1}), id="x", now=START)
+    assert sealed.removed == {EXAMPLES["github"]}
+    assert seal(ask(), id="x", now=START).removed == frozenset()
+
+
+def test_a_user_of_a_url_is_removed_when_it_is_a_credential_itself() -> None:
+    assert redact_text(f"https://{EXAMPLES['github']}@github.com/a") == "https://[redacted:github]@github.com/a"
+    assert redact_text("https://dana@github.com/a") == "https://dana@github.com/a"
+    assert SECRETS["telegram"] not in redact_text(f"https://api.telegram.org/bot{EXAMPLES['telegram']}/getMe")
+
+
+@pytest.mark.parametrize("kind", ["proj", "svcacct", "admin"])
+def test_the_keys_that_openai_documents(kind: str) -> None:
+    for key in (f"sk-{kind}-{SECRET}", "sk-" + (SECRET * 2)[:48], f"sk-{SECRET}T3Blbk" + f"FJ{SECRET}"):
+        assert redact_text(key) == "[redacted:openai]"
+    assert redact_text("sk-" + (SECRET * 2)[:47]) == "sk-" + (SECRET * 2)[:47]
 
 
 @formats
@@ -277,6 +474,22 @@ ORDINARY = [
     "ya29",
     "00-" + "a" * 32 + "-" + "b" * 16 + "-01",
     "nvidia.com/gpu",
+    "sk-learn-train-job-2026-0001",
+    "sk-01890a5d-ac96-774b-bcce-b302099a8057",
+    "xai-grok-mini",
+    "pplx-70b-online-2026-instruct-preview",
+    "r8_quantized",
+    "gsk_threshold",
+    "dapi" + "0123456789abcdef" * 4,
+    "lsv2_migration_of_the_table",
+    "do_v1_0",
+    "1700000000:some-slug-of-exactly-35-characters-",
+    "12:30:45",
+    "AccountKey=see-vault",
+    "aws_secret_access_key=your-key-here",
+    "https://hooks.slack.com/",
+    "eyJ-a.b.c.d.e",
+    "docker.io/library/python:3.11-slim",
     "--tensor-parallel-size 2",
     "gpu_memory_utilization=0.4",
     "",
@@ -304,6 +517,14 @@ HOSTILE = [
     "-----BEGIN PRIVATE KEY-----",
     "github_pat_",
     "SG." + "a" * 20,
+    "sk-aT3BlbkFJ",
+    "T3BlbkFJ-sk-",
+    "123456:",
+    "1",
+    "aws_secret_access_key ",
+    "AccountKey=",
+    "eyJaaaaaaaa..aaaaaaaaaaaaaaaaa.a",
+    "hooks.slack.com/services/",
     "a",
 ]
 

@@ -408,3 +408,16 @@ async def test_public_defects(corpus: Any, where: str, tmp_path: Path) -> None:
 def test_the_three_defects_are_here() -> None:
     assert [path.stem for path in DEFECTS] == ["kserve-6044", "llm-d-481", "ray-58328"]
     assert all(json.loads(path.read_text())["source"].startswith("https://github.com/") for path in DEFECTS)
+
+
+def test_a_floor_that_is_withheld_by_a_reason_alone_is_a_breach() -> None:
+    asked = {"requested": {"gpu": {"amount": 2, "floor": 1}}}
+    [found] = differences({**asked, "grants": [{"because": {"gpu": ("capacity", "none left")}}]})
+    assert (found.outcome, found.granted, found.breach) == ("withheld", None, "floor")
+    assert "below the floor" in in_words(found)
+    [zero] = differences({**asked, "grants": [{"resources": {"gpu": 0}}]})
+    assert (zero.outcome, zero.breach) == ("withheld", "floor")
+    [ignored] = differences({**asked, "grants": [{}]})
+    assert (ignored.outcome, ignored.breach) == ("ignored", None)
+    [none] = differences({"requested": {"gpu": 2}, "grants": [{"because": {"gpu": ("capacity", "none left")}}]})
+    assert none.breach is None

@@ -18,6 +18,7 @@ from execution_envelope.envelope import (
     MAX_ENTRIES,
     MAX_REDACTED,
     MAX_VALUE_BYTES,
+    Scoped,
     SealedEnvelope,
     decode,
     seal,
@@ -197,7 +198,54 @@ TOO_MANY = {
 def test_too_many_entries_are_refused_by_name(name: str) -> None:
     with pytest.raises(InvalidField, match=f"expected at most {MAX_ENTRIES[name]} entries") as refused:
         sealed(**TOO_MANY[name])
-    assert refused.value.field == name
+    assert refused.value.field.removeprefix("identity.") == name
+
+
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"secrets": "env.*"}, "secrets"),
+    ({"secrets": [5]}, "secrets"),
+    ({"subject": Subject("user", "d", roles="operator")}, "identity.roles"),
+    ({"subject": Subject("user", "d", roles=5)}, "identity.roles"),  # type: ignore[arg-type]
+    ({"subject": Subject("user", "d", delegation="user")}, "identity.delegation"),  # type: ignore[arg-type]
+    ({"subject": Subject("user", "d", delegation=["ab"])}, "identity.delegation"),  # type: ignore[list-item]
+    ({"subject": Subject("user", "d", delegation=[("a", "b", "c")])}, "identity.delegation"),  # type: ignore[list-item]
+    ({"subject": "dana"}, "identity.subject"),
+    ({"target": None}, "execution.target"),
+    ({"target": "m"}, "execution.target"),
+    ({"kind": ["model.deploy"]}, "execution.kind"),
+    ({"scope": "prod"}, "scope"),
+    ({"scope": {5: "x"}}, "scope.5"),
+    ({"scope": {"regions": "eu"}}, "scope.regions"),
+    ({"scope": {"regions": established("eu", by="token")}}, "scope.regions"),
+    ({"scope": {"project": established(1.5, by="token")}}, "scope.project"),  # type: ignore[arg-type]
+    ({"scope": {"hints": "x"}}, "scope.hints"),
+    ({"requested": "gpu"}, "requested"),
+    ({"requested": {5: 1}}, "requested.5"),
+    ({"client_defaults": "gpu"}, "client_defaults"),
+    ({"constraints": ["engine"]}, "constraints"),
+    ({"facets": {"a.b": {}}}, "facets.a.b"),
+    ({"facets": {"a.b": ("p", None)}}, "facets.a.b"),
+    ({"facets": {"a.b": {}}, "secrets": ["facets.a.b"]}, "facets.a.b"),
+    ({"supersedes": 5}, "correlation.supersedes"),
+    ({"part_of": 5}, "correlation.part_of"),
+    ({"traceparent": 5}, "correlation.traceparent"),
+    ({"idempotency_key": ""}, "correlation.idempotency_key"),
+    ({"idempotency_key": 7}, "correlation.idempotency_key"),
+    ({"requested": {"gpu": {"amount": 1, "floor": 2}}}, "requested.gpu.floor"),
+    ({"requested": {"gpu": {"amount": 2, "ceiling": 1}}}, "requested.gpu.ceiling"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "field"), WRONG, ids=[f"{field}-{n}" for n, (_, field) in enumerate(WRONG)])
+def test_a_wrong_type_is_refused_by_name(overrides: dict[str, Any], field: str) -> None:
+    with pytest.raises(InvalidField) as refused:
+        sealed(**overrides)
+    assert refused.value.field == field
+
+
+def test_a_list_of_regions_may_be_established() -> None:
+    assert plain(scope={"regions": established(["eu", "us"], by="token")})["scope"]["regions"]["value"] == ["eu", "us"]
+    assert plain(scope={"regions": Scoped(["eu"])})["scope"]["regions"]["value"] == ["eu"]  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,13 @@
 """The FastAPI integration, in process: what each way a request can go leaves on the record."""
 
 import asyncio
+import contextlib
 import json
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Annotated, Any
 
 import anyio
+import anyio.from_thread
 import anyio.lowlevel
 import httpx
 import pytest
@@ -39,6 +41,7 @@ from execution_envelope import (
     InvalidField,
     LedgerUnavailable,
     Record,
+    Refused,
     Rule,
     Subject,
     Target,
@@ -211,8 +214,65 @@ async def test_an_unhandled_error_ends_it_with_the_error(granted: bool) -> None:
     assert (answer.status_code, answer.text) == (500, "Internal Server Error")
     assert host.record.state == ("failed" if granted else "rejected")
     assert (last(host.record).code, last(host.record).message) == ("ValueError", "broken inside")
+    assert answer.headers["execution-envelope"] == host.record.id
     with pytest.raises(ValueError, match="broken inside"):
         await host.post(BODY, raising=True)
+
+
+@pytest.mark.parametrize("around", ["nothing", "BaseHTTPMiddleware", "a copy of the scope"])
+async def test_the_hosts_own_answer_to_an_unhandled_error_names_the_envelope(around: str) -> None:
+    async def endpoint(body: Deploy, admission: Admitted, broken: bool = True) -> str:
+        if broken:
+            raise ValueError("broken inside")
+        return "fine"
+
+    async def passing(request: Request, call_next: Any) -> Any:
+        return await call_next(request)
+
+    class Copying:
+        def __init__(self, app: Any) -> None:
+            self.app = app
+
+        async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+            await self.app({**scope}, receive, send)
+
+    host = Host(endpoint)
+    host.app.add_exception_handler(Exception, lambda request, error: JSONResponse({"host": "shape"}, 500))
+    if around == "BaseHTTPMiddleware":
+        host.app.add_middleware(BaseHTTPMiddleware, dispatch=passing)
+    elif around != "nothing":
+        host.app.add_middleware(Copying)
+    answer = await host.post(BODY)
+    assert (answer.status_code, answer.json()) == (500, {"host": "shape"})
+    assert answer.headers.get_list("execution-envelope") == [host.record.id]
+    fine = await host.post(BODY, path="/deploy?broken=false")
+    assert fine.headers.get_list("execution-envelope") == [host.records[0].id]
+
+
+async def test_an_unhandled_error_without_an_envelope_names_none() -> None:
+    async def endpoint() -> None:
+        raise ValueError("broken inside")
+
+    answer = await Host(endpoint).post()
+    assert (answer.status_code, answer.text) == (500, "Internal Server Error")
+    assert "execution-envelope" not in answer.headers
+
+
+async def test_a_header_that_the_host_takes_off_stays_off() -> None:
+    class Without:
+        def __init__(self, app: Any) -> None:
+            self.app = app
+
+        async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+            async def sending(message: Any) -> None:
+                kept = [pair for pair in message.get("headers", ()) if pair[0].lower() != b"execution-envelope"]
+                await send({**message, "headers": kept} if "headers" in message else message)
+
+            await self.app(scope, receive, sending)
+
+    host = Host(plain)
+    host.app.add_middleware(Without)
+    assert "execution-envelope" not in (await host.post(BODY)).headers
 
 
 async def test_an_error_that_the_host_handles_is_an_answer() -> None:
@@ -314,6 +374,16 @@ async def test_a_sync_endpoint() -> None:
     host = Host(endpoint)
     assert (await host.post(BODY)).json() == "admitted"
     assert host.record.state == "completed"
+
+
+async def test_a_sync_endpoint_calls_the_handle_through_the_event_loop() -> None:
+    def endpoint(body: Deploy, admission: Admitted) -> str:
+        anyio.from_thread.run(admission.bind, "deployment", "d1")
+        return "d1"
+
+    host = Host(endpoint)
+    assert (await host.post(BODY)).json() == "d1"
+    assert (host.record.state, host.record.references) == ("admitted", {"deployment": "d1"})
 
 
 async def test_a_stream_that_ends_whole_completes() -> None:
@@ -1051,7 +1121,8 @@ async def test_a_ledger_that_is_away_starts_nothing() -> None:
     assert answer.json()["type"] == "urn:execution-envelope:problem:ledger-unavailable"
     assert answer.json()["retryable"] is True
     assert started == []
-    assert host.attempted.reason == "ledger-unavailable"
+    assert host.nothing
+    assert (host.controller.counters["attempted"], host.controller.counters["unavailable"]) == (0, 1)
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
@@ -1267,6 +1338,72 @@ async def test_strict_leaves_errors_as_they_are(status: int) -> None:
     assert (answer.status_code, answer.json()) == (status, {"host": "own"})
     assert host.controller.counters["unsealed"] == 0
     assert host.attempted.status == status
+
+
+async def _swallowing(request: Request, body: Deploy) -> JSONResponse:
+    """Answers as if nothing were wrong, whatever the seam says."""
+    wanted = int(request.headers.get("x-status", "200"))
+    with contextlib.suppress(Refused):
+        await admit(request, describe(body.model_dump(), Context("", {}, {}, {}, None)))
+    return JSONResponse({"secret": "work happened"}, wanted)
+
+
+@pytest.mark.parametrize("status", [200, 202, 303])
+@pytest.mark.parametrize(
+    ("kind", "decision"), [("denied", Decision.deny("policy", "no")), ("held", Decision.hold("ask the boss"))]
+)
+async def test_a_swallowed_refusal_is_no_admission(kind: str, decision: Decision, status: int) -> None:
+    host = Host(_swallowing, hooks=[Rule("rule", lambda e: decision)])
+    answer = await host.post(BODY, headers={"x-status": str(status), "prefer": "respond-async"})
+    assert answer.status_code == 500
+    assert answer.json()["type"] == "urn:execution-envelope:problem:unsealed"
+    assert answer.headers["execution-envelope"] == host.record.id
+    assert host.controller.counters["unsealed"] == 1
+    (noted,) = host.controller.ledger.attempted(10)
+    assert (noted.reason, noted.status) == ("unsealed", status)
+    assert noted.detail == f"answered {status} in spite of `{kind}`; work may have happened"
+
+
+async def test_a_swallowed_key_conflict_is_no_admission() -> None:
+    host = Host(_swallowing)
+    assert (await host.post(BODY, headers={"idempotency-key": "k"})).status_code == 200
+    assert (await host.post(BODY, headers={"idempotency-key": "k"})).status_code == 200  # a replay is an admission
+    answer = await host.post({"model": "other"}, headers={"idempotency-key": "k"})
+    assert (answer.status_code, answer.json()["title"]) == (500, "unsealed")
+    assert host.controller.counters["unsealed"] == 1
+
+
+async def test_a_swallowed_refusal_that_is_answered_as_an_error_stays_as_it_is() -> None:
+    host = Host(_swallowing, hooks=[Rule("rule", lambda e: Decision.deny("policy", "no"))])
+    answer = await host.post(BODY, headers={"x-status": "418"})
+    assert (answer.status_code, host.record.state) == (418, "denied")
+    assert host.controller.ledger.attempted(10) == []
+
+
+async def test_without_strict_a_swallowed_refusal_only_counts() -> None:
+    host = Host(_swallowing, hooks=[Rule("rule", lambda e: Decision.deny("policy", "no"))], strict=False)
+    assert (await host.post(BODY)).status_code == 200
+    assert host.controller.counters["unsealed"] == 1
+
+
+@pytest.mark.parametrize("mine", [False, True])
+async def test_a_held_answer_is_a_success_only_as_202(mine: bool) -> None:
+    def render(request: Request, refusal: Any) -> JSONResponse:
+        return JSONResponse({"held": refusal.envelope_id}, 202 if mine else 200)
+
+    host = Host(plain, hooks=[Rule("rule", lambda e: Decision.hold("ask the boss"))], errors=render)
+    answer = await host.post(BODY, headers={"prefer": "respond-async"})
+    assert answer.status_code == (202 if mine else 500)
+    assert (await host.post(BODY)).status_code == 500  # nobody preferred it
+
+
+async def test_what_the_controller_refuses_is_not_noted_by_the_middleware_too() -> None:
+    host = Host(plain)
+    await host.post({"model": "m", "replicas": 2**60})
+    await host.post(BODY, headers={"idempotency-key": "k"})
+    await host.post({"model": "other"}, headers={"idempotency-key": "k"})
+    noted = [(row.surface, row.reason, row.status) for row in host.controller.ledger.attempted(10)]
+    assert sorted(noted) == [("POST /deploy", "invalid-ask", 422), ("POST /deploy", "key-conflict", 409)]
 
 
 async def test_without_strict_it_only_counts() -> None:

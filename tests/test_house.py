@@ -16,7 +16,7 @@ CORE = "execution_envelope"
 
 #: A module may import only from those before it; a name stands for the module or for everything in the folder.
 ORDER = """
-version errors resources credentials envelope lifecycle delta record process hooks grant ledger reconciliation journal
+version errors credentials resources envelope lifecycle delta record process hooks grant ledger reconciliation journal
 admission blocking controller adapters integrations review presentation cli testing
 """
 LEDGER_ORDER = "chain contract memory sqlite verification"

@@ -58,6 +58,13 @@ def requested(sent: Any) -> Requested:
     return sealed(sent).envelope.requested
 
 
+def test_the_entrypoint_is_the_same_under_any_prefix() -> None:
+    found = [
+        describe_deployment(body(), Context(f"POST {p}/serving/deploy_model", {}, {}, {}, None)) for p in ("", "/api")
+    ]
+    assert [each.entrypoint for each in found] == ["POST /serving/deploy_model"] * 2
+
+
 def asserted(sent: Any) -> dict[str, Any]:
     """What was really asked for: resources as (amount, per), constraints as values; client defaults left out."""
     found = requested(sent)
@@ -97,7 +104,7 @@ FIELDS: dict[str, tuple[Any, dict[str, Any]]] = {
     "m_file_id": (FILE, {"weights": FILE}),
     "engine_name": ("llamacpp", {"engine": "llamacpp"}),
     "duration": (90, {"duration": (90 * 60_000, "total")}),
-    "min_copies": (2, {"replicas": (1, "total")}),
+    "min_copies": (2, {"replicas": (2, "total")}),
     "starting_copies": (3, {"replicas": (3, "total")}),
     "max_copies": (4, {"replicas": (1, "total")}),
     "location": ("eu", {"location": "eu"}),
@@ -128,6 +135,13 @@ def test_every_top_level_field_is_among_these() -> None:
 def test_floors_and_ceilings_of_copies() -> None:
     found = requested(body(min_copies=2, starting_copies=3, max_copies=4)).resources["replicas"]
     assert (found.amount, found.floor, found.ceiling) == (3, 2, 4)
+
+
+def test_a_floor_above_the_amount_is_what_is_asked() -> None:
+    found = requested(body(min_copies=2)).resources["replicas"]
+    assert (found.amount, found.floor, found.provenance) == (2, 2, "asserted")
+    gpu = requested({**body(inference_resources=GPU), "gpu_floor": 4}).resources["gpu"]
+    assert (gpu.amount, gpu.floor) == (4000, 4000)
 
 
 def test_no_copy_to_start_with_is_not_one() -> None:

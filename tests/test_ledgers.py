@@ -18,14 +18,27 @@ from typing import Any
 
 import anyio
 import pytest
+import uuid_utils
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from execution_envelope import AdmissionController, Candidate, Decision, Denied, EnvelopeError, Grant, Rule
+from execution_envelope.envelope import seal, timestamp
 from execution_envelope.errors import LedgerUnavailable
-from execution_envelope.ledger import AttemptedRequest, Ledger, MemoryLedger, SqliteLedger, memory, sqlite, verify
+from execution_envelope.ledger import (
+    AttemptedRequest,
+    Finding,
+    Ledger,
+    MemoryLedger,
+    SqliteLedger,
+    memory,
+    sqlite,
+    verify,
+)
+from execution_envelope.ledger.contract import Commit
+from execution_envelope.lifecycle import Admitted, Sealed
 from execution_envelope.reconciliation import Liveness
-from execution_envelope.testing import FaultyLedger, LedgerContract, ask
+from execution_envelope.testing import START, FaultyLedger, LedgerContract, ask
 from tests import strategies
 
 assert strategies  # it loads the settings
@@ -102,7 +115,11 @@ class Tampered:
         for (name,) in names:
             self.connection.execute(f"DROP TRIGGER {name}")
         self.ledger = SqliteLedger(path)
-        assert verify(self.ledger).findings == ()
+        assert self.found() == []
+
+    def found(self) -> list[str]:
+        """Without the missing guards: whoever changed something would have put them back."""
+        return [finding.row for finding in verify(self.ledger).findings if finding.row != "schema"]
 
     def findings(self, statement: str, *values: Any) -> list[str]:
         """The rows that are found after a change, which is then undone."""
@@ -110,7 +127,7 @@ class Tampered:
             self.connection.backup(before)
             changed = self.connection.execute(statement, values).rowcount
             assert changed >= 1, statement
-            found = [finding.row for finding in verify(self.ledger).findings]
+            found = self.found()
             before.backup(self.connection)
         return found
 
@@ -321,6 +338,51 @@ def test_the_guards_refuse_every_change(filled: Path, tmp_path: Path) -> None:
             for statement in (f"DELETE FROM {table}", *(f"UPDATE {table} SET {name} = {name}" for name in columns)):
                 with pytest.raises(sqlite3.IntegrityError, match="the ledger only grows"):
                     connection.execute(statement)
+
+
+def admission() -> Commit:
+    sealed = seal(ask(), id=str(uuid_utils.uuid7()), now=START)
+    facts = (Sealed(sealed.digest, sealed.request_digest), Admitted(undecided=True))
+    return Commit(sealed.envelope.id, 0, timestamp(START), "test", facts, sealed=sealed)
+
+
+def test_a_chain_that_was_taken_out_leaves_a_gap(tmp_path: Path) -> None:
+    """With everything that speaks of it; only what is cut from the end leaves none."""
+    path = tmp_path / "ledger.db"
+    with closing(SqliteLedger(path)) as ledger:
+        for _ in range(3):
+            ledger.commit(admission())
+            ledger.close()
+        second = [row.envelope for row in ledger.rows()][4]
+    copy = Tampered(path)
+    copy.connection.execute("DELETE FROM envelopes WHERE id = ?", (second,))
+    copy.connection.execute("DELETE FROM events WHERE cursor BETWEEN 4 AND 6")
+    problem = "expected no gap in the order of writing, entries 4 to 6 are missing"
+    assert Finding("ledger", problem) in verify(copy.ledger).findings
+    copy.close()
+
+
+def test_changed_guards_are_named(filled: Path, tmp_path: Path) -> None:
+    path = tmp_path / "copy.db"
+    shutil.copy(filled, path)
+    with closing(SqliteLedger(path)) as ledger, closing(sqlite3.connect(path)) as connection:
+        for statement in (
+            "DROP TRIGGER events_keep",
+            "DROP TRIGGER events_stay",
+            "CREATE TRIGGER events_stay BEFORE DELETE ON events WHEN OLD.cursor > 9 BEGIN SELECT 1; END",
+            "CREATE TRIGGER mine AFTER INSERT ON events BEGIN DELETE FROM attempted_requests; END",
+            "ALTER TABLE keys ADD COLUMN more TEXT",
+        ):
+            connection.execute(statement)
+        connection.commit()
+        expected = [
+            "expected the trigger events_keep of a ledger, it is missing",
+            "expected no trigger mine, a ledger has none",
+            "expected the table keys of a ledger, it was changed",
+            "expected the trigger events_stay of a ledger, it was changed",
+        ]
+        assert ledger.tampered_schema() == expected
+        assert verify(ledger).findings == tuple(Finding("schema", problem) for problem in expected)
 
 
 # Processes

@@ -14,9 +14,18 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from execution_envelope import Admission, AdmissionController, Candidate, Grant, IllegalTransition, Record
+from execution_envelope import (
+    Admission,
+    AdmissionController,
+    Candidate,
+    Decision,
+    Grant,
+    IllegalTransition,
+    Record,
+    Rule,
+)
 from execution_envelope.envelope import seal
-from execution_envelope.errors import EnvelopeError, KeyConflict, ReadOnly, ReferenceTaken
+from execution_envelope.errors import Denied, EnvelopeError, Held, KeyConflict, ReadOnly, ReferenceTaken
 from execution_envelope.ledger import Ledger, MemoryLedger, SqliteLedger, verify
 from execution_envelope.lifecycle import (
     ASKED,
@@ -24,11 +33,15 @@ from execution_envelope.lifecycle import (
     OPEN,
     TERMINAL,
     TRANSITIONS,
+    Admitted,
     Event,
     EventData,
     Fact,
+    Granted,
     Late,
     Rejected,
+    Released,
+    Used,
     Violation,
     ended,
     legal_from,
@@ -121,6 +134,13 @@ CALLS: dict[str, tuple[str, Any]] = {
 }
 
 
+MOODS = {
+    "allow": Decision.allow(),
+    "hold": Decision.hold("somebody has to look"),
+    "deny": Decision.deny("capacity", "not now"),
+}
+
+
 class Handles(RuleBasedStateMachine):
     """Several handles of a few envelopes, each as stale as chance makes it, on one ledger."""
 
@@ -131,7 +151,8 @@ class Handles(RuleBasedStateMachine):
     def start(self) -> None:
         self.loop = asyncio.new_event_loop()
         self.ledger = self.make_ledger()
-        self.controller = AdmissionController(self.ledger)
+        self.mood = "allow"
+        self.controller = AdmissionController(self.ledger, hooks=[Rule("mood", lambda _: MOODS[self.mood])])
         self.handles: list[Admission] = []
         self.ids: list[str] = []
         self.admit(None)
@@ -153,6 +174,16 @@ class Handles(RuleBasedStateMachine):
         known = {self.newest(id).envelope.correlation.idempotency_key: id for id in self.ids}
         try:
             admission = self.run(self.controller.begin(ask(idempotency_key=key)))
+        except (Denied, Held) as refused:
+            record = self.newest(str(refused.envelope_id))
+            assert record.state == refused.type
+            if record.id in self.ids:
+                # Sent again: what was denied stays denied whatever the decider says now, what is held was asked again.
+                assert record.id == known[key] and (isinstance(refused, Denied) or self.mood == "hold")
+            else:
+                assert refused.type == {"hold": "held", "deny": "denied"}[self.mood]
+                self.ids.append(record.id)
+            return
         except KeyConflict as conflict:
             record = self.newest(known[key])
             assert conflict.retryable and record.is_open and record.bound is None
@@ -166,8 +197,15 @@ class Handles(RuleBasedStateMachine):
             self.run(admission.leave())
             assert self.newest(admission.id).events == before.events
         else:
-            self.ids.append(admission.id)
+            assert self.mood == "allow" and admission.state == "admitted"
+            # Under a key that was held it is the same envelope, admitted now.
+            assert (admission.id in self.ids) is (key is not None and known.get(key) == admission.id)
+            self.ids += [admission.id] if admission.id not in self.ids else []
             self.handles.append(admission)
+
+    @rule(mood=st.sampled_from(sorted(MOODS)))
+    def decide(self, mood: str) -> None:
+        self.mood = mood
 
     @rule(number=st.integers(0, 30))
     def resume(self, number: int) -> None:
@@ -189,7 +227,14 @@ class Handles(RuleBasedStateMachine):
             assert self.newest(admission.id).events == before.events
             return
         after = self.newest(admission.id)
-        [new] = after.events[len(before.events) :]
+        found = after.events[len(before.events) :]
+        if not found:
+            # It said nothing new of how things are.
+            assert kind in ("granted", "released", "effective", "ready")
+            assert kind == "released" or any(event.data.type == kind for event in before.events)
+            assert before.is_open
+            return
+        [new] = found
         if before.is_open:
             assert legal and new.data.type == kind
             assert after.state == (kind if kind in TRANSITIONS[before.state] else before.state)
@@ -209,6 +254,9 @@ class Handles(RuleBasedStateMachine):
             assert self.run(self.controller.read("deployment", reference)).id != admission.id
             assert self.newest(admission.id).events == before.events
             return
+        except IllegalTransition:
+            assert before.state == "held"
+            return
         if before.is_open:
             assert self.run(self.controller.read("deployment", reference)).id == admission.id
 
@@ -216,6 +264,8 @@ class Handles(RuleBasedStateMachine):
     def leave(self, number: int, how: str) -> None:
         admission = self.pick(number)
         before = self.newest(admission.id)
+        if before.state == "held":
+            return
         options: dict[str, Any] = {"badly": {"failed": ("ValueError", "x")}, "cancelled": {"cancelled": "gone"}}.get(
             how, {}
         )
@@ -276,6 +326,56 @@ TestHandlesInMemory = Handles.TestCase
 TestHandlesInMemory.settings = settings(max_examples=150, stateful_step_count=40, deadline=None, print_blob=True)
 TestHandlesOnSqlite = HandlesOnSqlite.TestCase
 TestHandlesOnSqlite.settings = settings(max_examples=25, stateful_step_count=30, deadline=None, print_blob=True)
+
+
+def record_of(*facts: EventData) -> Record:
+    """The record of an admitted envelope to which these facts happened."""
+    record = Record(seal(ask(), id="x", now=START).envelope)
+    for number, fact in enumerate([Admitted(), *facts]):
+        record.apply(Event("x", number, "", "test", fact))
+    return record
+
+
+def gpus(amount: int, part: str | None = None) -> Granted:
+    return Grant({"gpu": amount}, part=part).fact()
+
+
+@pytest.mark.parametrize(
+    ("facts", "held"),
+    [
+        ([gpus(4), gpus(1, "0")], {"0": 1000}),
+        ([gpus(4), gpus(1, "0"), gpus(2, "1")], {"0": 1000, "1": 2000}),
+        ([gpus(1, "0"), gpus(2, "1"), gpus(4)], {"": 4000}),
+        ([gpus(4), gpus(3)], {"": 3000}),
+        ([gpus(4), Released()], {}),
+        ([gpus(4), Released(), gpus(1, "0")], {"0": 1000}),
+        ([gpus(4), gpus(1, "0"), Released()], {}),
+        ([gpus(1, "0"), gpus(2, "1"), Released("0")], {"1": 2000}),
+        ([gpus(1, "0"), gpus(2, "1"), Released()], {}),
+        ([gpus(1, "0"), gpus(2, "1"), Released(), gpus(1, "1")], {"1": 1000}),
+        ([gpus(4), Released("0")], {"": 4000}),
+        ([gpus(1, "0"), Released("0"), gpus(4), gpus(2, "1")], {"1": 2000}),
+    ],
+)
+def test_the_whole_and_its_parts_never_count_side_by_side(facts: list[EventData], held: dict[str, int]) -> None:
+    record = record_of(*facts)
+    assert {part: grant.resources["gpu"].amount for part, grant in record.holding.items()} == held
+    assert record.held.get("gpu", 0) == sum(held.values())
+    # What would be held is what is held once it was granted.
+    last = facts[-1]
+    if isinstance(last, Granted):
+        assert record_of(*facts[:-1]).with_grant(last) == record.held == record.granted
+
+
+def test_a_report_counts_once_for_each_part() -> None:
+    record = record_of(
+        Used({"steps": 1}, part="0", key="r1"),
+        Used({"steps": 2}, part="1", key="r1"),
+        Used({"steps": 4}, part="1", key="r1"),
+        Used({"steps": 8}, key="r1"),
+        Used({"steps": 16}, part="0"),
+    )
+    assert record.used["steps"].amount == 1 + 2 + 8 + 16
 
 
 def test_the_calls_cover_what_a_handle_may_say() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import msgspec
 import pytest
@@ -285,3 +286,24 @@ def test_zero_times_anything_is_zero(left: object, right: object) -> None:
 
 def test_the_largest_amount_survives_every_json() -> None:
     assert float(MAX_AMOUNT) == MAX_AMOUNT and float(MAX_AMOUNT + 1) == float(MAX_AMOUNT + 2)
+
+
+@pytest.mark.parametrize(
+    ("value", "field"),
+    [
+        ({"amount": 1, "floor": 2}, "f.floor"),
+        ({"amount": 2, "ceiling": 1}, "f.ceiling"),
+        ({"amount": "unknown", "floor": 2, "ceiling": 1}, "f.floor"),
+        ({"amount": "unlimited", "ceiling": 1}, "f.ceiling"),
+    ],
+)
+def test_a_floor_is_below_the_amount_and_a_ceiling_above(value: Any, field: str) -> None:
+    with pytest.raises(InvalidField) as refused:
+        parse_quantity("gpu", value, field="f")
+    assert refused.value.field == field
+
+
+def test_floor_amount_and_ceiling_may_be_the_same() -> None:
+    quantity = parse_quantity("gpu", {"amount": 2, "floor": 2, "ceiling": 2}, field="f")
+    assert (quantity.floor, quantity.amount, quantity.ceiling) == (2000, 2000, 2000)
+    assert parse_quantity("gpu", {"amount": "unknown", "floor": 1, "ceiling": 2}, field="f").amount == "unknown"

@@ -11,16 +11,21 @@ from execution_envelope.errors import (
     EnvelopeError,
     Held,
     IllegalTransition,
+    InvalidAsk,
     InvalidField,
     KeyConflict,
     LedgerUnavailable,
     NotFound,
+    ReadOnly,
+    ReferenceTaken,
     Refused,
+    Unidentified,
     Violation,
 )
 from execution_envelope.grant import Grant
 from execution_envelope.hooks import Decision, Rule
 from execution_envelope.lifecycle import Candidate
+from execution_envelope.reconciliation import Liveness
 from execution_envelope.record import Record
 from execution_envelope.resources import per_device, per_replica, total
 from execution_envelope.version import __version__
@@ -37,15 +42,20 @@ __all__ = [
     "Grant",
     "Held",
     "IllegalTransition",
+    "InvalidAsk",
     "InvalidField",
     "KeyConflict",
     "LedgerUnavailable",
+    "Liveness",
     "NotFound",
+    "ReadOnly",
     "Record",
+    "ReferenceTaken",
     "Refused",
     "Rule",
     "Subject",
     "Target",
+    "Unidentified",
     "Violation",
     "__version__",
     "established",

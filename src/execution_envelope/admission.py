@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final, Literal
 
@@ -11,15 +12,15 @@ import anyio
 from execution_envelope import grant as grants
 from execution_envelope import hooks as hook_rules
 from execution_envelope import lifecycle
-from execution_envelope.credentials import scrub
+from execution_envelope.credentials import scrub, shown
 from execution_envelope.envelope import Envelope, timestamp
 from execution_envelope.errors import IllegalTransition, InvalidField, LedgerUnavailable, ReadOnly, Violation
 from execution_envelope.grant import Grant
 from execution_envelope.journal import Journal
-from execution_envelope.ledger.contract import SequenceConflict
+from execution_envelope.ledger.contract import SequenceConflict, Siblings
 from execution_envelope.lifecycle import Candidate, EventData, Fact, legal_from, next_state
-from execution_envelope.record import Record
-from execution_envelope.resources import Amount, add, exceeds, human, parse_amount, parse_quantity
+from execution_envelope.record import WHOLE, Record
+from execution_envelope.resources import VOCABULARY, Amount, add, exceeds, human, parse_amount, parse_quantity
 
 #: How often a write is tried again when other writers of the same envelope come first.
 MAX_CONFLICTS: Final = 32
@@ -39,9 +40,11 @@ class Admission:
         *,
         by: str,
         check_after: timedelta,
+        enforce: bool = True,
         replayed: bool = False,
     ) -> None:
         self._journal = journal
+        self._enforce = enforce
         self._check_after = check_after
         self._record = record
         self._by = by
@@ -81,6 +84,8 @@ class Admission:
         found = [v.message for v in self._record.verdicts if v.decision == "warn" and v.message]
         if any(isinstance(e.data, lifecycle.Admitted) and e.data.observed for e in self._record.events):
             found += [f"not enforced: {reason.message}" for reason in hook_rules.reasons(self._record.verdicts)]
+        if not self._enforce:
+            found += [f"not enforced: {violation.text}" for violation in self._record.violations]
         return found
 
     async def effective(
@@ -117,38 +122,52 @@ class Admission:
 
         Raises `ReferenceTaken` when the id leads to an envelope that this one does not supersede.
         """
-        reference = str(reference)
+        kind, reference = grants.label(kind, "bind.kind"), grants.label(str(reference), "bind.reference")
         if not kind or ":" in kind or not reference or len(kind) + len(reference) > 200:
             raise InvalidField("bind", "expected a kind without `:` and a reference, of up to 200 characters together")
         due = check_by or self._journal.now() + self._check_after
         fact = lifecycle.Bound(
-            grants.label(kind),
-            grants.label(reference),
-            grants.label(owner or self._journal.component),
+            kind,
+            reference,
+            grants.label(owner or self._journal.component, "bind.owner"),
             timestamp(due.astimezone(UTC)),
         )
         await self._say(fact)
 
     async def grant(self, grant: Grant) -> None:
-        """Record what was given. Raises `Violation`, after recording both, when it is beyond a limit or the parent."""
+        """Record what was given. Raises `Violation`, after recording both, when it is beyond a limit or the parent.
+
+        The first grant of an envelope that supersedes another ends the older one and takes over its references. In
+        observe mode a violation is recorded and warned of, not raised.
+        """
         fact = grant.fact()
 
-        async def build(record: Record) -> Sequence[Fact]:
-            return [fact, *await self._violations(record, fact)]
+        async def plan(record: Record) -> _Plan:
+            violations = _beyond_limits(record, fact)
+            siblings = None
+            if record.envelope.correlation.part_of is not None:
+                found, siblings = await self._beyond_parent(record, fact)
+                violations += found
+            if record.state != "admitted" or record.envelope.correlation.supersedes is None:
+                return _Plan([fact, *violations], siblings=siblings)
+            older = await self._journal.read(record.envelope.correlation.supersedes)
+            return _Plan([fact, *violations, *_taken_over(older, record)], _superseded(older, record), siblings)
 
-        written = await self._write(build, by=grant.by, completes_older=True)
-        for said in written:
-            if isinstance(said, lifecycle.Violation):
-                self._journal.counters["violations"] += 1
-                raise Violation(said.text, envelope_id=self.id, resource=said.resource)
+        said = await self._write(plan, by=grant.by)
+        violations = [fact for fact in said if isinstance(fact, lifecycle.Violation)]
+        self._journal.counters["violations"] += len(violations)
+        if violations and self._enforce:
+            raise Violation(violations[0].text, envelope_id=self.id, resource=violations[0].resource)
 
     async def release(self, part: str | None = None, *, reason: str | None = None, by: str | None = None) -> None:
         """A part's grant ended; None for the whole."""
-        await self._say(lifecycle.Released(grants.label(part), None if reason is None else scrub(reason)), by=by)
+        await self._say(
+            lifecycle.Released(grants.label(part, "part"), None if reason is None else scrub(reason)), by=by
+        )
 
     async def ready(self, part: str | None = None, *, by: str | None = None) -> None:
         """A part serves."""
-        await self._say(lifecycle.Ready(grants.label(part)), by=by)
+        await self._say(lifecycle.Ready(grants.label(part, "part")), by=by)
 
     async def used(
         self,
@@ -164,10 +183,10 @@ class Admission:
         `how` is ``measured`` or ``estimated``. A report with a `key` that was seen before counts once. Late is fine.
         """
         if how not in ("measured", "estimated"):
-            raise InvalidField("used.how", f"expected `measured` or `estimated`, got `{how[:64]}`")
+            raise InvalidField("used.how", f"expected `measured` or `estimated`, got {shown(how)}")
         amounts = {name: parse_amount(name, value, field=f"used.{name}") for name, value in resources.items()}
         kind: Literal["measured", "estimated"] = "measured" if how == "measured" else "estimated"
-        await self._say(lifecycle.Used(amounts, kind, grants.label(part), grants.label(key)), by=by)
+        await self._say(lifecycle.Used(amounts, kind, grants.label(part, "part"), grants.label(key, "used.key")), by=by)
 
     async def reject(self, code: str, message: str, *, by: str | None = None) -> None:
         """The end, before anything was granted: the backend could not resolve it."""
@@ -177,10 +196,10 @@ class Admission:
         """The good end. Without any grant it is recorded with granted *unknown*."""
         text = None if message is None else scrub(message)
 
-        async def build(record: Record) -> Sequence[Fact]:
-            return [lifecycle.Completed(None if record.grants else "unknown", text)]
+        async def plan(record: Record) -> _Plan:
+            return _Plan([lifecycle.Completed(None if record.grants else "unknown", text)])
 
-        await self._write(build, by=by)
+        await self._write(plan, by=by)
 
     async def fail(self, code: str, message: str, *, by: str | None = None) -> None:
         """The bad end, after a grant."""
@@ -194,41 +213,41 @@ class Admission:
         """Leave the block: `failed` is ``(code, message)`` of an error, `cancelled` why nobody waits any more.
 
         Once bound nothing ends: an error is recorded as an event. Never raises for a ledger that is away: the
-        envelope stays open then, is counted as `unrecorded_exits`, and reconciliation finds it.
+        envelope stays open then, is counted as `unrecorded_exits`, and is ended when the ledger answers again.
         """
         if self.replayed:
             return
+
         # Read by others too: the newest state decides, so it is looked at inside the write.
+        async def plan(record: Record) -> _Plan:
+            return _Plan(_leaving(record, failed, cancelled))
+
         try:
             with anyio.CancelScope(shield=True):
-                await self._write(lambda record: _leaving(record, failed, cancelled), by=None)
+                await self._write(plan, by=None)
         except LedgerUnavailable:
             self._journal.counters["unrecorded_exits"] += 1
+            self._journal.unsettled[self.id] = {"failed": failed, "cancelled": cancelled}
             return
         if self._record.ungranted and self._record.bound is None:
             self._journal.counters["ungranted"] += 1
 
     async def _say(self, fact: Fact, *, by: str | None = None) -> None:
-        async def build(record: Record) -> Sequence[Fact]:
-            return [fact]
+        async def plan(record: Record) -> _Plan:
+            return _Plan([fact])
 
-        await self._write(build, by=by)
+        await self._write(plan, by=by)
 
-    async def _write(
-        self,
-        build: Callable[[Record], Awaitable[Sequence[Fact]]],
-        *,
-        by: str | None,
-        completes_older: bool = False,
-    ) -> Sequence[EventData]:
-        """Record what `build` makes of the newest record; read and build again when another writer was first."""
+    async def _write(self, plan: Callable[[Record], Awaitable[_Plan]], *, by: str | None) -> Sequence[EventData]:
+        """Record what is planned for the newest record; read and plan again when another writer was first."""
         if self.replayed:
             raise ReadOnly(f"envelope {self.id} was admitted for an earlier request; resume it to continue it")
         journal = self._journal
         async with self._lock:
             for _ in range(MAX_CONFLICTS):
                 try:
-                    facts = _kept(self._record, await build(self._record))
+                    planned = await plan(self._record)
+                    facts = _kept(self._record, [fact for fact in planned.facts if _is_news(self._record, fact)])
                 except IllegalTransition:
                     # Judged by what this handle saw last: another writer may have made the step legal since.
                     newest = await journal.read(self.id)
@@ -237,65 +256,115 @@ class Admission:
                     self._record = newest
                     continue
                 if not facts:
-                    return []
-                writes: list[tuple[Record, Sequence[EventData]]] = [(self._record, facts)]
-                if completes_older and self._record.state == "admitted":
-                    writes += await self._older()
+                    newest = await journal.read(self.id) if planned.facts else self._record
+                    if newest.next_sequence == self._record.next_sequence:
+                        return []
+                    self._record = newest
+                    continue
                 try:
-                    await journal.write(writes, by=by or self._by)
+                    await journal.write(
+                        [(self._record, facts), *planned.older], by=by or self._by, siblings=planned.siblings
+                    )
                 except SequenceConflict:
                     self._record = await journal.read(self.id)
                     continue
                 return facts
         raise LedgerUnavailable(
-            f"expected to record `{facts[0].type}`, other writers came first {MAX_CONFLICTS} times", envelope_id=self.id
+            f"expected to record a fact, other writers came first {MAX_CONFLICTS} times", envelope_id=self.id
         )
 
-    async def _older(self) -> list[tuple[Record, Sequence[EventData]]]:
-        """The envelope that this one supersedes ends, in the transaction that grants this one."""
-        older = self.envelope.correlation.supersedes
-        if older is None:
-            return []
-        record = await self._journal.read(older)
-        if not record.is_open:
-            return []
-        return [(record, [lifecycle.Completed(None if record.grants else "unknown", f"superseded by {self.id}")])]
+    async def _beyond_parent(
+        self, record: Record, fact: lifecycle.Granted
+    ) -> tuple[list[lifecycle.Violation], Siblings]:
+        """Only for resources that the parent was granted; what its other children take is taken off first.
 
-    async def _violations(self, record: Record, fact: Any) -> list[lifecycle.Violation]:
-        held = record.with_grant(fact)
-        found = [
-            lifecycle.Violation(
-                name, bound, held[name], f"hook {hook}", _beyond(name, held[name], bound, f"hook {hook} allows")
-            )
-            for name, (bound, hook) in record.limits.items()
-            if name in held and exceeds(held[name], bound)
-        ]
-        parent = self.envelope.correlation.part_of
-        if parent is not None:
-            found += await self._beyond_parent(parent, held)
-        return found
-
-    async def _beyond_parent(self, parent: str, held: Mapping[str, Amount]) -> list[lifecycle.Violation]:
-        """Only for resources that the parent was granted; what its other children hold is taken off first."""
-        journal = self._journal
-        bounds = (await journal.read(parent)).granted
-        siblings = [
-            (await journal.read(child)).held
-            for child in await journal.call(journal.ledger.children, parent)
+        With it what was read for that: the ledger refuses the write when any of it has changed meanwhile.
+        """
+        journal, held = self._journal, record.with_grant(fact)
+        parent = await journal.read(str(record.envelope.correlation.part_of))
+        others = [
+            await journal.read(child)
+            for child in await journal.call(journal.ledger.children, parent.id)
             if child != self.id
         ]
         found = []
-        for name, bound in bounds.items():
+        for name, bound in parent.granted.items():
             if name not in held:
                 continue
-            together = add([held[name], *(other[name] for other in siblings if name in other)])
+            taken = [held[name], *(_taken(other, name) for other in others)]
+            together = add(taken) if VOCABULARY[name].across_parts == "sum" else held[name]
             if exceeds(together, bound):
-                text = _beyond(name, together, bound, f"parent {parent} was granted")
-                found.append(lifecycle.Violation(name, bound, together, f"parent {parent}", text))
-        return found
+                text = _beyond(name, together, bound, f"parent {parent.id} was granted")
+                found.append(lifecycle.Violation(name, bound, together, f"parent {parent.id}", text))
+        return found, Siblings(parent.id, {seen.id: seen.next_sequence for seen in (parent, *others)})
 
 
-async def _leaving(record: Record, failed: tuple[str, str] | None, cancelled: str | None) -> Sequence[Fact]:
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What is to be recorded: facts of the envelope, facts of one that it supersedes, and what was read of siblings."""
+
+    facts: Sequence[Fact]
+    older: Sequence[tuple[Record, Sequence[EventData]]] = ()
+    siblings: Siblings | None = None
+
+
+def _is_news(record: Record, fact: Fact) -> bool:
+    """Whether it says more than what is known of the same part: no change, no event."""
+    if not record.is_open:
+        return True
+    if isinstance(fact, lifecycle.Granted):
+        return record.holding.get(fact.part or WHOLE) != fact
+    if isinstance(fact, lifecycle.Released):
+        return bool(record.holding) if fact.part is None else fact.part in record.holding
+    if not isinstance(fact, lifecycle.Ready | lifecycle.Effective | lifecycle.Bound | lifecycle.Violation):
+        return True  # it says that something happened, and may happen again
+    part = getattr(fact, "part", None)
+    for event in reversed(record.events):
+        data = event.data
+        if type(data) is type(fact) and getattr(data, "part", None) == part:
+            return data != fact
+        if isinstance(fact, lifecycle.Ready) and isinstance(data, lifecycle.Granted | lifecycle.Released):
+            return True  # it may serve again, with another grant
+    return True
+
+
+def _beyond_limits(record: Record, fact: lifecycle.Granted) -> list[lifecycle.Violation]:
+    held = record.with_grant(fact)
+    return [
+        lifecycle.Violation(
+            name, bound, held[name], f"hook {hook}", _beyond(name, held[name], bound, f"hook {hook} allows")
+        )
+        for name, (bound, hook) in record.limits.items()
+        if name in held and exceeds(held[name], bound)
+    ]
+
+
+def _taken(child: Record, name: str) -> Amount:
+    """What a child takes of its parent: what it holds; of a counter also what it used before it ended."""
+    if child.is_open:
+        return child.held.get(name, 0)
+    if VOCABULARY[name].across_reports != "sum":
+        return 0
+    # Nobody said what was used: it may have been all that was granted.
+    return child.used[name].amount if name in child.used else child.granted.get(name, 0)
+
+
+def _superseded(older: Record, newer: Record) -> list[tuple[Record, Sequence[EventData]]]:
+    """The end of the older envelope, in the transaction that grants the newer one."""
+    if not older.is_open:
+        return []
+    if older.state == "held":
+        return [(older, [lifecycle.Cancelled(f"superseded by {newer.id}")])]
+    return [(older, [lifecycle.Completed(None if older.grants else "unknown", f"superseded by {newer.id}")])]
+
+
+def _taken_over(older: Record, newer: Record) -> list[lifecycle.Bound]:
+    """The older envelope's references, as far as the newer one was not bound to them itself."""
+    bound = {event.data.kind: event.data for event in older.events if isinstance(event.data, lifecycle.Bound)}
+    return [fact for kind, fact in bound.items() if kind not in newer.references]
+
+
+def _leaving(record: Record, failed: tuple[str, str] | None, cancelled: str | None) -> Sequence[Fact]:
     if not record.is_open:
         return []
     if record.bound is not None:

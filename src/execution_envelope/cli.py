@@ -9,16 +9,13 @@ import json
 import os
 import select
 import signal
-import sqlite3
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any, Final, NoReturn
-from urllib.parse import quote
 
 try:
     import click
@@ -69,7 +66,8 @@ _DAMAGED: Final = (
 )
 
 UNKNOWABLE: Final = (
-    "whether the newest entries of a chain were cut off",
+    "whether the newest entries were cut off with everything that speaks of them",
+    "whether the newest chains were removed as a whole from the end",
     "whether a whole older copy of the ledger was put back",
 )
 
@@ -311,37 +309,15 @@ def main() -> None:
 
 @contextmanager
 def _opened(context: click.Context, url: str | None) -> Iterator[Ledger]:
-    """The ledger named after the subcommand, before it, or by the environment. It is never created."""
+    """The ledger named after the subcommand, before it, or by the environment; only to be read."""
     url = url or context.obj or os.environ.get(ENV)
     if not url:
         raise _Problem(f"expected a ledger, none is named: use --ledger sqlite:///envelopes.db or {ENV}")
-    if url == "memory://":
-        raise _Problem("expected a ledger that outlives its process, `memory://` does not: use sqlite:///envelopes.db")
-    ledger = open_ledger(url)
-    if url.startswith("sqlite:///"):
-        _check_file(url.removeprefix("sqlite:///"))
+    ledger = open_ledger(url, read_only=True)
     try:
         yield ledger
     finally:
         ledger.close()
-
-
-def _check_file(path: str) -> None:
-    """Refuse what is no ledger before the ledger opens it: that would create it, or set another file's journal mode."""
-    file = Path(path)
-    if not file.exists():
-        raise _Problem(f"expected a ledger, there is no file `{path}`")
-    if not file.is_file():
-        raise _Problem(f"expected a ledger, `{path}` is not a file")
-    try:
-        with closing(sqlite3.connect(f"file:{quote(str(file.absolute()))}?mode=ro", uri=True)) as connection:
-            tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_schema WHERE type = 'table'")}
-    except sqlite3.OperationalError as error:
-        raise _Problem(f"expected the ledger `{path}` to answer: {error}") from error
-    except sqlite3.DatabaseError as error:
-        raise _Problem(f"expected a ledger, `{path}` is not an SQLite database") from error
-    if "ledger_schema" not in tables:
-        raise _Problem(f"expected a ledger, `{path}` is {'another' if tables else 'an empty'} database")
 
 
 def _damage(id: str) -> str:

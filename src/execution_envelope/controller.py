@@ -8,21 +8,32 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from types import TracebackType
 from typing import Any, Final, Self
 
 import anyio
+import msgspec
 import uuid_utils
 
 from execution_envelope import hooks as hook_rules
 from execution_envelope import lifecycle
 from execution_envelope.admission import Admission
 from execution_envelope.blocking import BlockingController
-from execution_envelope.credentials import scrub
+from execution_envelope.credentials import scrub, shown
 from execution_envelope.envelope import Ask, SealedEnvelope, key_digest, seal, timestamp
-from execution_envelope.errors import Denied, Held, InvalidField, KeyConflict, LedgerUnavailable, NotFound
-from execution_envelope.grant import label
+from execution_envelope.errors import (
+    Denied,
+    Held,
+    InvalidAsk,
+    InvalidField,
+    KeyConflict,
+    LedgerUnavailable,
+    NotFound,
+    Refused,
+    Unidentified,
+)
 from execution_envelope.hooks import Decider, HookChain, Mode
 from execution_envelope.journal import Journal
 from execution_envelope.ledger import AttemptedRequest, Ledger, open_ledger
@@ -49,9 +60,9 @@ class AdmissionController:
     """Admits requests for execution and keeps their records. One for each backend process; safe to share by tasks.
 
     `component` is the name under which this backend records. `hooks` are the deciders, in order; `mode` *observe*
-    records what they say and refuses nothing. `deadline` bounds all deciders of a request together, in seconds.
-    `check_after` is when reconciliation asks after a bound execution whose owner named no time. Clock and ids are
-    injected for tests. Nothing is opened before the first request.
+    records what they say and refuses nothing, nor does a grant beyond a limit raise then. `deadline` bounds all
+    deciders of a request together, in seconds. `check_after` is when reconciliation asks after a bound execution whose
+    owner named no time. Clock and ids are injected for tests. Nothing is opened before the first request.
     """
 
     def __init__(
@@ -74,6 +85,8 @@ class AdmissionController:
         self._mode: Mode = mode
         self._check_after = check_after
         self._new_id = new_id
+        #: Admissions that may be recorded though their callers were told that the ledger is away.
+        self._unanswered: set[str] = set()
         self._tokens = float(ATTEMPTED_BURST)
         self._refilled = time.monotonic()
 
@@ -104,6 +117,20 @@ class AdmissionController:
 
     async def begin(self, ask: Ask) -> Admission:
         """The way into the block, for integrations that call `Admission.leave` themselves."""
+        await self._settle()
+        try:
+            return await self._begin(ask)
+        except (InvalidField, Unidentified, KeyConflict) as refusal:
+            status = refusal.status if isinstance(refusal, Refused) else InvalidAsk.status
+            reason = refusal.type if isinstance(refusal, Refused) else InvalidAsk.type
+            surface = ask.entrypoint or str(ask.operation)
+            await self.attempted(surface, reason, status=status, detail=str(refusal), request_id=ask.request_id)
+            raise
+        except LedgerUnavailable:
+            self.counters["unavailable"] += 1
+            raise
+
+    async def _begin(self, ask: Ask) -> Admission:
         # 1. Seal: five families, validated, without credentials, in canonical form.
         sealed = seal(await self._linked(ask), id=self._new_id(), now=self._journal.now())
         # 2. Recognise a request that was sent before.
@@ -128,14 +155,10 @@ class AdmissionController:
             *(hook_rules.limits(verdicts) if isinstance(outcome, lifecycle.Admitted) else ()),
         ]
         record = Record(sealed.envelope)
-        row = None if key is None else KeyRow(key, sealed.request_digest, record.id)
         try:
-            await self._journal.write([(record, facts)], by=self.component, sealed=sealed, key=row)
+            await self._record(record, facts, sealed)
         except KeyTaken as taken:
             return await self._again(sealed, taken.row)
-        except anyio.get_cancelled_exc_class():
-            await self._cancelled(record.id)
-            raise
         self.counters["redacted"] += len(sealed.redacted)
         # 6. Answer.
         return self._answer(record, verdicts)
@@ -161,13 +184,18 @@ class AdmissionController:
         when the process that last recorded it is gone, or when `everything` is to be asked. An unbound one belongs to
         the process that admitted it. What cannot be found out is *unknown* and stays as it is.
         """
+        for id in self._unanswered.copy():
+            if await self._leave(id, cancelled="its caller was told that the ledger is away, and did not come again"):
+                self._unanswered.discard(id)
+        await self._settle()
         result = Reconciliation()
+        silent: set[str] = set()
         for id in await self._journal.call(self.ledger.unfinished):
             record = await self.read(id)
             # It may have ended since it was listed.
             if record.state == "held" or not record.is_open:
                 continue
-            liveness = await self._liveness(record, probers, everything)
+            liveness = await self._liveness(record, probers, everything, silent)
             if liveness is None:
                 result.waiting += 1
                 continue
@@ -218,7 +246,7 @@ class AdmissionController:
 
     async def _linked(self, ask: Ask) -> Ask:
         """The ask with its links resolved to envelope ids, each of the asking tenant."""
-        changes: dict[str, str] = {}
+        changes: dict[str, Any] = {}
         for link in ("part_of", "runs_on", "supersedes"):
             reference = getattr(ask, link)
             if reference is None:
@@ -229,11 +257,12 @@ class AdmissionController:
                 raise InvalidField(f"correlation.{link}", str(error)) from error
             # Another tenant's envelope is said not to exist: a link must not tell what others run.
             if link != "runs_on" and ask.subject is not None and linked.envelope.identity.tenant != ask.subject.tenant:
-                raise InvalidField(f"correlation.{link}", f"expected an envelope, none has the id `{reference[:200]}`")
+                problem = f"expected an envelope, none has the id {shown(reference, 200)}"
+                raise InvalidField(f"correlation.{link}", problem)
             changes[link] = linked.id
         if not changes:
             return ask
-        return Ask(**{name: getattr(ask, name) for name in Ask.__slots__} | changes)
+        return replace(ask, **changes)
 
     async def _again(self, sealed: SealedEnvelope, first: KeyRow) -> Admission:
         """The same idempotency key once more."""
@@ -245,9 +274,14 @@ class AdmissionController:
             )
         record = await self.read(first.envelope)
         if record.state == "held":
-            return await self._decide_again(record)
+            return await self._decide_again(sealed, record)
         if record.state == "denied":
             self._answer(record, record.verdicts)
+        if record.id in self._unanswered:
+            self._unanswered.discard(record.id)
+            if record.state == "admitted" and record.bound is None:
+                # Its caller was told that nothing was started, and has come again: the retry takes it up.
+                return self._answer(record, record.verdicts)
         if record.is_open and record.bound is None:
             raise KeyConflict(
                 "the first request with this idempotency key is still in flight, try again later",
@@ -257,29 +291,59 @@ class AdmissionController:
         self.counters["replayed"] += 1
         return self._handle(record, by=self.component, replayed=True)
 
-    async def _cancelled(self, id: str) -> None:
-        """Nobody waits for the admission any more: if it was recorded all the same, nobody else would end it."""
-        with anyio.CancelScope(shield=True):
-            try:
-                await self._handle(await self.read(id), by=self.component).leave(
-                    cancelled="cancelled while it was admitted"
-                )
-            except (NotFound, LedgerUnavailable):
+    async def _record(self, record: Record, facts: Sequence[EventData], sealed: SealedEnvelope | None = None) -> None:
+        """Record a decision. When nobody can be told of it, its envelope ends, or nobody else would end it."""
+        try:
+            await self._journal.write([(record, facts)], by=self.component, sealed=sealed)
+        except anyio.get_cancelled_exc_class():
+            with anyio.CancelScope(shield=True):
+                await self._leave(record.id, cancelled="cancelled while it was admitted")
+            raise
+        except LedgerUnavailable:
+            # The answer may have been lost and not the commit. The caller may come again with the same key.
+            self._unanswered.add(record.id)
+            raise
+
+    async def _settle(self) -> None:
+        """End what could not be ended while the ledger was away."""
+        for id, ending in list(self._journal.unsettled.items()):
+            if not await self._leave(id, **ending):
                 return
 
-    async def _decide_again(self, record: Record) -> Admission:
-        """A held request came back: the deciders run again; only a change is recorded."""
+    async def _leave(self, id: str, **ending: Any) -> bool:
+        """Leave the block of an envelope that nobody holds. False when the ledger is away: to be tried again."""
+        try:
+            handle = self._handle(await self.read(id), by=self.component)
+        except NotFound:
+            return True
+        except LedgerUnavailable:
+            self._journal.unsettled.setdefault(id, ending)
+            return False
+        self._journal.unsettled.pop(id, None)
+        if handle.state != "held":
+            await handle.leave(**ending)
+        return id not in self._journal.unsettled
+
+    async def _decide_again(self, sealed: SealedEnvelope, record: Record) -> Admission:
+        """A held request came back: who asks is looked at again, and the deciders run again."""
+        if sealed.envelope.identity != record.envelope.identity:
+            raise KeyConflict(
+                "expected the identity that was held, this request has other roles, delegation or authentication",
+                envelope_id=record.id,
+            )
         verdicts = await self._hooks.decide(record.envelope)
         outcome = hook_rules.combine(verdicts, mode=self._mode)
-        if not isinstance(outcome, lifecycle.Held):
-            facts: list[EventData] = [*verdicts, outcome]
-            if isinstance(outcome, lifecycle.Admitted):
-                facts += hook_rules.limits(verdicts)
+        # Whoever asks again and again gets the same verdicts: only others are news.
+        news = [verdict for verdict in verdicts if not _said(record, verdict)]
+        facts: list[EventData] = [*news] if isinstance(outcome, lifecycle.Held) else [*verdicts, outcome]
+        if isinstance(outcome, lifecycle.Admitted):
+            facts += hook_rules.limits(verdicts)
+        if facts:
             try:
-                await self._journal.write([(record, facts)], by=self.component)
+                await self._record(record, facts)
             except SequenceConflict as error:
                 raise KeyConflict(
-                    "another request with this idempotency key was admitted just now, try again later",
+                    "another request with this idempotency key was decided just now, try again later",
                     envelope_id=record.id,
                     retryable=True,
                 ) from error
@@ -302,8 +366,13 @@ class AdmissionController:
                 break
         return self._handle(record, by=self.component)
 
-    async def _liveness(self, record: Record, probers: Mapping[str, Prober], everything: bool) -> Liveness | None:
-        """What is known of an open execution's owner; None when it is not time to ask."""
+    async def _liveness(
+        self, record: Record, probers: Mapping[str, Prober], everything: bool, silent: set[str]
+    ) -> Liveness | None:
+        """What is known of an open execution's owner; None when it is not time to ask.
+
+        An owner that did not answer is asked no more in this round: `silent` holds those.
+        """
         bound = record.bound
         process = await self._writer(record, admitting=bound is None)
         alive = None if process is None else process.alive()
@@ -311,10 +380,12 @@ class AdmissionController:
             return of_process(process, alive)
         if not everything and alive is not False and timestamp(self._journal.now()) < bound.check_by:
             return None
-        prober = next((ask for owner, ask in probers.items() if label(owner) == bound.owner), None)
+        prober = probers.get(bound.owner)
         if prober is None:
             return Liveness.unknown(f"no prober for owner {bound.owner}")
-        return await ask_owner(prober, record)
+        if bound.owner in silent:
+            return Liveness.unknown(f"owner {bound.owner} did not answer before in this round")
+        return await ask_owner(prober, record, silent)
 
     async def _writer(self, record: Record, *, admitting: bool) -> Process | None:
         """The process that admitted the envelope, or the one that recorded its newest event."""
@@ -334,7 +405,14 @@ class AdmissionController:
         return True
 
     def _handle(self, record: Record, *, by: str, replayed: bool = False) -> Admission:
-        return Admission(self._journal, record, by=by, check_after=self._check_after, replayed=replayed)
+        return Admission(
+            self._journal,
+            record,
+            by=by,
+            check_after=self._check_after,
+            enforce=self._mode == "enforce",
+            replayed=replayed,
+        )
 
 
 class Block:
@@ -355,7 +433,15 @@ class Block:
         assert self._admission is not None
         if error is None:
             await self._admission.leave()
-        elif isinstance(error, anyio.get_cancelled_exc_class()):
-            await self._admission.leave(cancelled="cancelled while it was resolved")
-        else:
+        elif isinstance(error, Exception):
             await self._admission.leave(failed=(type(error).__name__, str(error)))
+        else:
+            # Cancelled, or the process is about to end: nothing is said of the execution itself.
+            name = "cancelled" if isinstance(error, anyio.get_cancelled_exc_class()) else type(error).__name__
+            await self._admission.leave(cancelled=f"{name} while it was resolved")
+
+
+def _said(record: Record, verdict: lifecycle.Verdict) -> bool:
+    """Whether the hook's newest verdict on the record is the same, but for how long it took."""
+    before = next((seen for seen in reversed(record.verdicts) if seen.hook == verdict.hook), None)
+    return before is not None and msgspec.structs.replace(before, duration_us=verdict.duration_us) == verdict

@@ -141,7 +141,8 @@ def _resources(
                     *_reasons(name, "resources", effective, spoken, agreed, grants),
                     *(_silent_parts(name, meant, grants) if spoken else ()),
                 ),
-                breach=_breach(asked, given),
+                # A reason alone says that nothing was given, so that a floor is missed as by a zero.
+                breach=_breach(asked, 0 if outcome == "withheld" else given),
             )
         )
     return found

@@ -7,6 +7,7 @@ floats, ASCII keys. Then the fast encoder's sorted output *is* canonical, byte f
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,9 @@ from typing import Any, Final, Literal, NoReturn, TypeAlias, cast, get_args
 import msgspec
 
 from execution_envelope import credentials
+from execution_envelope.credentials import brief, group, invalid, listed, mapped, shown
+from execution_envelope.credentials import optional_at as _optional
+from execution_envelope.credentials import text_at as _text
 from execution_envelope.errors import InvalidField, Unidentified
 from execution_envelope.resources import Provenance, Quantity, parse_quantity
 
@@ -42,6 +46,8 @@ MAX_DEPTH: Final = 6
 #: How many paths of removed credentials one envelope lists; the last one then says how many more there were.
 MAX_REDACTED: Final = 100
 
+#: What a path in `Ask.secrets` starts with that is not of the body alone.
+_FAMILIES: Final = ("constraints.", "facets.", "scope.hints.")
 _KEY: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:/-]{0,127}")
 _TRACEPARENT: Final = re.compile(r"[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
 
@@ -218,7 +224,9 @@ class Subject:
 
 def established(value: str | int | Sequence[str], *, by: str) -> Scoped:
     """A scope value that the backend found out itself, by a token, a server default or a policy."""
-    return Scoped(value if isinstance(value, str | int) else tuple(value), "established", by)
+    return Scoped(
+        value if isinstance(value, str) or not isinstance(value, Sequence) else tuple(value), "established", by
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -228,8 +236,12 @@ class Ask:
     `requested` maps resource names to amounts (``"512MiB"``, ``2``, ``per_replica("1GiB")``), `constraints` open
     names to JSON values; None is absent. `client_defaults` names values that a known client always sends: a value
     equal to one is recorded as *client default* and never reported as ignored. `body` is the service-specific
-    request as it arrived; only its digest is sealed, taken after the fields named in `secrets` (``"env.*"``) and
-    every credential in a documented format were removed. `part_of`, `runs_on` and `supersedes` name an envelope id
+    request as it arrived; only its digest is sealed, taken after every credential in a documented format was removed.
+
+    `secrets` names fields whose values are replaced by a marker before sealing, whatever their form; ``*`` stands for
+    every key or index. A path is of `body` (``"env.*"``); one that starts with ``constraints``, ``facets`` or
+    ``scope.hints`` is of that family too: ``"constraints.engine.password"``, ``"facets.ns.name"`` (all of its data),
+    ``"scope.hints.note"``. `part_of`, `runs_on` and `supersedes` name an envelope id
     or a reference ``"deployment:ID"``. `facets` maps ``namespace.name`` to ``(producer, schema URL or None, data)``.
     """
 
@@ -261,7 +273,8 @@ class SealedEnvelope:
 
     `request_digest` is over execution, scope and requested: what "the same request" means for an idempotency key.
     `key_digest` identifies (tenant, subject, operation, key), None without a key. `redacted` lists the paths at
-    which a credential was taken out.
+    which a credential was taken out. `removed` holds the texts that were taken out of the body and of what `secrets`
+    names, so that later messages can be scrubbed of them; it is never stored.
     """
 
     envelope: Envelope
@@ -270,6 +283,7 @@ class SealedEnvelope:
     request_digest: str
     key_digest: str | None
     redacted: tuple[str, ...]
+    removed: frozenset[str] = field(default=frozenset(), repr=False)
 
 
 _encoder: Final = msgspec.json.Encoder(order="sorted")
@@ -302,9 +316,11 @@ def seal(ask: Ask, *, id: str, now: datetime) -> SealedEnvelope:
     Raises `InvalidField` naming the first field that cannot be sealed, and `Unidentified` when no subject is named.
     """
     redacted: list[str] = []
+    secret: list[Any] = []
+    named, ask = ask, _without_named(ask, secret)
     envelope = Envelope(
         identity=_identity(ask.subject),
-        execution=_execution(ask, redacted),
+        execution=_execution(ask, redacted, secret),
         scope=_scope(ask.scope),
         requested=_requested(ask),
         correlation=_correlation(ask, id, timestamp(now)),
@@ -319,7 +335,38 @@ def seal(ask: Ask, *, id: str, now: datetime) -> SealedEnvelope:
     key = None
     if ask.subject is not None and ask.idempotency_key is not None:
         key = key_digest(ask.subject, ask.operation, ask.idempotency_key)
-    return SealedEnvelope(envelope, body, sha256(body), sha256(same), key, _paths(redacted))
+    removed = set(credentials.strings(secret))
+    if redacted:
+        removed.update(credentials.literals([named.body, named.constraints]))
+    literals = frozenset(text for text in removed if len(text) >= credentials.MIN_LITERAL)
+    return SealedEnvelope(envelope, body, sha256(body), sha256(same), key, _paths(redacted), literals)
+
+
+def _without_named(ask: Ask, secret: list[Any]) -> Ask:
+    """The ask without what `secrets` names in its constraints, facets and hints; that goes into `secret`."""
+    fields = [name for name in listed(ask.secrets, "secrets") if _text(name, "secrets").startswith(_FAMILIES)]
+    if not fields:
+        return ask
+    facets = {name: group(facet, 3, f"facets.{brief(name)}") for name, facet in mapped(ask.facets, "facets").items()}
+    scope = mapped(ask.scope, "scope")
+    hints = mapped(scope.get("hints") or {}, "scope.hints")
+    bare = {
+        "constraints": mapped(ask.constraints, "constraints"),
+        "facets": {name: data for name, (_, _, data) in facets.items()},
+        "scope": {"hints": {name: v.value if isinstance(v, Scoped) else v for name, v in hints.items()}},
+    }
+    clean = credentials.remove_fields(bare, fields, found=lambda _, value: secret.append(value))
+    return dataclasses.replace(
+        ask,
+        constraints=clean["constraints"],
+        facets={name: (*facets[name][:2], data) for name, data in clean["facets"].items()},
+        scope=dict(scope)
+        | {"hints": {name: _dressed(hints[name], value) for name, value in clean["scope"]["hints"].items()}},
+    )
+
+
+def _dressed(before: Any, value: Any) -> Any:
+    return msgspec.structs.replace(before, value=value) if isinstance(before, Scoped) else value
 
 
 def _paths(redacted: Sequence[str]) -> tuple[str, ...]:
@@ -340,13 +387,18 @@ def _encode(envelope: Envelope) -> bytes:
 def _identity(subject: Subject | None) -> Identity:
     if subject is None:
         raise Unidentified("expected a subject, got none: name who asks in `Ask.subject` or by `identify`")
+    if not isinstance(subject, Subject):
+        raise invalid("identity.subject", f"expected a Subject, got {shown(subject)}")
+    delegation = listed(subject.delegation, "identity.delegation", MAX_ENTRIES["delegation"])
     return Identity(
         subject=Party(_text(subject.type, "identity.subject.type"), _text(subject.id, "identity.subject.id")),
         tenant=_optional(subject.tenant, "identity.tenant"),
-        roles=tuple(_text(role, "identity.roles") for role in _few(subject.roles, "roles")),
+        roles=tuple(
+            _text(role, "identity.roles") for role in listed(subject.roles, "identity.roles", MAX_ENTRIES["roles"])
+        ),
         delegation=tuple(
             Party(_text(kind, "identity.delegation"), _text(name, "identity.delegation"))
-            for kind, name in _few(subject.delegation, "delegation")
+            for kind, name in (group(pair, 2, "identity.delegation") for pair in delegation)
         ),
         authentication=None
         if subject.method is None
@@ -358,19 +410,24 @@ def _identity(subject: Subject | None) -> Identity:
     )
 
 
-def _execution(ask: Ask, redacted: list[str]) -> Execution:
+def _execution(ask: Ask, redacted: list[str], secret: list[Any]) -> Execution:
     if ask.kind not in KINDS:
-        raise InvalidField("execution.kind", f"expected one of {', '.join(KINDS)}, got `{str(ask.kind)[:64]}`")
+        raise InvalidField("execution.kind", f"expected one of {', '.join(KINDS)}, got {shown(ask.kind)}")
+    if not isinstance(ask.target, Target):
+        raise InvalidField("execution.target", f"expected a Target, got {shown(ask.target)}")
+
+    def take(path: str, value: Any) -> None:
+        redacted.append(f"request.{path}")
+        secret.append(value)
+
     request = None
     if ask.schema is not None:
         try:
-            body = credentials.remove_fields(
-                ask.body, ask.secrets, found=lambda path: redacted.append(f"request.{path}")
-            )
+            body = credentials.remove_fields(ask.body, listed(ask.secrets, "secrets"), found=take)
             body = credentials.redact(body, path="request", found=redacted.append)
             request = SourceRequest(_text(ask.schema, "execution.request.schema"), sha256(canonical(body)))
         except (TypeError, UnicodeEncodeError, RecursionError) as error:
-            raise InvalidField("execution.request", f"expected a JSON body: {error}") from error
+            raise InvalidField("execution.request", f"expected a JSON body: {brief(str(error), 200)}") from error
     target = Target(
         _text(ask.target.type, "execution.target.type"),
         _text(ask.target.id, "execution.target.id"),
@@ -387,60 +444,68 @@ def _execution(ask: Ask, redacted: list[str]) -> Execution:
 
 def _scope(values: Mapping[str, Any]) -> Scope:
     fields: dict[str, Any] = {}
-    for name, value in values.items():
+    for name, value in mapped(values, "scope").items():
         if value is None:
             continue
         if name == "hints":
             fields["hints"] = {
                 _key(hint, "scope.hints"): _scoped(item, f"scope.hints.{hint}")
-                for hint, item in _few(value, "scope.hints").items()
+                for hint, item in mapped(value, "scope.hints", MAX_ENTRIES["scope.hints"]).items()
                 if item is not None
             }
         elif name in Scope.__struct_fields__:
             fields[name] = _scoped(value, f"scope.{name}")
+            if name == "regions" and isinstance(fields[name].value, str):
+                raise InvalidField("scope.regions", f"expected a list of texts, got {shown(fields[name].value)}")
         else:
             names = ", ".join(Scope.__struct_fields__)
-            raise InvalidField(f"scope.{str(name)[:64]}", f"expected one of {names}; other names go into `hints`")
+            raise invalid(f"scope.{brief(name)}", f"expected one of {names}; other names go into `hints`")
     return Scope(**fields)
 
 
 def _scoped(value: Any, path: str) -> Scoped:
-    scoped = value if isinstance(value, Scoped) else Scoped(tuple(value) if isinstance(value, list) else value)
-    content = scoped.value
-    if isinstance(content, bool) or not isinstance(content, str | int | tuple):
-        raise InvalidField(path, f"expected text, a whole number or a list of texts, got `{type(content).__name__}`")
-    if isinstance(content, tuple):
-        content = tuple(_text(item, path) for item in _few(content, "scope.regions"))
+    scoped = value if isinstance(value, Scoped) else Scoped(value)
+    content = cast(Any, scoped.value)
+    if isinstance(content, bool) or not isinstance(content, str | int | tuple | list):
+        raise invalid(path, f"expected text, a whole number or a list of texts, got `{type(content).__name__}`")
+    if isinstance(content, tuple | list):
+        content = tuple(_text(item, path) for item in listed(content, path, MAX_ENTRIES["scope.regions"]))
     elif isinstance(content, str):
         content = _text(content, path)
     else:
         content = cast(int, _plain(content, path))
+    if scoped.provenance not in ("asserted", "established"):
+        raise invalid(path, f"expected `asserted` or `established`, got {shown(scoped.provenance)}")
     return Scoped(content, scoped.provenance, _optional(scoped.by, path))
 
 
 def _requested(ask: Ask) -> Requested:
     resources: dict[str, Quantity] = {}
-    for name, value in _few(ask.requested, "requested").items():
+    defaults = mapped(ask.client_defaults, "client_defaults")
+    for name, value in mapped(ask.requested, "requested", MAX_ENTRIES["requested"]).items():
         if value is None:
             continue
-        quantity = parse_quantity(name, value, field=f"requested.{str(name)[:64]}")
-        default = ask.client_defaults.get(name)
+        quantity = parse_quantity(name, value, field=f"requested.{brief(name)}")
+        default = defaults.get(name)
         if default is not None and quantity == parse_quantity(name, default, field=f"client_defaults.{name}"):
             quantity = msgspec.structs.replace(quantity, provenance="client_default")
         resources[name] = quantity
     constraints: dict[str, Constraint] = {}
-    for name, value in _few(ask.constraints, "constraints").items():
+    for name, value in mapped(ask.constraints, "constraints", MAX_ENTRIES["constraints"]).items():
         if value is None:
             continue
         plain = bounded(value, f"constraints.{_key(name, 'constraints')}")
-        default = ask.client_defaults.get(name)
+        default = defaults.get(name)
         same = default is not None and _same(bounded(default, f"client_defaults.{name}"), plain)
         constraints[name] = Constraint(_freeze(plain), "client_default" if same else "asserted")
     return Requested(resources, constraints)
 
 
 def _correlation(ask: Ask, id: str, created_at: str) -> Correlation:
-    traceparent = ask.traceparent if ask.traceparent and _TRACEPARENT.fullmatch(ask.traceparent) else None
+    if ask.idempotency_key == "":
+        raise InvalidField("correlation.idempotency_key", "expected a key, got an empty one; leave it out for none")
+    given = _optional(ask.traceparent, "correlation.traceparent")
+    traceparent = given if given and _TRACEPARENT.fullmatch(given) else None
     return Correlation(
         id=id,
         schema_version=SCHEMA_VERSION,
@@ -452,12 +517,16 @@ def _correlation(ask: Ask, id: str, created_at: str) -> Correlation:
         part_of=_optional(ask.part_of, "correlation.part_of"),
         runs_on=_optional(ask.runs_on, "correlation.runs_on"),
         supersedes=_optional(ask.supersedes, "correlation.supersedes"),
-        facets={_key(name, "facets"): _facet(name, *facet) for name, facet in _few(ask.facets, "facets").items()},
+        facets={
+            _key(name, "facets"): _facet(name, facet)
+            for name, facet in mapped(ask.facets, "facets", MAX_ENTRIES["facets"]).items()
+        },
     )
 
 
-def _facet(name: str, producer: str, schema: str | None, data: Any) -> Facet:
+def _facet(name: str, facet: Any) -> Facet:
     path = f"facets.{name}"
+    producer, schema, data = group(facet, 3, path)
     # The digest is of the text without credentials: a digest of a short secret could be guessed.
     text = _encoded(data, path).decode()
     return Facet(
@@ -497,7 +566,7 @@ def _encoded(value: Any, path: str) -> bytes:
         plain = msgspec.to_builtins(value, str_keys=True)
         return canonical(credentials.redact(plain, path=path, found=lambda _: None))
     except (TypeError, ValueError, RecursionError) as error:
-        raise InvalidField(path, f"expected JSON data: {error}") from error
+        raise invalid(path, f"expected JSON data: {brief(str(error), 200)}") from error
 
 
 def _plain(value: Any, path: str, depth: int = 0) -> Any:
@@ -516,7 +585,7 @@ def _plain(value: Any, path: str, depth: int = 0) -> Any:
         return {_key(key, path): _plain(item, f"{path}.{key}", depth + 1) for key, item in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray):
         return [_plain(item, path, depth + 1) for item in value]
-    raise InvalidField(path, f"expected JSON data, got `{type(value).__name__}`")
+    raise invalid(path, f"expected JSON data, got `{type(value).__name__}`")
 
 
 def _same(left: Any, right: Any) -> bool:
@@ -526,29 +595,5 @@ def _same(left: Any, right: Any) -> bool:
 
 def _key(name: Any, path: str) -> str:
     if not isinstance(name, str) or not _KEY.fullmatch(name):
-        raise InvalidField(path, f"expected a name of up to 128 letters, digits and `_.:/-`, got `{str(name)[:64]}`")
+        raise invalid(path, f"expected a name of up to 128 letters, digits and `_.:/-`, got {shown(name)}")
     return name
-
-
-def _text(value: Any, path: str, limit: int = credentials.MAX_TEXT) -> str:
-    if not isinstance(value, str):
-        raise InvalidField(path, f"expected text, got `{type(value).__name__}`")
-    if not value.isascii():
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            raise InvalidField(path, "expected text in valid Unicode, got a lone surrogate") from None
-    if len(value) <= limit:
-        return value
-    # Credentials go first, so that neither a digest nor a half of one stays.
-    return credentials.cut_text(credentials.redact_text(value), limit)
-
-
-def _optional(value: Any, path: str, limit: int = credentials.MAX_TEXT) -> str | None:
-    return None if value is None else _text(value, path, limit)
-
-
-def _few(values: Any, name: str) -> Any:
-    if len(values) > MAX_ENTRIES[name]:
-        raise InvalidField(name, f"expected at most {MAX_ENTRIES[name]} entries, got {len(values)}")
-    return values

@@ -7,15 +7,16 @@ cover it abstain, it is denied.
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, Protocol, TypeAlias, get_args
 
 import anyio
 
-from execution_envelope.credentials import scrub
+from execution_envelope.credentials import brief, invalid, scrub, shown
 from execution_envelope.envelope import KINDS, Envelope
 from execution_envelope.errors import InvalidField, Reason
 from execution_envelope.lifecycle import Admitted, Denied, Held, Limit, Verdict
@@ -25,6 +26,7 @@ Outcome: TypeAlias = Literal["allow", "deny", "hold", "warn", "abstain"]
 FailureMode: TypeAlias = Literal["deny", "allow", "hold"]
 FAILURE_MODES: Final[tuple[str, ...]] = get_args(FailureMode)
 Mode: TypeAlias = Literal["enforce", "observe"]
+Failure: TypeAlias = Literal["error", "timeout", "invalid"]
 
 #: The closed vocabulary of reason codes: code -> (whether trying later can help, meaning).
 CODES: Final[Mapping[str, tuple[bool, str]]] = {
@@ -114,16 +116,19 @@ class HookChain:
     """The deciders in order. Raises `InvalidField` at once for a hook that is declared wrongly."""
 
     def __init__(self, hooks: Sequence[Decider], *, deadline: float) -> None:
-        if deadline <= 0:
-            raise InvalidField("deadline", f"expected more than 0 seconds, got `{deadline}`")
+        # Not `<= 0`, because every comparison with NaN is false.
+        if not isinstance(deadline, int | float) or not deadline > 0:
+            raise InvalidField("deadline", f"expected more than 0 seconds, got {shown(deadline)}")
         for hook in hooks:
-            unknown = (hook.kinds or frozenset()) - set(KINDS)
+            path = f"hooks.{hook.name}"
+            if hook.kinds is not None and not isinstance(hook.kinds, Set):
+                raise invalid(f"{path}.kinds", f"expected a set of kinds, got {shown(hook.kinds)}")
+            unknown = [kind for kind in hook.kinds or () if kind not in KINDS]
             if unknown:
-                raise InvalidField(f"hooks.{hook.name}.kinds", f"expected {', '.join(KINDS)}, got `{min(unknown)}`")
+                raise invalid(f"{path}.kinds", f"expected {', '.join(KINDS)}, got {shown(unknown[0])}")
             if hook.failure_mode not in FAILURE_MODES:
-                raise InvalidField(
-                    f"hooks.{hook.name}.failure_mode",
-                    f"expected {', '.join(FAILURE_MODES)}, got `{hook.failure_mode}`",
+                raise invalid(
+                    f"{path}.failure_mode", f"expected {', '.join(FAILURE_MODES)}, got {shown(hook.failure_mode)}"
                 )
         names = [hook.name for hook in hooks]
         if len(set(names)) != len(names):
@@ -146,24 +151,39 @@ async def _ask(hook: Decider, envelope: Envelope, end: float) -> Verdict:
     start = time.monotonic()
     if start >= end:
         return _failed(hook, "timeout", "the deadline passed before it was asked", 0)
+    scope = anyio.move_on_after(end - start)
     try:
-        with anyio.fail_after(end - start):
+        with scope:
             answer = hook.decide(envelope)
             decision = await answer if inspect.isawaitable(answer) else answer
+        if scope.cancelled_caught:
+            return _failed(hook, "timeout", "no answer before the deadline", _since(start))
         verdict = _verdict(hook, decision, _since(start))
-    except anyio.get_cancelled_exc_class():
-        raise
     except KeyboardInterrupt:
         raise
-    except TimeoutError:
-        return _failed(hook, "timeout", "no answer before the deadline", _since(start))
     except InvalidField as error:
         return _failed(hook, "invalid", str(error), _since(start))
     except BaseException as error:  # a hook that calls sys.exit must not end the server
-        return _failed(hook, "error", f"{type(error).__name__}: {error}", _since(start))
+        if isinstance(error, anyio.get_cancelled_exc_class()) and _is_cancelled():
+            raise
+        # What it raises because the deadline came is no error of its own.
+        failure: Failure = "timeout" if scope.cancel_called else "error"
+        return _failed(hook, failure, f"{type(error).__name__}: {error}", _since(start))
     if time.monotonic() > end:
         return _failed(hook, "timeout", "it blocked the event loop past the deadline", _since(start))
     return verdict
+
+
+def _is_cancelled() -> bool:
+    """Whether somebody cancelled this task, now that the exception of a cancellation was raised in it.
+
+    With asyncio anybody can raise that by hand, or get it from another task; with trio nobody can.
+    """
+    try:
+        task = asyncio.current_task()
+    except RuntimeError:
+        return True
+    return task is None or task.cancelling() > 0
 
 
 def _since(start: float) -> int:
@@ -173,11 +193,11 @@ def _since(start: float) -> int:
 def _verdict(hook: Decider, decision: Any, duration_us: int) -> Verdict:
     field_name = f"hooks.{hook.name}"
     if not isinstance(decision, Decision) or decision.outcome not in ("allow", "deny", "hold", "warn", "abstain"):
-        raise InvalidField(field_name, f"expected a Decision, got `{type(decision).__name__}`")
+        raise invalid(field_name, f"expected a Decision, got `{type(decision).__name__}`")
     if (decision.outcome in ("deny", "hold") or decision.code is not None) and decision.code not in CODES:
-        raise InvalidField(f"{field_name}.code", f"expected one of {', '.join(CODES)}, got `{decision.code}`")
+        raise invalid(f"{field_name}.code", f"expected one of {', '.join(CODES)}, got {shown(decision.code)}")
     limits: dict[str, Amount] = {
-        name: parse_amount(name, amount, field=f"{field_name}.limits.{name}")
+        name: parse_amount(name, amount, field=f"{field_name}.limits.{brief(name)}")
         for name, amount in decision.limits.items()
     }
     return Verdict(
@@ -185,14 +205,14 @@ def _verdict(hook: Decider, decision: Any, duration_us: int) -> Verdict:
         version=hook.version,
         decision=decision.outcome,
         code=decision.code,
-        message=None if decision.message is None else scrub(decision.message),
+        message=None if decision.message is None else scrub(decision.message, field=f"{field_name}.message"),
         retryable=decision.outcome == "deny" and CODES[decision.code or ""][0],
         duration_us=duration_us,
         limits=limits,
     )
 
 
-def _failed(hook: Decider, failure: Literal["error", "timeout", "invalid"], message: str, duration_us: int) -> Verdict:
+def _failed(hook: Decider, failure: Failure, message: str, duration_us: int) -> Verdict:
     mode = hook.failure_mode
     code = None if mode == "allow" else "hook_timeout" if failure == "timeout" else "hook_error"
     return Verdict(

@@ -1,24 +1,57 @@
-"""The seam's way to the ledger: reads records, records facts. The one place with the clock, threads and counters."""
+"""The seam's way to the ledger: reads records, records facts. Threads, counters and the wall clock are here."""
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import TypeVar, TypeVarTuple
+from typing import Any, Final, TypeVar, TypeVarTuple
 
+import anyio
 import anyio.to_thread
+import msgspec
+from anyio.lowlevel import RunVar
 
+from execution_envelope.credentials import marker, shown
 from execution_envelope.envelope import SealedEnvelope, decode, timestamp
-from execution_envelope.errors import NotFound
+from execution_envelope.errors import InvalidField, LedgerUnavailable, NotFound
 from execution_envelope.grant import label
 from execution_envelope.ledger import Ledger
-from execution_envelope.ledger.contract import Commit, KeyRow
-from execution_envelope.lifecycle import EventData
+from execution_envelope.ledger.contract import Commit, Siblings
+from execution_envelope.lifecycle import EventData, Late
 from execution_envelope.record import Record, check
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
+
+#: What is counted in each process, under `AdmissionController.counters`.
+COUNTERS: Final[Mapping[str, str]] = {
+    "admitted": "requests that were admitted",
+    "denied": "requests that were denied, those denied again under their key too",
+    "held": "requests that were held, those held again under their key too",
+    "undecided": "requests that were admitted because no decider covers their kind",
+    "replayed": "requests that were answered with an earlier admission of the same key",
+    "key_conflicts": "requests that came with the idempotency key of another request",
+    "redacted": "paths at which a credential was taken out before sealing",
+    "ungranted": "executions that completed in their block though nobody ever granted",
+    "violations": "grants beyond a limit or a parent, one for each resource",
+    "abandoned": "executions that reconciliation ended because their owner no longer knows them",
+    "attempted": "requests that never became one",
+    "attempted_dropped": "of these, those that were not kept: they came too fast, or the ledger was away",
+    "unsealed": "answers below 400 of guarded routes that sealed no envelope",
+    "unavailable": "requests that were refused because the ledger was away",
+    "unrecorded_exits": "ends that could not be recorded when they came, but when the ledger answered again",
+}
+#: Calls of the ledger under way at once, in threads of their own number, so that a slow ledger takes no thread from
+#: the application; and how long a call waits for its turn, in seconds.
+MAX_CALLS: Final = 4
+MAX_WAIT: Final = 5.0
+#: Of how many open envelopes the values that were taken out as secret are remembered, in memory, to keep them out of
+#: later texts.
+MAX_REMEMBERED: Final = 1000
+
+_turns: RunVar[anyio.CapacityLimiter] = RunVar("execution_envelope.ledger_calls")
 
 
 class Journal:
@@ -28,7 +61,10 @@ class Journal:
         self.ledger = ledger
         self.component = component
         self.counters: Counter[str] = Counter()
+        #: Envelopes whose end could not be recorded: id -> what `Admission.leave` was told.
+        self.unsettled: dict[str, dict[str, Any]] = {}
         self._clock = clock
+        self._removed: dict[str, frozenset[str]] = {}
 
     def now(self) -> datetime:
         return self._clock().astimezone(UTC)
@@ -38,7 +74,7 @@ class Journal:
         name = ":".join(reference)
         stored = await self.call(self.ledger.read, await self._resolve(name))
         if stored is None:
-            raise NotFound(f"expected an envelope, none has the id `{name[:200]}`")
+            raise NotFound(f"expected an envelope, none has the id {shown(name, 200)}")
         return Record(decode(stored.body), stored.events)
 
     async def write(
@@ -47,35 +83,115 @@ class Journal:
         *,
         by: str,
         sealed: SealedEnvelope | None = None,
-        key: KeyRow | None = None,
+        siblings: Siblings | None = None,
     ) -> None:
         """Record facts of one or more envelopes in one transaction, and then in the records at hand.
 
-        Raises `IllegalTransition`, and what `Ledger.commit` raises; nothing is recorded then.
+        `sealed` and `siblings` belong to the first. Raises `IllegalTransition`, and what `Ledger.commit` raises;
+        nothing is recorded then.
         """
+        by, at = label(by), timestamp(self.now())
+        if sealed is not None and sealed.removed:
+            self._remember(sealed)
+        commits = []
         for record, facts in writes:
             check(record.state, facts)
-        at = timestamp(self.now())
-        commits = [
-            Commit(record.id, record.next_sequence, at, label(by), facts, sealed=sealed, key=key)
-            for record, facts in writes
-        ]
+            removed = self._removed.get(record.id)
+            kept = [_without(fact, removed) for fact in facts] if removed else facts
+            commits.append(Commit(record.id, record.next_sequence, at, by, kept, sealed=sealed, siblings=siblings))
+            sealed = siblings = None
         groups = await self.call(self.ledger.commit, *commits)
         for (record, _), events in zip(writes, groups, strict=True):
             for event in events:
                 record.apply(event)
+            if not record.is_open:
+                self._removed.pop(record.id, None)
+
+    def _remember(self, sealed: SealedEnvelope) -> None:
+        if len(self._removed) >= MAX_REMEMBERED:
+            self._removed.pop(next(iter(self._removed)))
+        self._removed[sealed.envelope.id] = sealed.removed
 
     async def call(self, call: Callable[[*Ts], T], *arguments: *Ts) -> T:
-        """Call the ledger: in a thread when it may wait for a disk or a network."""
+        """Call the ledger: in a thread when it may wait for a disk or a network.
+
+        A call that has begun is waited for even when the caller is cancelled, by whatever means: nobody may believe
+        that nothing was recorded while it still is. Raises `LedgerUnavailable` when its turn does not come in time.
+        """
         if self.ledger.inline:
             return call(*arguments)
-        return await anyio.to_thread.run_sync(call, *arguments)
+        turn, turns = object(), _limiter()
+        try:
+            with anyio.fail_after(MAX_WAIT):
+                await turns.acquire_on_behalf_of(turn)
+        except TimeoutError:
+            raise LedgerUnavailable(f"expected the ledger to answer within {MAX_WAIT:g} s") from None
+        try:
+            return await _in_thread(lambda: call(*arguments))
+        finally:
+            turns.release_on_behalf_of(turn)
 
     async def _resolve(self, reference: str) -> str:
         kind, colon, name = reference.partition(":")
         if not colon:
             return reference
-        found = await self.call(self.ledger.find, label(kind), label(name))
+        try:
+            found = await self.call(self.ledger.find, label(kind), label(name))
+        except InvalidField:  # no such name is ever recorded
+            found = None
         if found is None:
-            raise NotFound(f"expected an envelope, none is bound to `{reference[:200]}`")
+            raise NotFound(f"expected an envelope, none is bound to {shown(reference, 200)}")
         return found
+
+
+def _limiter() -> anyio.CapacityLimiter:
+    try:
+        return _turns.get()
+    except LookupError:
+        _turns.set(anyio.CapacityLimiter(MAX_CALLS))
+        return _turns.get()
+
+
+async def _in_thread(call: Callable[[], T]) -> T:
+    """Run `call` in a thread, and never leave before it has ended, or is certain not to begin.
+
+    AnyIO keeps its own cancellation out of a running thread call; asyncio's `Task.cancel()` goes past that.
+    """
+    begun, ended = threading.Lock(), threading.Event()
+
+    def run() -> T:
+        if not begun.acquire(blocking=False):
+            raise RuntimeError("cancelled before it began")  # to nobody: who called is gone
+        try:
+            return call()
+        finally:
+            ended.set()
+
+    try:
+        # A thread beside the application's own: the default limiter counts those that it may use.
+        return await anyio.to_thread.run_sync(run, limiter=anyio.CapacityLimiter(1))
+    except anyio.get_cancelled_exc_class():
+        while not begun.acquire(blocking=False) and not ended.is_set():
+            try:
+                with anyio.CancelScope(shield=True):
+                    await anyio.to_thread.run_sync(ended.wait, limiter=anyio.CapacityLimiter(1))
+            except anyio.get_cancelled_exc_class():
+                continue  # cancelled once more: the first one is raised when the call has ended
+        raise
+
+
+def _without(fact: EventData, removed: frozenset[str]) -> EventData:
+    """The fact without values that were taken out of the request as secret, wherever an error repeats them."""
+
+    def clean(value: Any) -> Any:
+        if isinstance(value, str):
+            for secret in removed:
+                value = value.replace(secret, marker("field"))
+            return value
+        if isinstance(value, dict):
+            return {clean(name): clean(item) for name, item in value.items()}
+        return [clean(item) for item in value] if isinstance(value, list) else value
+
+    plain = msgspec.to_builtins(fact)
+    kept = clean(plain)
+    return fact if kept == plain else msgspec.convert(kept, Late if isinstance(fact, Late) else EventData)

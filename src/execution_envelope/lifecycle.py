@@ -63,7 +63,8 @@ class Why(msgspec.Struct, frozen=True):
 
 
 class Candidate(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A place that was considered: `outcome` is ``refused``, ``tried`` or ``chosen``, and why."""
+    """A place that was looked at. `outcome` says how far it came: ``considered``, ``refused`` (and why), ``tried``
+    (and how it failed) or ``chosen``."""
 
     name: str
     outcome: Literal["considered", "refused", "tried", "chosen"]
@@ -102,7 +103,7 @@ class Verdict(_Data, frozen=True, tag="verdict"):
     retryable: bool = False
     duration_us: int = 0
     limits: Mapping[str, Amount] = {}
-    failure: Literal["error", "timeout", "skipped", "invalid"] | None = None
+    failure: Literal["error", "timeout", "invalid"] | None = None
     failure_mode: Literal["deny", "allow", "hold"] | None = None
 
 

@@ -12,21 +12,27 @@ import msgspec
 class Process(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A process, told apart from later ones with the same pid by its start time.
 
-    `boot` is the kernel's boot id and `started` the start time in clock ticks since boot; both empty where the
-    system has no /proc.
+    `machine` is the machine's id, `boot` the kernel's boot id, `pids` the namespace that the pid belongs to, and
+    `started` the start time in clock ticks since boot; empty where the system does not tell.
     """
 
     host: str
+    machine: str
     boot: str
+    pids: str
     pid: int
     started: int
 
     def alive(self) -> bool | None:
-        """Whether it runs now; None when that cannot be known from here, because it ran on another host."""
-        if self.host != socket.gethostname():
+        """Whether it runs now; None when that cannot be known from here: another host, or another container."""
+        here = current()
+        if (self.host, self.machine) != (here.host, here.machine):
             return None
-        if self.boot != _boot():
-            return False
+        if self.boot != here.boot:
+            # The same machine, started again. Without an id another machine may have this name.
+            return False if self.machine else None
+        if self.pids != here.pids:
+            return None
         if self.boot:
             return _started(self.pid) == self.started
         try:
@@ -43,12 +49,27 @@ class Process(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 def current() -> Process:
     """This process."""
-    return Process(socket.gethostname(), _boot(), os.getpid(), _started(os.getpid()) or 0)
+    pid = os.getpid()
+    return Process(
+        host=socket.gethostname(),
+        machine=_read("/etc/machine-id"),
+        boot=_read("/proc/sys/kernel/random/boot_id"),
+        pids=_pid_namespace(),
+        pid=pid,
+        started=_started(pid) or 0,
+    )
 
 
-def _boot() -> str:
+def _read(path: str) -> str:
     try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return Path(path).read_text().strip()
+    except OSError:
+        return ""
+
+
+def _pid_namespace() -> str:
+    try:
+        return str(Path("/proc/self/ns/pid").readlink())
     except OSError:
         return ""
 

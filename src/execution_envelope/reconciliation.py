@@ -62,12 +62,19 @@ def of_process(process: Process | None, alive: bool | None) -> Liveness:
     return Liveness.gone(f"never bound, and the process that admitted it, {process}, is gone")
 
 
-async def ask_owner(prober: Prober, record: Record) -> Liveness:
-    """Ask within `PROBE_TIMEOUT`; an error or no answer is unknown."""
+async def ask_owner(prober: Prober, record: Record, silent: set[str]) -> Liveness:
+    """Ask within `PROBE_TIMEOUT`; an error, nonsense or no answer is unknown. Who does not answer joins `silent`."""
     try:
-        with anyio.fail_after(PROBE_TIMEOUT):
-            return await prober(record)
-    except TimeoutError:
+        with anyio.fail_after(PROBE_TIMEOUT) as scope:
+            answer: object = await prober(record)
+        if not isinstance(answer, Liveness):
+            return Liveness.unknown(f"expected a Liveness of the owner, got `{type(answer).__name__}`")
+        return answer
+    except TimeoutError as error:
+        if not scope.cancelled_caught:
+            return Liveness.unknown(f"asking the owner failed: TimeoutError: {error}")
+        if record.bound is not None:
+            silent.add(record.bound.owner)
         return Liveness.unknown(f"the owner did not answer within {PROBE_TIMEOUT:g} s")
     except Exception as error:
         return Liveness.unknown(f"asking the owner failed: {type(error).__name__}: {error}")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Final, Literal
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Final, Literal, TypeVar
 
 import msgspec
 
@@ -32,6 +32,8 @@ from execution_envelope.lifecycle import (
     next_state,
 )
 from execution_envelope.resources import VOCABULARY, Amount, Quantity, add, largest, smallest
+
+T = TypeVar("T")
 
 #: The part that a grant without a part speaks of.
 WHOLE: Final = ""
@@ -74,12 +76,13 @@ class Record:
         self.state = check(self.state, [event.data])
         self.events.append(event)
         if isinstance(event.data, Granted):
-            for part in self._released:
-                self._grants.pop(part, None)
+            held = {name: grant for name, grant in self._grants.items() if name not in self._released}
+            part = event.data.part or WHOLE
+            self._grants = _beside(held, part) | {part: event}
             self._released.clear()
-            self._grants[event.data.part or WHOLE] = event
-        elif isinstance(event.data, Released) and (event.data.part or WHOLE) in self._grants:
-            self._released.add(event.data.part or WHOLE)
+        elif isinstance(event.data, Released):
+            ended = self._grants if event.data.part is None else {event.data.part} & self._grants.keys()
+            self._released.update(ended)
 
     @property
     def id(self) -> str:
@@ -119,6 +122,11 @@ class Record:
         return {part: event.data for part, event in self._grants.items() if isinstance(event.data, Granted)}
 
     @property
+    def holding(self) -> dict[str, Granted]:
+        """Part -> its newest grant that was neither released nor replaced; the whole is ``""``."""
+        return {part: grant for part, grant in self.grants.items() if part not in self._released}
+
+    @property
     def granted(self) -> dict[str, Amount]:
         """Totals over the parts, in base units. Stays readable after the end."""
         return granted_totals(list(self.grants.values()))
@@ -128,12 +136,11 @@ class Record:
         """Totals of what is held now: nothing after the end, and no released part."""
         if not self.is_open:
             return {}
-        return granted_totals([grant for part, grant in self.grants.items() if part not in self._released])
+        return granted_totals(list(self.holding.values()))
 
     def with_grant(self, grant: Granted) -> dict[str, Amount]:
         """What would be held if this were granted now."""
-        parts = {part: held for part, held in self.grants.items() if part not in self._released}
-        return granted_totals(list((parts | {grant.part or WHOLE: grant}).values()))
+        return granted_totals([*_beside(self.holding, grant.part or WHOLE).values(), grant])
 
     @property
     def effective(self) -> dict[str, Quantity]:
@@ -160,13 +167,16 @@ class Record:
         """What was really used, late reports included."""
         reports: dict[str, dict[str, list[Amount]]] = {}
         estimated: set[str] = set()
-        seen: set[str] = set()
+        seen: set[tuple[str | None, str]] = set()
         for event in self.events:
             data = event.data.fact if isinstance(event.data, Late) else event.data
-            if not isinstance(data, Used) or data.key in seen:
+            if not isinstance(data, Used):
                 continue
             if data.key is not None:
-                seen.add(data.key)
+                # Each part counts its own reports.
+                if (data.part, data.key) in seen:
+                    continue
+                seen.add((data.part, data.key))
             for name, amount in data.resources.items():
                 reports.setdefault(name, {}).setdefault(data.part or WHOLE, []).append(amount)
                 if data.how == "estimated":
@@ -212,6 +222,11 @@ class Record:
     def ready(self) -> bool:
         """Whether any part was ever reported to serve."""
         return any(isinstance(e.data, Ready) for e in self.events)
+
+
+def _beside(grants: Mapping[str, T], part: str) -> dict[str, T]:
+    """What stays when `part` is granted: the other parts. The whole and its parts never count side by side."""
+    return {} if part == WHOLE else {name: grant for name, grant in grants.items() if name not in (WHOLE, part)}
 
 
 def check(state: str, facts: Iterable[EventData]) -> str:

@@ -22,7 +22,7 @@ from typing import Any, Final, Literal, TypeAlias
 
 import msgspec
 
-from execution_envelope.errors import InvalidField
+from execution_envelope.credentials import invalid, shown
 
 Amount: TypeAlias = int | Literal["unknown", "unlimited"]
 Per: TypeAlias = Literal["total", "replica", "device"]
@@ -129,10 +129,10 @@ def parse_amount(resource: str, value: Any, *, field: str) -> Amount:
     if type(value) is int and unit != "milli":
         return _bounded(value, resource, field)
     if isinstance(value, bool) or not isinstance(value, int | float | Decimal | str):
-        raise InvalidField(field, f"expected {_EXAMPLE[unit]} for {resource}, got {_shown(value)}")
+        raise invalid(field, f"expected {_EXAMPLE[unit]} for {resource}, got {shown(value)}")
     amount = _read(resource, value, unit, field)
     if amount.denominator != 1:
-        raise InvalidField(field, f"expected a whole number of {unit} for {resource}, got {_shown(value)}")
+        raise invalid(field, f"expected a whole number of {unit} for {resource}, got {shown(value)}")
     return _bounded(int(amount), resource, field)
 
 
@@ -145,23 +145,25 @@ def parse_quantity(resource: str, value: Any, *, field: str) -> Quantity:
         return Quantity(parse_amount(resource, value, field=field))
     extra = set(value) - {"amount", "floor", "ceiling", "per"}
     if extra or "amount" not in value:
-        raise InvalidField(field, "expected `amount` with optional `floor`, `ceiling` and `per`")
+        raise invalid(field, "expected `amount` with optional `floor`, `ceiling` and `per`")
     per = value.get("per", "total")
     if per not in ("total", "replica", "device"):
-        raise InvalidField(f"{field}.per", f"expected `total`, `replica` or `device`, got {_shown(per)}")
-    return Quantity(
-        parse_amount(resource, value["amount"], field=f"{field}.amount"),
-        floor=_whole(resource, value.get("floor"), f"{field}.floor"),
-        ceiling=_whole(resource, value.get("ceiling"), f"{field}.ceiling"),
-        per=per,
-    )
+        raise invalid(f"{field}.per", f"expected `total`, `replica` or `device`, got {shown(per)}")
+    amount = parse_amount(resource, value["amount"], field=f"{field}.amount")
+    floor = _whole(resource, value.get("floor"), f"{field}.floor")
+    ceiling = _whole(resource, value.get("ceiling"), f"{field}.ceiling")
+    if floor is not None and (exceeds(floor, amount) or (ceiling is not None and floor > ceiling)):
+        raise invalid(f"{field}.floor", f"expected a floor up to the amount and the ceiling, got {shown(floor)}")
+    if ceiling is not None and exceeds(amount, ceiling):
+        raise invalid(f"{field}.ceiling", f"expected a ceiling from the amount on, got {shown(ceiling)}")
+    return Quantity(amount, floor=floor, ceiling=ceiling, per=per)
 
 
 def known(resource: str, *, field: str) -> Resource:
     """The vocabulary's entry; raises `InvalidField` for a name that is not in it."""
     entry = VOCABULARY.get(resource)
     if entry is None:
-        raise InvalidField(field, f"expected a resource ({', '.join(VOCABULARY)}), got `{str(resource)[:64]}`")
+        raise invalid(field, f"expected a resource ({', '.join(VOCABULARY)}), got {shown(resource)}")
     return entry
 
 
@@ -254,7 +256,7 @@ def _read(resource: str, value: int | float | Decimal | str, unit: str, field: s
     match = _NUMBER.fullmatch(text.strip()) if len(text) <= 128 else None
     factor = None if match is None else _factor(match[2], unit)
     if match is None or factor is None:
-        raise InvalidField(field, f"expected {_EXAMPLE[unit]} for {resource}, got {_shown(value)}")
+        raise invalid(field, f"expected {_EXAMPLE[unit]} for {resource}, got {shown(value)}")
     return Fraction(match[1]) * factor
 
 
@@ -277,17 +279,11 @@ def _whole(resource: str, value: Any, field: str) -> int | None:
         return None
     amount = parse_amount(resource, value, field=field)
     if not isinstance(amount, int):
-        raise InvalidField(field, f"expected a number, got {_shown(value)}")
+        raise invalid(field, f"expected a number, got {shown(value)}")
     return amount
 
 
 def _bounded(value: int, resource: str, field: str) -> int:
     if value < 0 or value > MAX_AMOUNT:
-        raise InvalidField(field, f"expected 0 to {MAX_AMOUNT} for {resource}, got {_shown(value)}")
+        raise invalid(field, f"expected 0 to {MAX_AMOUNT} for {resource}, got {shown(value)}")
     return value
-
-
-def _shown(value: Any) -> str:
-    # Input is shown cut, so that a huge or secret-bearing value does not travel through an error message whole.
-    text = "a huge number" if isinstance(value, int) and value.bit_length() > 256 else str(value)
-    return f"`{text if len(text) <= 40 else text[:37] + '...'}`"

@@ -12,26 +12,25 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, TypeVar, TypeVarTuple
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import uuid_utils
 
 from execution_envelope import lifecycle
 from execution_envelope.envelope import Ask, SealedEnvelope, Subject, Target, seal, timestamp
 from execution_envelope.errors import LedgerUnavailable, ReferenceTaken
-from execution_envelope.ledger import AttemptedRequest, Ledger, verify
+from execution_envelope.ledger import AttemptedRequest, Ledger, MemoryLedger, verify
 from execution_envelope.ledger import chain as chains
-from execution_envelope.ledger.contract import Commit, KeyRow, KeyTaken, Row, SequenceConflict, Stored
-from execution_envelope.lifecycle import Event, EventData
-from execution_envelope.process import Process, current
+from execution_envelope.ledger.contract import Commit, KeyRow, KeyTaken, SequenceConflict, Siblings, Stored
+from execution_envelope.lifecycle import EventData
+from execution_envelope.process import current
 
 T = TypeVar("T")
-Ts = TypeVarTuple("Ts")
 
 #: When `FakeClock` starts.
 START = datetime(2026, 5, 1, 12, 0, tzinfo=UTC)
@@ -66,7 +65,14 @@ def ask(**overrides: Any) -> Ask:
     return replace(default, **overrides)
 
 
-class FaultyLedger:
+if TYPE_CHECKING:
+    # It answers to every method of a ledger, but type checkers do not see what `__getattr__` answers to.
+    _Delegating = MemoryLedger
+else:
+    _Delegating = object
+
+
+class FaultyLedger(_Delegating):
     """A ledger whose `fail_at`-th call, counted from 1, raises `LedgerUnavailable`; it works again afterwards.
 
     With `after` the call takes effect first and only its answer is lost, as when a connection breaks in a COMMIT.
@@ -80,66 +86,20 @@ class FaultyLedger:
         self._ledger = ledger
         self._after = after
 
-    def _call(self, call: Callable[[*Ts], T], *arguments: *Ts) -> T:
-        self.calls += 1
-        fail = self.calls == self.fail_at
-        if fail and not self._after:
-            raise LedgerUnavailable(f"call {self.calls} was made to fail")
-        answer = call(*arguments)
-        if fail:
-            raise LedgerUnavailable(f"the answer to call {self.calls} was made to be lost")
-        return answer
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._ledger, name)
 
-    def commit(self, *commits: Commit) -> list[list[Event]]:
-        return self._call(self._ledger.commit, *commits)
+        def call(*arguments: Any, **options: Any) -> Any:
+            self.calls += 1
+            fail = self.calls == self.fail_at
+            if fail and not self._after:
+                raise LedgerUnavailable(f"call {self.calls} was made to fail")
+            answer = method(*arguments, **options)
+            if fail:
+                raise LedgerUnavailable(f"the answer to call {self.calls} was made to be lost")
+            return answer
 
-    def read(self, envelope: str) -> Stored | None:
-        return self._call(self._ledger.read, envelope)
-
-    def find(self, kind: str, reference: str) -> str | None:
-        return self._call(self._ledger.find, kind, reference)
-
-    def key(self, digest: str) -> KeyRow | None:
-        return self._call(self._ledger.key, digest)
-
-    def children(self, envelope: str) -> list[str]:
-        return self._call(self._ledger.children, envelope)
-
-    def newest(self, limit: int, *, before: str | None = None) -> list[str]:
-        return self._call(lambda: self._ledger.newest(limit, before=before))
-
-    def unfinished(self) -> list[str]:
-        return self._call(self._ledger.unfinished)
-
-    def writer(self, chain: str) -> Process | None:
-        return self._call(self._ledger.writer, chain)
-
-    def chain_of(self, envelope: str, sequence: int) -> str | None:
-        return self._call(self._ledger.chain_of, envelope, sequence)
-
-    def note(self, request: AttemptedRequest) -> None:
-        self._call(self._ledger.note, request)
-
-    def attempted(self, limit: int) -> list[AttemptedRequest]:
-        return self._call(self._ledger.attempted, limit)
-
-    def rows(self, *, after: int = 0, envelope: str | None = None) -> Iterator[Row]:
-        return self._call(lambda: self._ledger.rows(after=after, envelope=envelope))
-
-    def envelopes(self) -> Iterator[tuple[str, bytes, str, str | None]]:
-        return self._call(self._ledger.envelopes)
-
-    def key_rows(self) -> Iterator[KeyRow]:
-        return self._call(self._ledger.key_rows)
-
-    def references(self) -> Iterator[tuple[str, str, str]]:
-        return self._call(self._ledger.references)
-
-    def closings(self) -> Iterator[str]:
-        return self._call(self._ledger.closings)
-
-    def count(self) -> int:
-        return self._call(self._ledger.count)
+        return call
 
     def close(self) -> None:
         """Let go of the wrapped ledger; never fails on purpose."""
@@ -243,6 +203,90 @@ class LedgerContract:
                 ("deployment", "d1", first.envelope.id),
                 ("deployment", "d1", newer.envelope.id),
             ]
+
+    def test_a_reference_stays_when_its_superseder_gets_nothing(self, tmp_path: Path) -> None:
+        bound = lifecycle.Bound("deployment", "d1", "node", timestamp(START))
+        granted = lifecycle.Granted({}, "allocated")
+        with self.opened(tmp_path) as ledger:
+            first = _sealed()
+            newer, third, stranger = (_sealed(supersedes=first.envelope.id) for _ in range(3))
+            ledger.commit(_admission(first, bound))
+            ledger.commit(_admission(newer, bound))
+            assert ledger.find("deployment", "d1") == newer.envelope.id
+            with _raises(ReferenceTaken):
+                ledger.commit(_admission(stranger, bound))
+            ledger.commit(_commit(newer, 3, lifecycle.Rejected("capacity", "no room")))
+            assert ledger.find("deployment", "d1") == first.envelope.id
+            ledger.commit(_admission(third, bound, granted))
+            for ended in (_commit(third, 4, lifecycle.Completed()), _commit(first, 3, lifecycle.Completed())):
+                ledger.commit(ended)
+                assert ledger.find("deployment", "d1") == third.envelope.id
+
+    def test_a_reference_leads_to_the_newest_when_all_got_nothing(self, tmp_path: Path) -> None:
+        bound = lifecycle.Bound("deployment", "d1", "node", timestamp(START))
+        with self.opened(tmp_path) as ledger:
+            first = _sealed()
+            newer = _sealed(supersedes=first.envelope.id)
+            for sealed in (first, newer):
+                ledger.commit(_admission(sealed, bound))
+            for sealed in (newer, first):
+                ledger.commit(_commit(sealed, 3, lifecycle.Cancelled()))
+            assert ledger.find("deployment", "d1") == newer.envelope.id
+
+    def test_a_commit_holds_only_for_the_siblings_that_were_seen(self, tmp_path: Path) -> None:
+        with self.opened(tmp_path) as ledger:
+            parent, stranger = _sealed(), _sealed()
+            one, two, late = (_sealed(part_of=parent.envelope.id) for _ in range(3))
+            for sealed in (parent, stranger, one, two):
+                ledger.commit(_admission(sealed))
+            seen = {parent.envelope.id: 2, two.envelope.id: 2}
+
+            def step(sequence: int, **siblings: int) -> Commit:
+                commit = _commit(one, sequence, lifecycle.Ready(str(sequence)))
+                return replace(commit, siblings=Siblings(parent.envelope.id, siblings))
+
+            for changed in ({parent.envelope.id: 3}, {two.envelope.id: 1}, {stranger.envelope.id: 2}):
+                with _raises(SequenceConflict):
+                    ledger.commit(step(2, **seen | changed))
+            with _raises(SequenceConflict):
+                ledger.commit(step(2, **{parent.envelope.id: 2}))
+            ledger.commit(step(2, **seen))
+            # A commit for a sibling in the same call is not yet stored.
+            ledger.commit(_commit(two, 2, lifecycle.Ready()), step(3, **seen))
+            ledger.commit(_admission(late))
+            for stale in (seen, seen | {two.envelope.id: 3}):
+                with _raises(SequenceConflict):
+                    ledger.commit(step(4, **stale))
+            ledger.commit(step(4, **seen | {two.envelope.id: 3, late.envelope.id: 2}))
+
+    def test_siblings_may_be_seen_at_the_admission(self, tmp_path: Path) -> None:
+        with self.opened(tmp_path) as ledger:
+            parent = _sealed()
+            ledger.commit(_admission(parent))
+            siblings = Siblings(parent.envelope.id, {parent.envelope.id: 2})
+            first, second = (
+                replace(_admission(_sealed(part_of=parent.envelope.id)), siblings=siblings) for _ in range(2)
+            )
+            ledger.commit(first)
+            with _raises(SequenceConflict):
+                ledger.commit(second)
+
+    def test_entries_are_numbered_without_gaps(self, tmp_path: Path) -> None:
+        """Even after something was taken back."""
+        with self.opened(tmp_path) as ledger:
+            first = _sealed(idempotency_key="k")
+            ledger.commit(_admission(first))
+            for refused in (
+                _commit(first, 9, lifecycle.Ready()),
+                _admission(_sealed(idempotency_key="k")),
+                _admission(first),
+            ):
+                with suppress(SequenceConflict, KeyTaken):
+                    ledger.commit(_admission(_sealed()), refused)
+            ledger.close()
+            ledger.commit(_commit(first, 2, lifecycle.Ready()))
+            assert [row.cursor for row in ledger.rows()] == list(range(1, ledger.count() + 1))
+            assert ledger.tampered_schema() == []
 
     def test_an_envelope_may_be_bound_as_it_is_admitted(self, tmp_path: Path) -> None:
         bound = lifecycle.Bound("deployment", "d1", "node", timestamp(START))
@@ -367,5 +411,4 @@ def _admission(sealed: SealedEnvelope, *more: EventData) -> Commit:
         lifecycle.Admitted(undecided=True),
         *more,
     )
-    row = None if key is None else KeyRow(key, sealed.request_digest, sealed.envelope.id)
-    return replace(_commit(sealed, 0, *facts), sealed=sealed, key=row)
+    return replace(_commit(sealed, 0, *facts), sealed=sealed)

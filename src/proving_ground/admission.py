@@ -33,8 +33,6 @@ from proving_ground.wanted import Difference
 SUPERVISOR = "supervisor"
 RESOLVER = "resolver"
 
-_ENVELOPE_KEYS = {"node_resource_type": "node_type", "vram_allocation": "gpu_memory"}
-"""Fields of the request that the envelope calls by another name."""
 _KEPT = ("runtime", "architecture", "env", "weights", "alternatives", "isolation", "force_cpu")
 """Constraints that this backend gives as asked, unless it says otherwise."""
 
@@ -106,19 +104,12 @@ class EnvelopeRecorder:
     async def placed(self, deployment: Deployment, placement: Placement) -> None:
         admission = await self._of(deployment, RESOLVER)
         for instance in deployment.instances:
-            await admission.grant(
-                _grant(admission, deployment, instance, basis="reserved", route={"node": placement.node})
-            )
+            await admission.grant(_grant(admission, deployment, instance, {"node": placement.node}))
 
     async def enforced(self, deployment: Deployment, instance: Instance, read_back: Enforced) -> None:
         admission = await self._of(deployment)
-        node = admission.record.grants[instance.part].route["node"]
-        route = {"node": node, "pid": str(instance.pid), "port": str(instance.port)}
-        held = {
-            "memory": "unlimited" if read_back.memory_limit is None else read_back.memory_limit,
-            "context": read_back.context,
-        }
-        await admission.grant(_grant(admission, deployment, instance, basis="enforced", route=route, enforced=held))
+        route = {**admission.record.grants[instance.part].route, "pid": str(instance.pid), "port": str(instance.port)}
+        await admission.grant(_grant(admission, deployment, instance, route, read_back))
 
     async def ready(self, deployment: Deployment, instance: Instance) -> None:
         await (await self._of(deployment)).ready(instance.part)
@@ -168,46 +159,34 @@ def _grant(
     admission: Admission,
     deployment: Deployment,
     instance: Instance,
-    *,
-    basis: Any,
     route: Mapping[str, str],
-    enforced: Mapping[str, Any] | None = None,
+    held: Enforced | None = None,
 ) -> Grant:
-    """One replica's grant: what was reserved, and in its place what the kernel and the engine say holds."""
-    asked, grant = admission.envelope.requested, instance.grant
-    given: dict[str, Any] = {"replicas": 1, "memory": grant.memory, "cpu": grant.cores, "context": grant.context}
-    given |= enforced or {}
-    if "gpu" in asked.resources:
-        given["gpu"] = grant.gpus
-    if "gpu_memory" in asked.resources:
-        given["gpu_memory"] = 0
-    if "concurrency" in asked.resources:
-        given["concurrency"] = 1
+    """One replica's grant: what was reserved, or in its place what the kernel and the engine say holds."""
+    asked, plan = admission.envelope.requested, instance.grant
+    # What was told as an effective value is not said again.
+    untold = [found for found in deployment.differences if found not in deployment.told]
+    because: dict[str, tuple[str, str]] = {found.key: (found.cause, found.sentence) for found in untold}
+    given: dict[str, Any] = {"replicas": 1, "memory": plan.memory, "cpu": plan.cores, "context": plan.context}
+    if held is not None:
+        memory = "unlimited" if held.memory_limit is None else held.memory_limit
+        given |= {"memory": memory, "cpu": len(held.cpu_ids), "context": held.context}
+        if given["cpu"] != plan.cores:
+            because["cpu"] = ("balancing", f"{plan.cores} cores are counted, on {given['cpu']} real CPUs")
+    ours = {"gpu": plan.gpus, "gpu_memory": 0, "concurrency": 1}
+    given |= {key: amount for key, amount in ours.items() if key in asked.resources}
     if deployment.duration_minutes is not None:
         given["duration"] = f"{deployment.duration_minutes}m"
-    because = _because(deployment)
     return Grant(
         given,
         part=instance.part,
-        basis=basis,
+        basis="reserved" if held is None else "enforced",
         route=route,
         by=RESOLVER,
         honoured=[name for name in _KEPT if name in asked.constraints and name not in because],
         constraints={"engine": ENGINE} if "engine" in asked.constraints else {},
         because=because,
     )
-
-
-def _because(deployment: Deployment) -> dict[str, tuple[str, str]]:
-    """Why this is not what was asked; what was told as an effective value is not said again."""
-    said = {
-        _ENVELOPE_KEYS.get(found.key, found.key): (str(found.cause), found.sentence)
-        for found in deployment.differences
-        if found not in deployment.told
-    }
-    if "gpu" in said:
-        said.setdefault("gpu_memory", said["gpu"])
-    return said
 
 
 def prober(supervisor: Supervisor) -> Prober:

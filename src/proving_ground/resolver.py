@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from proving_ground.catalog import CatalogModel
 from proving_ground.node import NodeFree, Reservation
 from proving_ground.quantities import MIB, in_words
-from proving_ground.wanted import Difference, Wanted
+from proving_ground.wanted import Cause, Difference, Wanted
 
 DEFAULT_CONTEXT = 2048
 DEFAULT_CPU = 1000
@@ -287,14 +287,15 @@ def _grant(index: int, memory: int, indexes: tuple[int, ...], context: int, gpus
 
 def _about_the_machine(wanted: Wanted, node: NodeFree, grants: tuple[InstanceGrant, ...]) -> list[Difference]:
     why = []
+    cause: Cause
     given = sum(grant.gpus for grant in grants)
     if wanted.gpu * len(grants) > given:
         if wanted.alternative:
-            text = f"{wanted.gpu} GPUs per replica were asked, {given} given; the first CPU alternative is used"
-            why.append(Difference("gpu", "fallback", text))
+            cause, instead = "fallback", "the first CPU alternative is used"
         else:
-            text = f"{wanted.gpu} GPUs per replica were asked, {given} given; the model is served on CPUs"
-            why.append(Difference("gpu", "policy" if wanted.force_cpu else "unsupported", text))
+            cause, instead = "policy" if wanted.force_cpu else "unsupported", "the model is served on CPUs"
+        text = f"{wanted.gpu} GPUs per replica were asked, {given} given; {instead}"
+        why += [Difference("gpu", cause, text), Difference("gpu_memory", cause, text)]
     if wanted.architecture not in (None, node.architecture):
         text = f"architecture `{wanted.architecture}` was asked; node `{node.name}` is `{node.architecture}`"
         why.append(Difference("architecture", "unsupported", text))

@@ -81,8 +81,8 @@ class Supervisor:
 
     async def submit(self, deployment: Deployment) -> None:
         """Take a new deployment on; returns before it is resolved."""
+        self._store.save(deployment)  # first: what is not on disk nobody may take for alive
         self.deployments[deployment.id] = deployment
-        self._store.save(deployment)
         self._begin(deployment, self._deploy(deployment))
 
     async def stop(self, deployment: Deployment, *, force: bool = False) -> None:

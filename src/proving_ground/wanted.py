@@ -15,7 +15,10 @@ _ENGINE_ALIASES = {"llama.cpp", "llama-cpp", "llama_cpp"}
 
 @dataclass(frozen=True)
 class Difference:
-    """One point where what is given is not what was asked, why, and a sentence with both."""
+    """One point where what is given is not what was asked, why, and a sentence with both.
+
+    `key` is the name that the execution envelope has for it.
+    """
 
     key: str
     cause: Cause
@@ -79,22 +82,19 @@ def _notes(request: CreateModelDeployment) -> list[Difference]:
         notes.append(Difference("engine", "alias", f"`{engine}` is called `{ENGINE}` here"))
     elif engine not in (None, ENGINE):
         notes.append(Difference("engine", "unsupported", f"`{engine}` was asked; `{ENGINE}` serves every model here"))
-    if request.min_copies > request.starting_copies:
-        notes.append(
-            Difference(
-                "replicas",
-                "policy",
-                f"{request.starting_copies} starting copies were asked, min_copies raises them to {request.min_copies}",
-            )
-        )
+    if not request.model_fields_set & {"starting_copies", "min_copies"}:
+        notes.append(Difference("replicas", "default", "no copies were asked; one is given"))
+    accelerator = getattr(request.inference_resources, "accelerator", None)
+    profile = accelerator and accelerator.profile
     unsupported = {
         "location": (request.location is not None, f"location `{request.location}` was asked; there is one node here"),
-        "node_resource_type": (
+        "node_type": (
             request.node_resource_type is not None,
             f"node type `{request.node_resource_type}` was asked; nodes have no types here",
         ),
         "lb_port": (request.lb_port != 0, f"port {request.lb_port} was asked; the backend's own port leads to models"),
-        "vram_allocation": (
+        # Beside an accelerator's own minimum it is a wish of its own.
+        "vram_allocation" if accelerator else "gpu_memory": (
             bool(request.vram_allocation),
             f"{request.vram_allocation} bytes of GPU memory were asked; 0 given, there is none",
         ),
@@ -102,6 +102,7 @@ def _notes(request: CreateModelDeployment) -> list[Difference]:
             bool(request.gpu_allocation),
             f"a GPU share of {request.gpu_allocation} was asked; 0 given, there is no GPU",
         ),
+        "gpu_profile": (profile is not None, f"GPU profile `{profile}` was asked; there is no GPU"),
     }
     notes += [Difference(key, "unsupported", text) for key, (asked, text) in unsupported.items() if asked]
     notes += [

@@ -49,6 +49,8 @@ class Shown:
         rows = self.data["resources"] + self.data["constraints"]
         self.rows: dict[str, dict[str, Any]] = {row["key"]: row for row in rows}
         self.events = [event["type"] for event in self.data["timeline"]]
+        # This backend gives a reason for everything but the one key that it never heard of.
+        assert {key for key, row in self.rows.items() if row["unstated"]} <= {"autoscaling"}
 
     def last(self, kind: str) -> dict[str, Any]:
         found = [event for event in self.data["timeline"] if event["type"] == kind]
@@ -148,6 +150,52 @@ def test_all_granted_as_asked_and_stopped_by_the_user(shared: Backend) -> None:
     assert shown.data["chain"]["sound"] is True
 
 
+def test_what_a_plain_caller_left_out_are_defaults_and_estimates(shared: Backend) -> None:
+    whole = body(shared)
+    with shared.http() as http:
+        answer = http.post("/serving/deploy_model", json={key: whole[key] for key in ("m_id", "m_config_id")})
+    deployment = answer.json()
+    becomes(shared, deployment, "DEPLOYED")
+    rows = show(shared, deployment).rows
+    del rows["model"]  # what the catalogue calls the id
+    causes = {key: [reason["cause"] for reason in row["reasons"]] for key, row in rows.items()}
+    assert causes == {"replicas": ["default"], "cpu": ["default"], "context": ["default"], "memory": ["estimate"]}
+    assert {row["outcome"] for row in rows.values()} == {"added"}
+    stop(shared, deployment)
+
+
+def test_cores_beyond_the_real_ones_are_recorded_as_what_the_kernel_gives(start: Start) -> None:
+    real = len(os.sched_getaffinity(0))
+    backend = start(NODE_CORES=str(real + 1), NODE_MEMORY="4GiB")
+    deployment = deploy(backend, inferenceResources=cpu("1Gi", cores=str(real + 1)))
+    becomes(backend, deployment, "DEPLOYED")
+    row = show(backend, deployment).rows["cpu"]
+    assert (row["outcome"], row["requested"]["amount"], row["granted"]["total"]) == (
+        "reduced",
+        (real + 1) * 1000,
+        real * 1000,
+    )
+    assert [(reason["cause"], reason["text"]) for reason in row["reasons"]] == [
+        ("balancing", f"{real + 1} cores are counted, on {real} real CPUs")
+    ]
+
+
+def test_wishes_for_a_gpu_each_have_a_reason(shared: Backend) -> None:
+    resources = gpus(1)
+    resources["accelerator"]["profile"] = "1g.5gb"
+    wishes = {"vram_allocation": 1e9, "gpu_allocation": 0.5, "node_resource_type": "a100", "location": "mars"}
+    deployment = deploy(shared, inferenceResources=resources, **wishes)
+    becomes(shared, deployment, "DEPLOYED")
+    rows = show(shared, deployment).rows
+    for key in ("gpu", "gpu_memory", "gpu_profile", "vram_allocation", "gpu_allocation", "node_type", "location"):
+        assert [reason["cause"] for reason in rows[key]["reasons"]] == ["unsupported"], key
+    stop(shared, deployment)
+    alone = deploy(shared, vram_allocation=1e9)
+    becomes(shared, alone, "DEPLOYED")
+    assert show(shared, alone).rows["gpu_memory"]["outcome"] == "withheld"
+    stop(shared, alone)
+
+
 def test_context_is_reduced_because_the_memory_does_not_allow_it(shared: Backend) -> None:
     deployment = deploy(shared, context=8192, inferenceResources=cpu("256Mi"))
     becomes(shared, deployment, "DEPLOYED")
@@ -189,6 +237,14 @@ def test_two_replicas_asked_and_one_possible(start: Start) -> None:
     assert shown.rows["replicas"]["outcome"] == "reduced"
     assert "asked 2, given 1; capacity (resolver): 2 replicas were asked; 1 fit" in shown.text
     assert shown.rows["memory"]["outcome"] == "equal"
+
+
+def test_min_copies_alone_are_the_copies_asked_for(shared: Backend) -> None:
+    deployment = deploy(shared, min_copies=2, inferenceResources=cpu("200Mi"))
+    becomes(shared, deployment, "DEPLOYED")
+    row = show(shared, deployment).rows["replicas"]
+    assert (row["outcome"], row["requested"]["floor"], row["granted"]["total"]) == ("equal", 2, 2)
+    stop(shared, deployment)
 
 
 def test_a_real_ask_that_nobody_honours_is_ignored(shared: Backend) -> None:
@@ -352,6 +408,14 @@ def test_the_same_key_twice_is_one_engine_and_one_envelope(start: Start) -> None
     assert answer.json()["type"] == "urn:execution-envelope:problem:key-conflict"
     assert answer.json()["retryable"] is False
     assert len(listed(backend)) == 1
+
+    # The same route under its other prefix is the same operation.
+    with backend.http() as http:
+        answer = http.post("/api/serving/deploy_model", json=body(backend), headers={"Idempotency-Key": "deploy-2"})
+        again = http.post("/serving/deploy_model", json=body(backend), headers={"Idempotency-Key": "deploy-2"})
+    assert (answer.status_code, again.status_code, again.json()) == (202, 202, answer.json())
+    assert again.headers["execution-envelope-replayed"] == "true"
+    assert len(listed(backend)) == 2
 
     # Another tenant's key of the same name is another key.
     other = deploy(backend, subject="lee", headers={"Idempotency-Key": "deploy-1"})

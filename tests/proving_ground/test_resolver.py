@@ -48,9 +48,9 @@ cpu=2000 mem=180 ctx=512            | 2/2 4096/4096   | 1 x 180 1 512 cpu:capaci
 -                                   | 2/2 100/100     | never NODE_TOO_SMALL
 gpu=1 f=1                           | 2/2 4096/4096   | never GPU_FLOOR
 f=1                                 | 2/2 4096/4096   | never GPU_FLOOR
-gpu=8 cpu=1000 ctx=512              | 2/2 4096/4096   | 1 x 180 1 512 memory:estimate gpu:unsupported
-gpu=1 cpu=1000 ctx=512 alt          | 2/2 4096/4096   | 1 x 180 1 512 memory:estimate gpu:fallback
-gpu=1 cpu=1000 ctx=512 cpu!         | 2/2 4096/4096   | 1 x 180 1 512 memory:estimate gpu:policy
+gpu=8 cpu=1000 mem=180 ctx=512      | 2/2 4096/4096   | 1 x 180 1 512 gpu:unsupported gpu_memory:unsupported
+gpu=1 cpu=1000 ctx=512 alt          | 2/2 4096/4096   | 1 x 180 1 512 memory:estimate gpu:fallback gpu_memory:fallback
+gpu=1 cpu=1000 ctx=512 cpu!         | 2/2 4096/4096   | 1 x 180 1 512 memory:estimate gpu:policy gpu_memory:policy
 arch=arm64 cpu=1000 mem=180 ctx=512 | 2/2 4096/4096   | 1 x 180 1 512 architecture:unsupported
 conc=4 cpu=1000 mem=180 ctx=512     | 2/2 4096/4096   | 1 x 180 1 512 concurrency:unsupported
 4 cpu=1000 mem=180 ctx=512          | 8/8:2 4096/4096 | 4 x 180 1 512 cpu:balancing

@@ -16,11 +16,12 @@ CPU = {
     "cpu": {"architecture": "x86_64", "requests": {"cpu": "500m", "memory": "256Mi"}},
     "runtime": {"selection": "automatic"},
 }
-GPU = {
+GPU: dict[str, Any] = {
     "schemaVersion": 1,
     "accelerator": {"capability": "gpu", "count": 2, "memory": {"minimum": "8Gi"}, "isolation": "any-qualified"},
     "runtime": {"selection": "automatic"},
 }
+PROFILE = {**GPU, "accelerator": {**GPU["accelerator"], "profile": "1g.5gb"}}
 
 
 def _sent(**changes: Any) -> dict[str, Any]:
@@ -58,13 +59,30 @@ def test_the_first_alternative_is_read() -> None:
         ({"engine_name": "vllm"}, ("engine", "unsupported")),
         ({"location": "mars"}, ("location", "unsupported")),
         ({"gpu_allocation": 0.5}, ("gpu_allocation", "unsupported")),
-        ({"min_copies": 2}, ("replicas", "policy")),
+        ({"vram_allocation": 1e9}, ("gpu_memory", "unsupported")),
+        ({"vram_allocation": 1e9, "inferenceResources": GPU}, ("vram_allocation", "unsupported")),
+        ({"node_resource_type": "a100"}, ("node_type", "unsupported")),
+        ({"inferenceResources": PROFILE}, ("gpu_profile", "unsupported")),
         ({"tensor_parallel_size": 4}, ("tensor_parallel_size", "unsupported")),
     ],
 )
 def test_what_cannot_be_had_is_noted(changes: dict[str, Any], note: tuple[str, str]) -> None:
     wanted = wanted_from(CreateModelDeployment.model_validate({**_sent(), **changes}))
     assert [(found.key, found.cause) for found in wanted.notes] == [note]
+
+
+@pytest.mark.parametrize(
+    ("copies", "notes"),
+    [
+        ({}, [("replicas", "default")]),
+        ({"starting_copies": 1}, []),
+        ({"min_copies": 2}, []),  # the least is what was asked then
+        ({"starting_copies": 1, "min_copies": 2}, []),
+    ],
+)
+def test_copies_that_were_not_in_the_body_are_a_default(copies: dict[str, int], notes: list[tuple[str, str]]) -> None:
+    request = CreateModelDeployment.model_validate({"m_id": uuid4(), "m_config_id": uuid4(), **copies})
+    assert [(found.key, found.cause) for found in wanted_from(request).notes] == notes
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from typing import Any
 from uuid import uuid4
 
 import httpx
+import pytest
 
 from proving_ground.auth import Caller
 from proving_ground.catalog import Catalog, smollm2
@@ -153,6 +154,23 @@ def test_a_recorder_that_fails_ends_the_deployment(tmp_path: Path) -> None:
 
         _run(tmp_path / failing, notes, story)
         assert notes.calls[-1] == (end, "RECORDER_FAILED", "PermissionError: not that")
+
+
+def test_what_cannot_be_stored_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    notes, deployment = Notes(), _deployment()
+
+    def full(store: Store, deployment: Deployment) -> None:
+        raise OSError("no space left on device")
+
+    async def story(supervisor: Supervisor, clock: Clock) -> None:
+        with monkeypatch.context() as broken:
+            broken.setattr(Store, "save", full)
+            with pytest.raises(OSError, match="no space left"):
+                await supervisor.submit(deployment)
+        assert supervisor.deployments == {}
+
+    _run(tmp_path, notes, story)
+    assert notes.calls == []
 
 
 def test_a_deployment_ends_when_its_duration_is_over(tmp_path: Path) -> None:

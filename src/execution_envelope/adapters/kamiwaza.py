@@ -49,6 +49,7 @@ def describe_deployment(body: Any, context: Context) -> Ask:
     return Ask(
         kind="model.deploy",
         operation="serving.deploy_model",
+        entrypoint="POST /serving/deploy_model",  # the same under any prefix, so that a key sent to both is one request
         target=Target("model", model, body.get("m_config_id")),  # a model is deployed as one configuration of it
         scope={"workroom": context.headers.get("x-workroom-id")},
         requested={
@@ -102,6 +103,11 @@ def _first(*values: Any) -> Any:
     return next((value for value in values if value is not None), None)
 
 
+def _at_least(amount: Any, floor: Any) -> Any:
+    """A floor above the amount is what is asked: the SDK sends one copy to start with beside any `min_copies`."""
+    return max(amount, floor) if isinstance(amount, int) and isinstance(floor, int) else amount
+
+
 def _each(unit: Any, amount: Any) -> Any:
     return None if amount is None else unit(amount)
 
@@ -111,7 +117,7 @@ def _replicas(body: Mapping[str, Any]) -> Any:
     amount = _first(body.get("starting_copies"), floor)
     if amount is None and ceiling is None:
         return None
-    return total(1 if amount is None else amount, floor=floor, ceiling=ceiling)
+    return total(_at_least(1 if amount is None else amount, floor), floor=floor, ceiling=ceiling)
 
 
 def _cores(value: Any) -> Any:
@@ -136,7 +142,7 @@ def _gpu(body: Mapping[str, Any], accelerator: Mapping[str, Any]) -> Any:
         count = 1  # an accelerator that is asked for without a count is one device
     if count is None and floor is None:
         return None
-    return per_replica(floor if count is None else count, floor=floor)
+    return per_replica(_at_least(floor if count is None else count, floor), floor=floor)
 
 
 def _gpu_memory(body: Mapping[str, Any], accelerator: Mapping[str, Any]) -> Any:

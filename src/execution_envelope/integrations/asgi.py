@@ -32,6 +32,8 @@ App: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 #: Where the request's `RequestSeam` is kept in the ASGI scope.
 SCOPE_KEY: Final = "execution_envelope"
+#: Where `EnvelopeHeader` finds it, also when middleware between the two hands on a copy of the scope.
+_FOUND_KEY: Final = "execution_envelope.found"
 #: The response header that names the envelope.
 ENVELOPE_HEADER: Final = "Execution-Envelope"
 REPLAYED_HEADER: Final = "Execution-Envelope-Replayed"
@@ -94,6 +96,8 @@ class RequestSeam:
     host: Any = None  # what the framework's integration was installed with
     admission: Admission | None = None
     refusal: Refused | None = None
+    noted: bool = False  # the controller has recorded the refusal, or noted it
+    deferred: bool = False  # held, and answered 202 in the seam's own words
     status: int | None = None
     promised: int | None = None  # bytes that the content-length still promises
     finished: bool = False
@@ -114,30 +118,36 @@ class RequestSeam:
         try:
             self.admission = await self.controller.begin(ask)
         except InvalidField as error:
-            raise self.refuse(InvalidAsk(error)) from error
+            raise self.refuse(InvalidAsk(error), noted=True) from error
         except Refused as refusal:
-            raise self.refuse(refusal) from None
+            raise self.refuse(refusal, noted=True) from None
         return self.admission
 
-    def refuse(self, refusal: Refused) -> Refused:
-        """Remember why the seam refused, and hand it back to be raised."""
-        self.refusal = refusal
+    def refuse(self, refusal: Refused, *, noted: bool = False) -> Refused:
+        """Remember why the seam refused, and whether the controller has noted it; hand it back to be raised."""
+        self.refusal, self.noted = refusal, noted
         # What sealed nothing may be asked for again, differently.
         self.begun = refusal.envelope_id is not None
         return refusal
 
     @property
-    def sealed(self) -> bool:
-        """Whether an envelope tells of this request."""
-        refused = self.refusal is not None and self.refusal.envelope_id is not None
-        return self.admission is not None or refused or (self.inner is not None and self.inner.sealed)
+    def admitted(self) -> bool:
+        """Whether this request may be answered with a success: admitted, or held and the answer says so."""
+        deferred = self.deferred and self.status == 202
+        return self.admission is not None or deferred or (self.inner is not None and self.inner.admitted)
+
+    @property
+    def recorded(self) -> bool:
+        """Whether this request has left its trace already."""
+        own = self.admission is not None or self.noted or self.deferred
+        return own or (self.inner is not None and self.inner.recorded)
 
 
 class EnvelopeMiddleware:
     """Gives each request a `RequestSeam`, and leaves its block when the response has ended, however it ended.
 
     `guards` are the routes that must seal an envelope; `check` finds out, before the first message, whether the
-    application has them. With `strict` a 2xx or 3xx of a guarded route without an envelope is turned into a 500
+    application has them. With `strict` a 2xx or 3xx of a guarded route that was not admitted is turned into a 500
     before its first byte.
     """
 
@@ -185,6 +195,7 @@ class EnvelopeMiddleware:
         if isinstance(outer, RequestSeam):
             outer.inner = seam
         scope[SCOPE_KEY] = seam
+        scope.get(_FOUND_KEY, []).append(seam)
         try:
             await self._app(scope, self._receiving(seam, receive), self._sending(scope, seam, send, guarded))
         except anyio.get_cancelled_exc_class():
@@ -221,13 +232,13 @@ class EnvelopeMiddleware:
                 if message.get("more_body", False):
                     # A stream that nobody receives must not go on for ever.
                     seam.stopped = True
-                    raise OSError("the answer was replaced: a guarded route sealed no envelope")
+                    raise OSError("the answer was replaced: a guarded route was not admitted")
                 return
             if message["type"] == "http.response.start":
                 seam.status = message["status"]
-                if guarded and self._strict and message["status"] < 400 and not seam.sealed:
+                if guarded and self._strict and message["status"] < 400 and not seam.admitted:
                     seam.replaced = True
-                    await _send_unsealed(send)
+                    await _send_unsealed(seam, send)
                     return
                 message = _with_headers(seam, message)
                 seam.promised = _promised(scope, message)
@@ -257,8 +268,19 @@ class EnvelopeMiddleware:
     ) -> None:
         if seam.admission is not None:
             await seam.admission.leave(failed=failed, cancelled=cancelled)
-        elif (guarded or seam.refusal is not None) and not seam.sealed:
+        elif guarded and seam.status is not None and seam.status < 400 and not seam.admitted:
+            await self._unsealed(seam, seam.status)
+        elif (guarded or seam.refusal is not None) and not seam.recorded:
             await self._attempted(seam, failed, cancelled)
+
+    async def _unsealed(self, seam: RequestSeam, status: int) -> None:
+        """In strict mode the client got a 500 in place of this status."""
+        self._controller.counters["unsealed"] += 1
+        without = "without an envelope" if seam.refusal is None else f"in spite of `{seam.refusal.type}`"
+        detail = f"answered {status} {without}; work may have happened"
+        await self._controller.attempted(
+            seam.surface, "unsealed", status=status, detail=detail, request_id=seam.request_id
+        )
 
     async def _attempted(self, seam: RequestSeam, failed: tuple[str, str] | None, cancelled: str | None) -> None:
         gone = CLIENT_CLOSED_REQUEST if cancelled is not None else 500
@@ -268,13 +290,34 @@ class EnvelopeMiddleware:
             reason, detail = seam.refusal.type, str(seam.refusal)
         elif seam.status is None and cancelled is not None:
             reason = "cancelled"
-        elif status < 400:
-            # In strict mode the client got a 500 in place of this status.
-            self._controller.counters["unsealed"] += 1
-            reason, detail = "unsealed", f"answered {status} without an envelope; work may have happened"
         else:
             reason = _REASONS.get(status, "error" if status >= 500 else "refused")
         await self._controller.attempted(seam.surface, reason, status=status, detail=detail, request_id=seam.request_id)
+
+
+class EnvelopeHeader:
+    """Outermost in an application: names the envelope on the answer to an unhandled error too.
+
+    That answer is made outside of all middleware, the host's own `Exception` handler included, so `EnvelopeMiddleware`
+    never sees it.
+    """
+
+    def __init__(self, app: App) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        found: list[RequestSeam] = []
+        scope[_FOUND_KEY] = found
+
+        async def named(message: Message) -> None:
+            if message["type"] == "http.response.start" and found and found[0].status is None:
+                message = _with_headers(found[0], message)
+            await send(message)
+
+        await self._app(scope, receive, named)
 
 
 def _outcome(seam: RequestSeam) -> dict[str, Any]:
@@ -351,14 +394,11 @@ def _warn_text(text: str) -> str:
     return "".join(char if " " <= char <= "~" else "?" for char in line)
 
 
-async def _send_unsealed(send: Send) -> None:
+async def _send_unsealed(seam: RequestSeam, send: Send) -> None:
     status, headers, body = problem(
-        500,
-        "unsealed",
-        "a guarded route answered without sealing an envelope; its work may have happened all the same",
-        {},
+        500, "unsealed", "a guarded route answered without an admission; its work may have happened all the same", {}
     )
-    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send(_with_headers(seam, {"type": "http.response.start", "status": status, "headers": headers}))
     await send({"type": "http.response.body", "body": body})
 
 

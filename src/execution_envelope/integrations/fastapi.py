@@ -34,8 +34,15 @@ from execution_envelope.adapters import Context
 from execution_envelope.admission import Admission
 from execution_envelope.controller import AdmissionController
 from execution_envelope.envelope import Ask, Scoped, Subject
-from execution_envelope.errors import InvalidAsk, InvalidField, Refused, Unidentified
-from execution_envelope.integrations.asgi import SCOPE_KEY, EnvelopeMiddleware, Guard, RequestSeam, refusal_problem
+from execution_envelope.errors import Held, InvalidAsk, InvalidField, Refused, Unidentified
+from execution_envelope.integrations.asgi import (
+    SCOPE_KEY,
+    EnvelopeHeader,
+    EnvelopeMiddleware,
+    Guard,
+    RequestSeam,
+    refusal_problem,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,10 +82,11 @@ def install(
 
     `guard` lists routes that must seal an envelope, as ``"POST /path/{id}"``, those of mounted applications with the
     mount's path; one that the application does not have is an error at start-up. With `strict` a 2xx or 3xx of a
-    guarded route that sealed nothing becomes a 500.
+    guarded route without an admission, as when a handler swallows `Denied`, becomes a 500.
     `identify` says who asks; it may raise the host's own HTTPException, and must not block when it is not async.
     `errors` renders the seam's refusals in the host's shape, in place of RFC 9457 problems. Raises `RuntimeError` when
-    the application has the seam already.
+    the application has the seam already. Every answer to a request with an envelope names it in a header, that to an
+    unhandled error too.
     """
     if hasattr(app.state, "execution_envelope"):
         raise RuntimeError("expected one `install` for an application, this one has the seam already")
@@ -86,11 +94,14 @@ def install(
 
     async def refused(request: Request, refusal: Exception) -> Response:
         assert isinstance(refusal, Refused)
+        deferred = isinstance(refusal, Held) and "respond-async" in request.headers.get("prefer", "").lower()
+        seam = request.scope.get(SCOPE_KEY)
+        if isinstance(seam, RequestSeam):
+            seam.deferred = deferred
         if errors is not None:
             answer = errors(request, refusal)
             return await answer if inspect.isawaitable(answer) else answer
-        held = refusal.type == "held" and "respond-async" in request.headers.get("prefer", "").lower()
-        status, headers, body = refusal_problem(refusal, status=202 if held else refusal.status)
+        status, headers, body = refusal_problem(refusal, status=202 if deferred else refusal.status)
         return Response(body, status, {name.decode(): value.decode() for name, value in headers})
 
     def check() -> None:
@@ -100,6 +111,9 @@ def install(
     host = _Installed(identify)
     app.add_middleware(EnvelopeMiddleware, controller=controller, guards=guards, strict=strict, check=check, host=host)
     app.add_exception_handler(Refused, refused)
+    build = app.build_middleware_stack
+    # Around everything, because the answer to an unhandled error is made there.
+    app.build_middleware_stack = lambda: EnvelopeHeader(build())  # type: ignore[method-assign]
     app.state.execution_envelope = host
 
 

@@ -21,11 +21,16 @@ __all__ = [
 ]
 
 
-def open_ledger(url: str) -> Ledger:
-    """``sqlite:///relative.db``, ``sqlite:////absolute.db`` or ``memory://``. Raises `InvalidField` for another."""
+def open_ledger(url: str, *, read_only: bool = False) -> Ledger:
+    """``sqlite:///relative.db``, ``sqlite:////absolute.db`` or ``memory://``. Raises `InvalidField` for another.
+
+    With `read_only` the ledger has to be there; it is never created or changed.
+    """
     if url == "memory://":
+        if read_only:
+            raise InvalidField("ledger", "expected a ledger that outlives its process, `memory://` does not")
         return MemoryLedger()
     path = url.removeprefix("sqlite:///")
     if path == url or not path:
         raise InvalidField("ledger", f"expected `sqlite:///path` or `memory://`, got `{redact_text(url)[:64]}`")
-    return SqliteLedger(path)
+    return SqliteLedger(path, read_only=read_only)

@@ -7,12 +7,14 @@ with a chain of its own, in a forked child.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from execution_envelope.envelope import SealedEnvelope
-from execution_envelope.lifecycle import Event, EventData
+from execution_envelope.envelope import decode as decode_envelope
+from execution_envelope.errors import ReferenceTaken
+from execution_envelope.lifecycle import Bound, Event, EventData, Sealed
 from execution_envelope.process import Process
 
 
@@ -38,8 +40,19 @@ class KeyRow:
 
 
 @dataclass(frozen=True, slots=True)
+class Siblings:
+    """A parent and its children without the committed envelope, each with its next sequence, as the writer saw them.
+
+    What the children hold together is bounded by the parent: a writer that read less than is stored has to read again.
+    """
+
+    parent: str
+    sequences: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
 class Commit:
-    """What is recorded for one envelope: facts from `sequence` on; with `sealed` and `key` at its admission."""
+    """What is recorded for one envelope: facts from `sequence` on; with `sealed` at its admission."""
 
     envelope: str
     sequence: int
@@ -47,7 +60,15 @@ class Commit:
     by: str
     facts: Sequence[EventData]
     sealed: SealedEnvelope | None = None
-    key: KeyRow | None = None
+    siblings: Siblings | None = None
+
+    @property
+    def key_row(self) -> KeyRow | None:
+        """The idempotency key that the envelope is sealed with."""
+        for fact in self.facts:
+            if isinstance(fact, Sealed) and fact.key is not None:
+                return KeyRow(fact.key, fact.request, self.envelope)
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +97,10 @@ class AttemptedRequest:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One entry as it is stored, for verification: the columns beside the bytes that the hash covers."""
+    """One entry as it is stored, for verification: the columns beside the bytes that the hash covers.
+
+    `cursor` counts the entries of all chains from one, without gaps, in the order of writing.
+    """
 
     cursor: int
     chain: str
@@ -97,7 +121,8 @@ class Ledger(Protocol):
     def commit(self, *commits: Commit) -> list[list[Event]]:
         """Store all or nothing; the events of each commit, in order.
 
-        Raises `SequenceConflict`, `KeyTaken`, `ReferenceTaken` and `LedgerUnavailable`; nothing is stored then.
+        Each is checked against what was stored before the call. Raises `SequenceConflict`, `KeyTaken`,
+        `ReferenceTaken` and `LedgerUnavailable`; nothing is stored then.
         """
         ...
 
@@ -106,7 +131,10 @@ class Ledger(Protocol):
         ...
 
     def find(self, kind: str, reference: str) -> str | None:
-        """The newest envelope bound to the backend's id."""
+        """The newest envelope bound to the backend's id that did not end before it was granted; else the newest.
+
+        One that was to take the reference over and was rejected does not take it away.
+        """
         ...
 
     def key(self, digest: str) -> KeyRow | None: ...
@@ -161,7 +189,54 @@ class Ledger(Protocol):
         """How many entries there are, for progress."""
         ...
 
+    def tampered_schema(self) -> list[str]:
+        """Where the database's own guards, such as triggers, are not those that this version made."""
+        ...
+
     def close(self) -> None: ...
+
+
+class Standing(Protocol):
+    """What stands stored while a ledger holds its lock: all that `check` asks for."""
+
+    def key(self, digest: str) -> KeyRow | None: ...
+
+    def find(self, kind: str, reference: str) -> str | None: ...
+
+    def children(self, envelope: str) -> list[str]: ...
+
+    def next_sequence(self, envelope: str) -> int:
+        """Zero for an envelope that is not stored."""
+        ...
+
+    def body(self, envelope: str) -> bytes: ...
+
+
+def check(commit: Commit, stored: Standing) -> None:
+    """What every ledger checks before it stores a commit. Raises what `Ledger.commit` raises."""
+    key = commit.key_row
+    taken = None if key is None else stored.key(key.digest)
+    if taken is not None:
+        raise KeyTaken(taken)
+    expected = stored.next_sequence(commit.envelope)
+    if commit.sequence != expected or (expected == 0) != (commit.sealed is not None):
+        raise SequenceConflict
+    if commit.siblings is not None:
+        family = {commit.siblings.parent, *stored.children(commit.siblings.parent)} - {commit.envelope}
+        if {id: stored.next_sequence(id) for id in family} != dict(commit.siblings.sequences):
+            raise SequenceConflict
+    for fact in commit.facts:
+        if isinstance(fact, Bound):
+            _check_reference(fact, commit, stored)
+
+
+def _check_reference(fact: Bound, commit: Commit, stored: Standing) -> None:
+    holder = stored.find(fact.kind, fact.reference)
+    if holder in (None, commit.envelope):
+        return
+    body = commit.sealed.body if commit.sealed is not None else stored.body(commit.envelope)
+    if decode_envelope(body).correlation.supersedes != holder:
+        raise ReferenceTaken(f"expected {fact.kind}:{fact.reference} to be free or superseded, it leads to {holder}")
 
 
 #: How many attempted requests a ledger keeps.

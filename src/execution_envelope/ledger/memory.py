@@ -10,21 +10,18 @@ from datetime import UTC, datetime
 
 import uuid_utils
 
-from execution_envelope.envelope import decode as decode_envelope
 from execution_envelope.envelope import timestamp
-from execution_envelope.errors import ReferenceTaken
 from execution_envelope.ledger.chain import Chain, Link
 from execution_envelope.ledger.contract import (
     MAX_ATTEMPTED,
     AttemptedRequest,
     Commit,
     KeyRow,
-    KeyTaken,
     Row,
-    SequenceConflict,
     Stored,
+    check,
 )
-from execution_envelope.lifecycle import TERMINAL, Bound, Event
+from execution_envelope.lifecycle import TERMINAL, Bound, Event, Granted
 from execution_envelope.process import Process, current
 from execution_envelope.version import __version__
 
@@ -36,7 +33,8 @@ class MemoryLedger:
 
     def __init__(self, *, clock: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
         self._clock = clock
-        self._lock = threading.Lock()
+        # A commit is checked by means of the same methods that others read with.
+        self._lock = threading.RLock()
         self._chain: Chain | None = None
         self._writers: dict[str, Process] = {}
         self._chains: dict[str, list[str]] = {}
@@ -52,7 +50,7 @@ class MemoryLedger:
     def commit(self, *commits: Commit) -> list[list[Event]]:
         with self._lock:
             for commit in commits:
-                self._check(commit)
+                check(commit, self)
             events = [
                 [Event(c.envelope, c.sequence + offset, c.at, c.by, fact) for offset, fact in enumerate(c.facts)]
                 for c in commits
@@ -61,28 +59,6 @@ class MemoryLedger:
             for commit, group in zip(commits, events, strict=True):
                 self._store(commit, group)
             return events
-
-    def _check(self, commit: Commit) -> None:
-        if commit.key is not None and commit.key.digest in self._keys:
-            raise KeyTaken(self._keys[commit.key.digest])
-        known = self._events.get(commit.envelope)
-        if commit.sequence != (len(known) if known is not None else 0) or (known is None) != (
-            commit.sealed is not None
-        ):
-            raise SequenceConflict
-        for fact in commit.facts:
-            if isinstance(fact, Bound):
-                self._check_reference(fact, commit)
-
-    def _check_reference(self, fact: Bound, commit: Commit) -> None:
-        line = self._references.get((fact.kind, fact.reference), [])
-        if line and line[-1] != commit.envelope:
-            body = commit.sealed.body if commit.sealed is not None else self._envelopes[commit.envelope][0]
-            older = decode_envelope(body).correlation.supersedes
-            if older != line[-1]:
-                raise ReferenceTaken(
-                    f"expected {fact.kind}:{fact.reference} to be free or superseded, it leads to {line[-1]}"
-                )
 
     def _append(self, events: list[Event]) -> None:
         # A forked child shares no memory with its parent, and no chain either.
@@ -102,8 +78,9 @@ class MemoryLedger:
             self._envelopes[commit.envelope] = (commit.sealed.body, commit.sealed.digest, parent)
             if parent is not None:
                 self._children.setdefault(parent, []).append(commit.envelope)
-        if commit.key is not None:
-            self._keys[commit.key.digest] = commit.key
+        key = commit.key_row
+        if key is not None:
+            self._keys[key.digest] = key
         self._events.setdefault(commit.envelope, []).extend(events)
         assert self._chain is not None
         self._chains.setdefault(commit.envelope, []).extend(self._chain.id for _ in events)
@@ -123,11 +100,22 @@ class MemoryLedger:
 
     def find(self, kind: str, reference: str) -> str | None:
         with self._lock:
-            line = self._references.get((kind, reference))
-            return line[-1] if line else None
+            line = self._references.get((kind, reference), [])
+            lasting = [id for id in line if id not in self._closed or self._granted(id)]
+        bound = lasting or line
+        return bound[-1] if bound else None
+
+    def _granted(self, envelope: str) -> bool:
+        return any(isinstance(event.data, Granted) for event in self._events[envelope])
 
     def key(self, digest: str) -> KeyRow | None:
         return self._keys.get(digest)
+
+    def next_sequence(self, envelope: str) -> int:
+        return len(self._events.get(envelope, ()))
+
+    def body(self, envelope: str) -> bytes:
+        return self._envelopes[envelope][0]
 
     def children(self, envelope: str) -> list[str]:
         with self._lock:
@@ -187,6 +175,9 @@ class MemoryLedger:
 
     def count(self) -> int:
         return len(self._links)
+
+    def tampered_schema(self) -> list[str]:
+        return []
 
     def close(self) -> None:
         """Nothing to let go of."""

@@ -19,6 +19,12 @@ SELECT coalesce(max(sequence) + 1, 0) FROM events WHERE envelope = ?
 -- name: key
 SELECT digest, request, envelope FROM keys WHERE digest = ?
 
+-- name: schema
+SELECT type || ' ' || name, sql FROM sqlite_schema WHERE name NOT LIKE 'sqlite\_%' ESCAPE '\' ORDER BY name
+
+-- name: schema_version
+SELECT version FROM ledger_schema
+
 -- name: body
 SELECT body FROM envelopes WHERE id = ?
 
@@ -26,7 +32,11 @@ SELECT body FROM envelopes WHERE id = ?
 SELECT body FROM events WHERE envelope = ? ORDER BY sequence
 
 -- name: find
-SELECT envelope FROM bindings WHERE kind = ? AND reference = ? ORDER BY ordinal DESC LIMIT 1
+SELECT envelope FROM bindings AS b WHERE kind = ? AND reference = ? ORDER BY
+    NOT EXISTS (SELECT 1 FROM closings AS c WHERE c.envelope = b.envelope)
+        OR EXISTS (SELECT 1 FROM events AS e WHERE e.envelope = b.envelope AND e.type = 'granted') DESC,
+    ordinal DESC
+LIMIT 1
 
 -- name: children
 SELECT id FROM envelopes WHERE parent = ? ORDER BY id

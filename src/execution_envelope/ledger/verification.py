@@ -1,9 +1,10 @@
 """Verification recomputes everything: it trusts no column that it can derive.
 
-What it finds: a changed, missing, swapped or forked entry, an envelope that does not match its digest, a history that
-the lifecycle table does not allow, and rows beside the log (keys, bindings, closings) that the log does not bear out.
-What it cannot know from the ledger alone: whether the newest entries of a chain were cut off, or a whole older copy
-was put back.
+What it finds: a changed, missing, swapped or forked entry, a chain that was taken out, an envelope that does not match
+its digest, a history that the lifecycle table does not allow, rows beside the log (keys, bindings, closings) that the
+log does not bear out, and a database whose guards were removed.
+What it cannot know from the ledger alone: whether entries or whole chains were cut off from the end with everything
+that speaks of them, or a whole older copy was put back.
 """
 
 from __future__ import annotations
@@ -75,7 +76,8 @@ def verify(ledger: Ledger, *, progress: Callable[[int], None] = lambda entries: 
     """Recompute the whole ledger. `progress` is called with the number of entries read so far."""
     seen = _Seen()
     expected = ledger.count()
-    findings = list(_log(ledger, seen, progress))
+    findings = [Finding("schema", problem) for problem in ledger.tampered_schema()]
+    findings += _log(ledger, seen, progress)
     if seen.entries < expected:
         findings.append(Finding("ledger", f"expected {expected} entries in the order of writing, got {seen.entries}"))
     # Others may write meanwhile: what stands beside the log is at least what the log said before it was read, and at
@@ -117,6 +119,9 @@ def verify(ledger: Ledger, *, progress: Callable[[int], None] = lambda entries: 
 def _log(ledger: Ledger, seen: _Seen, progress: Callable[[int], None]) -> Iterator[Finding]:
     """Every entry that was not seen yet."""
     for row in ledger.rows(after=seen.cursor):
+        if row.cursor != seen.cursor + 1:
+            missing = f"{seen.cursor + 1} to {row.cursor - 1}"
+            yield Finding("ledger", f"expected no gap in the order of writing, entries {missing} are missing")
         for problem in _entry(row, seen):
             yield Finding(f"event {row.chain}/{row.position}", problem)
         seen.cursor = row.cursor
