@@ -39,7 +39,7 @@ COUNTERS: Final[Mapping[str, str]] = {
     "abandoned": "executions that reconciliation ended because their owner no longer knows them",
     "attempted": "requests that never became one",
     "attempted_dropped": "of these, those that were not kept: they came too fast, or the ledger was away",
-    "unsealed": "answers below 400 of guarded routes that sealed no envelope",
+    "unsealed": "answers below 400 of guarded routes whose request was not admitted",
     "unavailable": "requests that were refused because the ledger was away",
     "unrecorded_exits": "ends that could not be recorded when they came, but when the ledger answered again",
 }
