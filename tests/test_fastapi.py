@@ -631,7 +631,6 @@ async def test_a_path_parameter_that_does_not_fit_seals_nothing() -> None:
 
 
 async def test_a_form_is_described_by_its_fields() -> None:
-    pytest.importorskip("python_multipart")
 
     async def endpoint(model: Annotated[str, Form()], admission: Admitted) -> str:
         return model
@@ -645,7 +644,6 @@ async def test_a_form_is_described_by_its_fields() -> None:
 
 
 async def test_a_file_of_a_form_reaches_the_endpoint_whole() -> None:
-    pytest.importorskip("python_multipart")
     seen = []
 
     def from_form(body: Any, context: Context) -> Ask:

@@ -8,6 +8,7 @@ from typing import Any, get_args
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kamiwaza_sdk.schemas.serving import serving as kamiwaza
 from pydantic import BaseModel
 
 from execution_envelope import AdmissionController, Grant, InvalidField, Record, Subject
@@ -16,8 +17,6 @@ from execution_envelope.adapters.kamiwaza import CLIENT_DEFAULTS, NOT_ADMITTED, 
 from execution_envelope.envelope import Ask, Requested, SealedEnvelope, seal
 from execution_envelope.ledger import MemoryLedger
 from execution_envelope.resources import Quantity
-
-kamiwaza = pytest.importorskip("kamiwaza_sdk.schemas.serving.serving")
 
 DANA = Subject("user", "dana")
 MODEL, CONFIG, FILE = (str(uuid.UUID(int=n)) for n in (1, 2, 3))

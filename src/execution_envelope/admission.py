@@ -18,7 +18,7 @@ from execution_envelope.errors import IllegalTransition, InvalidField, LedgerUna
 from execution_envelope.grant import Grant
 from execution_envelope.journal import Journal
 from execution_envelope.ledger.contract import SequenceConflict, Siblings
-from execution_envelope.lifecycle import Candidate, EventData, Fact, legal_from, next_state
+from execution_envelope.lifecycle import Candidate, EventData, Fact
 from execution_envelope.record import WHOLE, Record
 from execution_envelope.resources import VOCABULARY, Amount, add, exceeds, human, parse_amount, parse_quantity
 
@@ -242,33 +242,30 @@ class Admission:
         """Record what is planned for the newest record; read and plan again when another writer was first."""
         if self.replayed:
             raise ReadOnly(f"envelope {self.id} was admitted for an earlier request; resume it to continue it")
-        journal = self._journal
         async with self._lock:
             for _ in range(MAX_CONFLICTS):
+                record, refused = self._record, None
+                planned = await plan(record)
+                news = [fact for fact in planned.facts if _is_news(record, fact)]
+                said: list[EventData] = [fact if record.is_open else lifecycle.Late(fact) for fact in news]
                 try:
-                    planned = await plan(self._record)
-                    facts = _kept(self._record, [fact for fact in planned.facts if _is_news(self._record, fact)])
-                except IllegalTransition:
-                    # Judged by what this handle saw last: another writer may have made the step legal since.
-                    newest = await journal.read(self.id)
-                    if newest.next_sequence == self._record.next_sequence:
-                        raise
-                    self._record = newest
-                    continue
-                if not facts:
-                    newest = await journal.read(self.id) if planned.facts else self._record
-                    if newest.next_sequence == self._record.next_sequence:
-                        return []
-                    self._record = newest
-                    continue
-                try:
-                    await journal.write(
-                        [(self._record, facts), *planned.older], by=by or self._by, siblings=planned.siblings
-                    )
+                    if said:
+                        writes = [(record, said), *planned.older]
+                        await self._journal.write(writes, by=by or self._by, siblings=planned.siblings)
+                        return said
                 except SequenceConflict:
-                    self._record = await journal.read(self.id)
+                    self._record = await self._journal.read(self.id)
                     continue
-                return facts
+                except IllegalTransition as error:
+                    refused = error
+                if not planned.facts:
+                    return []
+                # Refused, or no news, by what this handle saw last: another writer may have changed that since.
+                self._record = await self._journal.read(self.id)
+                if self._record.next_sequence == record.next_sequence:
+                    if refused is not None:
+                        raise refused
+                    return []
         raise LedgerUnavailable(
             f"expected to record a fact, other writers came first {MAX_CONFLICTS} times", envelope_id=self.id
         )
@@ -376,24 +373,6 @@ def _leaving(record: Record, failed: tuple[str, str] | None, cancelled: str | No
         return [lifecycle.Completed(None if record.grants else "unknown")]
     code, message = scrub(failed[0]), scrub(failed[1])
     return [lifecycle.Rejected(code, message) if record.state == "admitted" else lifecycle.Failed(code, message)]
-
-
-def _kept(record: Record, facts: Sequence[Fact]) -> Sequence[EventData]:
-    """The facts as they may be recorded in this state: as they are, as late, or `IllegalTransition`."""
-    kept: list[EventData] = []
-    state = record.state
-    for fact in facts:
-        said: EventData = fact if record.is_open else lifecycle.Late(fact)
-        after = next_state(state, said)
-        if after is None:
-            raise IllegalTransition(
-                f"expected {', '.join(legal_from(state))} in state {state} of {record.id}, got `{fact.type}`",
-                state=state,
-                event=fact.type,
-            )
-        state = after
-        kept.append(said)
-    return kept
 
 
 def _beyond(name: str, given: Amount, bound: Amount, who: str) -> str:
