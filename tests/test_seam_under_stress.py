@@ -412,6 +412,179 @@ def test_a_process_elsewhere_is_unknown_and_not_dead() -> None:
     assert Process(**other_boot).alive() is (False if here.machine else None)
 
 
+@pytest.mark.anyio
+async def test_a_held_request_is_taken_up_once_whatever_was_lost_before() -> None:
+    answers = [Decision.hold("wait"), Decision.allow(), Decision.allow()]
+    ledger = FaultyLedger(MemoryLedger())
+    controller = AdmissionController(ledger, hooks=[Rule("gate", lambda _: answers.pop(0))])
+    other = AdmissionController(ledger, hooks=[Rule("gate", lambda _: Decision.allow())])
+    with pytest.raises(Held):
+        await controller.begin(ask(idempotency_key="k"))
+    commit = ledger.commit
+    ledger.commit = lambda *commits: (_ for _ in ()).throw(LedgerUnavailable("away"))  # type: ignore[method-assign]
+    with pytest.raises(LedgerUnavailable):
+        await controller.begin(ask(idempotency_key="k"))
+    ledger.commit = commit  # type: ignore[method-assign]
+    running = await other.begin(ask(idempotency_key="k"))
+    with pytest.raises(KeyConflict, match="in flight"):
+        await controller.begin(ask(idempotency_key="k"))
+    await controller.reconcile({})
+    assert (await controller.read(running.id)).state == "admitted"
+
+
+def test_a_held_request_cancelled_too_late_leaves_alone_what_another_process_admitted(slow: SlowLedger) -> None:
+    def gate(_: Any) -> Decision:
+        return Decision.allow() if opened else Decision.hold("wait")
+
+    opened: list[bool] = []
+
+    async def story() -> None:
+        ours = AdmissionController(slow, hooks=[Rule("gate", gate)])
+        theirs = AdmissionController(SqliteLedger(slow._path), hooks=[Rule("gate", gate)])
+        with pytest.raises(Held):
+            await ours.begin(ask(idempotency_key="k"))
+        opened.append(True)
+        slow.go.clear()
+        slow.waiting.clear()
+        task = asyncio.ensure_future(ours.begin(ask(idempotency_key="k")))
+        await anyio.to_thread.run_sync(slow.waiting.wait)
+        running = await theirs.begin(ask(idempotency_key="k"))
+        task.cancel()
+        slow.go.set()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert (await ours.read(running.id)).state == "admitted"
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize("word", ["admitted", "granted", "memory", "completed", "resources", "replica-0", "capacity"])
+@pytest.mark.anyio
+async def test_a_secret_that_is_an_ordinary_word_spoils_no_record(word: str) -> None:
+    controller = AdmissionController(MemoryLedger())
+    async with controller.admit(ask(schema="s", body={"env": {"X": word}}, secrets=["env.*"])) as admission:
+        await admission.bind("job", word)
+        for part in ("replica-0", "replica-1"):
+            grant = Grant({"gpu": 1, "memory": "1GiB"}, part=part, because={"gpu": ("capacity", f"so says {word}")})
+            await admission.grant(grant)
+        await admission.used({"memory": 1}, part="replica-0")
+        await admission.complete(f"done with {word}")
+    record = await controller.read("job", word)
+    assert (record.state, record.granted["gpu"], set(record.grants)) == ("completed", 2000, {"replica-0", "replica-1"})
+    assert record.grants["replica-0"].because["gpu"].text == "so says [redacted:field]"
+    assert record.events[-1].data.message == "done with [redacted:field]"  # type: ignore[union-attr]
+
+
+@pytest.mark.anyio
+async def test_a_secret_stays_out_at_the_cut_after_the_end_and_without_a_schema() -> None:
+    secret = "correct-horse-battery-staple"
+    controller = AdmissionController(MemoryLedger())
+    admission = await controller.begin(ask(body={"env": {"X": secret}}, secrets=["env.*"]))
+    await admission.grant(Grant({"gpu": 1}, because={"gpu": ("capacity", "y" * 490 + secret)}))
+    await admission.fail("X", "z" * 490 + secret)
+    await admission.fail("Y", f"late: {secret}")
+    bodies = b"".join(row.body for row in controller.ledger.rows())
+    assert b"correct-horse" not in bodies
+
+
+def test_an_exit_that_is_cancelled_is_recorded_later(slow: SlowLedger) -> None:
+    async def story() -> None:
+        controller = AdmissionController(slow)
+        entered = asyncio.Event()
+
+        async def work() -> None:
+            async with controller.admit(ask()):
+                entered.set()
+                await asyncio.sleep(0.01)
+
+        for gap in range(4):
+            entered.clear()
+            task = asyncio.ensure_future(work())
+            await entered.wait()
+            task.cancel()
+            for _ in range(gap):
+                await asyncio.sleep(0)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        await controller.reconcile({})
+        assert slow.unfinished() == []
+
+    asyncio.run(story())
+
+
+@pytest.mark.anyio
+async def test_a_grant_in_violation_is_raised_each_time_and_recorded_when_it_is_news() -> None:
+    rule = Rule("two", lambda _: Decision.allow(limits={"gpu": 2}))
+    controller = AdmissionController(MemoryLedger(), hooks=[rule])
+    admission = await controller.begin(ask())
+    for gpus, violates in ((8, True), (8, True), (2, False), (8, True)):
+        if violates:
+            with pytest.raises(Violation):
+                await admission.grant(Grant({"gpu": gpus}))
+        else:
+            await admission.grant(Grant({"gpu": gpus}))
+    types = [event.data.type for event in admission.record.events[4:]]
+    assert types == ["granted", "violation", "granted", "granted", "violation"]
+
+
+@pytest.mark.anyio
+async def test_two_that_supersede_the_same_are_both_recorded() -> None:
+    controller = AdmissionController(MemoryLedger())
+    older = await controller.begin(ask())
+    await older.bind("deployment", "d1")
+    newer = [await controller.begin(ask(supersedes=older.id)) for _ in range(2)]
+    for number, admission in enumerate(newer):
+        await admission.bind("job", str(number))
+        await admission.grant(Grant({"gpu": 3}))
+    assert [admission.state for admission in newer] == ["granted", "granted"]
+    assert (await controller.read("deployment", "d1")).id == newer[0].id
+
+
+@pytest.mark.anyio
+async def test_a_child_that_is_scaled_is_not_counted_twice() -> None:
+    controller = AdmissionController(MemoryLedger())
+    parent = await controller.begin(ask())
+    await parent.grant(Grant({"gpu": 4}, part="a"))
+    await parent.grant(Grant({"gpu": 4}, part="b"))
+    child = await controller.begin(ask(part_of=parent.id))
+    await child.grant(Grant({"gpu": 4}))
+    larger = await controller.begin(ask(part_of=parent.id, supersedes=child.id))
+    await larger.grant(Grant({"gpu": 6}))
+    await parent.release("b")
+    with pytest.raises(Violation, match="7 is beyond the 4"):
+        await larger.grant(Grant({"gpu": 7}))
+
+
+@pytest.mark.anyio
+async def test_many_siblings_at_once_are_all_recorded(tmp_path: Path) -> None:
+    controller = AdmissionController.open(f"sqlite:///{tmp_path}/l.db")
+    parent = await controller.begin(ask())
+    await parent.grant(Grant({"gpu": 100}))
+    children = [await controller.begin(ask(part_of=parent.id)) for _ in range(40)]
+    async with anyio.create_task_group() as group:
+        for child in children:
+            group.start_soon(child.grant, Grant({"gpu": 1}))
+    assert {child.state for child in children} == {"granted"}
+    await controller.aclose()
+
+
+@pytest.mark.anyio
+async def test_one_lost_exit_is_one_fact() -> None:
+    ledger = FaultyLedger(MemoryLedger())
+    controller = AdmissionController(ledger)
+    with pytest.raises(ValueError, match="boom"):
+        async with controller.admit(ask()) as admission:
+            await admission.bind("job", "1")
+            ledger.fail_at = ledger.calls + 1
+            raise ValueError("boom")
+    async with anyio.create_task_group() as group:
+        for _ in range(8):
+            group.start_soon(controller.begin, ask())
+    record = await controller.read(admission.id)
+    assert [event.data.type for event in record.events] == ["sealed", "admitted", "bound", "error"]
+
+
 def _all_bytes(folder: Path) -> bytes:
     return b"".join(path.read_bytes() for path in folder.iterdir())
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final, Literal
 
@@ -12,9 +13,16 @@ import anyio
 from execution_envelope import grant as grants
 from execution_envelope import hooks as hook_rules
 from execution_envelope import lifecycle
-from execution_envelope.credentials import scrub, shown
+from execution_envelope.credentials import marker, scrub, shown
 from execution_envelope.envelope import Envelope, timestamp
-from execution_envelope.errors import IllegalTransition, InvalidField, LedgerUnavailable, ReadOnly, Violation
+from execution_envelope.errors import (
+    IllegalTransition,
+    InvalidField,
+    LedgerUnavailable,
+    ReadOnly,
+    ReferenceTaken,
+    Violation,
+)
 from execution_envelope.grant import Grant
 from execution_envelope.journal import Journal
 from execution_envelope.ledger.contract import SequenceConflict, Siblings
@@ -98,7 +106,7 @@ class Admission:
         by: str | None = None,
     ) -> None:
         """What the backend made of the ask before resolving it; `cause` such as ``default``, ``policy``, ``alias``."""
-        stated = grants.why(cause, because, path="effective.cause")
+        stated = grants.why(cause, self._clean(because), path="effective.cause")
         fact = lifecycle.Effective(
             stated.cause,
             stated.text,
@@ -107,13 +115,13 @@ class Admission:
                 for name, value in (resources or {}).items()
                 if value is not None
             },
-            grants.constraints(constraints or {}, "effective.constraints"),
+            grants.constraints(self._clean(constraints or {}), "effective.constraints"),
         )
         await self._say(fact, by=by)
 
     async def attempt(self, candidates: Sequence[Candidate], *, reason: str, by: str | None = None) -> None:
         """A resolution found no room: not an end. Name what was considered, and why each was refused."""
-        await self._say(lifecycle.Attempt(grants.candidates(candidates), scrub(reason)), by=by)
+        await self._say(lifecycle.Attempt(grants.candidates(self._clean(candidates)), self._text(reason)), by=by)
 
     async def bind(
         self, kind: str, reference: str, *, owner: str | None = None, check_by: datetime | None = None
@@ -140,29 +148,38 @@ class Admission:
         The first grant of an envelope that supersedes another ends the older one and takes over its references. In
         observe mode a violation is recorded and warned of, not raised.
         """
-        fact = grant.fact()
+        fact = self._without_secrets(grant).fact()
+        violations: list[lifecycle.Violation] = []
+        take_over = True
 
         async def plan(record: Record) -> _Plan:
-            violations = _beyond_limits(record, fact)
             siblings = None
+            violations[:] = _beyond_limits(record, fact)
             if record.envelope.correlation.part_of is not None:
                 found, siblings = await self._beyond_parent(record, fact)
-                violations += found
+                violations.extend(found)
+            if not _is_news(record, fact):
+                return _Plan([])
             if record.state != "admitted" or record.envelope.correlation.supersedes is None:
                 return _Plan([fact, *violations], siblings=siblings)
             older = await self._journal.read(record.envelope.correlation.supersedes)
-            return _Plan([fact, *violations, *_taken_over(older, record)], _superseded(older, record), siblings)
+            taken = await self._taken_over(older, record) if take_over else []
+            return _Plan([fact, *violations, *taken], _superseded(older, record), siblings)
 
-        said = await self._write(plan, by=grant.by)
-        violations = [fact for fact in said if isinstance(fact, lifecycle.Violation)]
-        self._journal.counters["violations"] += len(violations)
+        try:
+            said = await self._write(plan, by=grant.by)
+        except ReferenceTaken:
+            # Another envelope took the reference over first. What was given is recorded all the same.
+            take_over = False
+            said = await self._write(plan, by=grant.by)
+        self._journal.counters["violations"] += len([fact for fact in said if isinstance(fact, lifecycle.Violation)])
         if violations and self._enforce:
             raise Violation(violations[0].text, envelope_id=self.id, resource=violations[0].resource)
 
     async def release(self, part: str | None = None, *, reason: str | None = None, by: str | None = None) -> None:
         """A part's grant ended; None for the whole."""
         await self._say(
-            lifecycle.Released(grants.label(part, "part"), None if reason is None else scrub(reason)), by=by
+            lifecycle.Released(grants.label(part, "part"), None if reason is None else self._text(reason)), by=by
         )
 
     async def ready(self, part: str | None = None, *, by: str | None = None) -> None:
@@ -190,11 +207,11 @@ class Admission:
 
     async def reject(self, code: str, message: str, *, by: str | None = None) -> None:
         """The end, before anything was granted: the backend could not resolve it."""
-        await self._say(lifecycle.Rejected(scrub(code), scrub(message)), by=by)
+        await self._say(lifecycle.Rejected(scrub(code), self._text(message)), by=by)
 
     async def complete(self, message: str | None = None, *, by: str | None = None) -> None:
         """The good end. Without any grant it is recorded with granted *unknown*."""
-        text = None if message is None else scrub(message)
+        text = None if message is None else self._text(message)
 
         async def plan(record: Record) -> _Plan:
             return _Plan([lifecycle.Completed(None if record.grants else "unknown", text)])
@@ -203,11 +220,11 @@ class Admission:
 
     async def fail(self, code: str, message: str, *, by: str | None = None) -> None:
         """The bad end, after a grant."""
-        await self._say(lifecycle.Failed(scrub(code), scrub(message)), by=by)
+        await self._say(lifecycle.Failed(scrub(code), self._text(message)), by=by)
 
     async def cancel(self, message: str | None = None, *, by: str | None = None) -> None:
         """The end because whoever asked no longer wants it."""
-        await self._say(lifecycle.Cancelled(None if message is None else scrub(message)), by=by)
+        await self._say(lifecycle.Cancelled(None if message is None else self._text(message)), by=by)
 
     async def leave(self, *, failed: tuple[str, str] | None = None, cancelled: str | None = None) -> None:
         """Leave the block: `failed` is ``(code, message)`` of an error, `cancelled` why nobody waits any more.
@@ -220,14 +237,17 @@ class Admission:
 
         # Read by others too: the newest state decides, so it is looked at inside the write.
         async def plan(record: Record) -> _Plan:
-            return _Plan(_leaving(record, failed, cancelled))
+            return _Plan(_leaving(record, self._clean(failed), self._clean(cancelled)))
 
         try:
             with anyio.CancelScope(shield=True):
                 await self._write(plan, by=None)
-        except LedgerUnavailable:
+        except (LedgerUnavailable, anyio.get_cancelled_exc_class()) as error:
+            # Cancelled once more, past the shield: whether the end was recorded is looked at when it is settled.
             self._journal.counters["unrecorded_exits"] += 1
             self._journal.unsettled[self.id] = {"failed": failed, "cancelled": cancelled}
+            if not isinstance(error, LedgerUnavailable):
+                raise
             return
         if self._record.ungranted and self._record.bound is None:
             self._journal.counters["ungranted"] += 1
@@ -242,7 +262,8 @@ class Admission:
         """Record what is planned for the newest record; read and plan again when another writer was first."""
         if self.replayed:
             raise ReadOnly(f"envelope {self.id} was admitted for an earlier request; resume it to continue it")
-        async with self._lock:
+        parent = self.envelope.correlation.part_of
+        async with self._lock, self._journal.turn_of(parent) if parent else nullcontext():
             for _ in range(MAX_CONFLICTS):
                 record, refused = self._record, None
                 planned = await plan(record)
@@ -284,16 +305,72 @@ class Admission:
             for child in await journal.call(journal.ledger.children, parent.id)
             if child != self.id
         ]
+        # One that this grant is going to end holds nothing any more.
+        ends = record.envelope.correlation.supersedes if record.state == "admitted" else None
         found = []
-        for name, bound in parent.granted.items():
+        for name, granted in parent.granted.items():
+            bound = parent.held.get(name, 0) if parent.is_open else granted
             if name not in held:
                 continue
-            taken = [held[name], *(_taken(other, name) for other in others)]
-            together = add(taken) if VOCABULARY[name].across_parts == "sum" else held[name]
+            taken = [_taken(other, name, ended=other.id == ends or not other.is_open) for other in others]
+            together = add([held[name], *taken]) if VOCABULARY[name].across_parts == "sum" else held[name]
             if exceeds(together, bound):
                 text = _beyond(name, together, bound, f"parent {parent.id} was granted")
                 found.append(lifecycle.Violation(name, bound, together, f"parent {parent.id}", text))
         return found, Siblings(parent.id, {seen.id: seen.next_sequence for seen in (parent, *others)})
+
+    async def _taken_over(self, older: Record, newer: Record) -> list[lifecycle.Bound]:
+        """The older envelope's references, as far as they still lead to it and the newer one has none of the kind."""
+        bound = {event.data.kind: event.data for event in older.events if isinstance(event.data, lifecycle.Bound)}
+        journal = self._journal
+        return [
+            fact
+            for kind, fact in bound.items()
+            if kind not in newer.references
+            and await journal.call(journal.ledger.find, kind, fact.reference) == older.id
+        ]
+
+    def _text(self, text: str) -> str:
+        return scrub(text, removed=self._journal.removed(self.id))
+
+    def _clean(self, value: Any) -> Any:
+        """Free text, or data with free text in it, without the values that were taken out of the request as secret."""
+        return _without(value, self._journal.removed(self.id))
+
+    def _without_secrets(self, grant: Grant) -> Grant:
+        if not self._journal.removed(self.id):
+            return grant
+        because: Any = grant.because
+        if isinstance(because, Mapping):
+            # The cause is a word of a closed list, and stays.
+            because = {
+                name: (*said[:1], *self._clean(tuple(said[1:]))) if isinstance(said, list | tuple) else said
+                for name, said in because.items()
+            }
+        return replace(
+            grant,
+            because=because,
+            route=self._clean(grant.route),
+            constraints=self._clean(grant.constraints),
+            candidates=self._clean(grant.candidates),
+        )
+
+
+def _without(value: Any, removed: frozenset[str]) -> Any:
+    """Names and keys stay as they are: they are no text, and two of them must not become one."""
+    if not removed:
+        return value
+    if isinstance(value, str):
+        for secret in sorted(removed, key=len, reverse=True):
+            value = value.replace(secret, marker("field"))
+        return value
+    if isinstance(value, Candidate):
+        return Candidate(_without(value.name, removed), value.outcome, _without(value.reason, removed))
+    if isinstance(value, Mapping):
+        return {name: _without(item, removed) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_without(item, removed) for item in value)
+    return value
 
 
 @dataclass(frozen=True, slots=True)
@@ -313,7 +390,7 @@ def _is_news(record: Record, fact: Fact) -> bool:
         return record.holding.get(fact.part or WHOLE) != fact
     if isinstance(fact, lifecycle.Released):
         return bool(record.holding) if fact.part is None else fact.part in record.holding
-    if not isinstance(fact, lifecycle.Ready | lifecycle.Effective | lifecycle.Bound | lifecycle.Violation):
+    if not isinstance(fact, lifecycle.Ready | lifecycle.Effective | lifecycle.Bound):
         return True  # it says that something happened, and may happen again
     part = getattr(fact, "part", None)
     for event in reversed(record.events):
@@ -336,9 +413,9 @@ def _beyond_limits(record: Record, fact: lifecycle.Granted) -> list[lifecycle.Vi
     ]
 
 
-def _taken(child: Record, name: str) -> Amount:
+def _taken(child: Record, name: str, *, ended: bool) -> Amount:
     """What a child takes of its parent: what it holds; of a counter also what it used before it ended."""
-    if child.is_open:
+    if not ended:
         return child.held.get(name, 0)
     if VOCABULARY[name].across_reports != "sum":
         return 0
@@ -353,12 +430,6 @@ def _superseded(older: Record, newer: Record) -> list[tuple[Record, Sequence[Eve
     if older.state == "held":
         return [(older, [lifecycle.Cancelled(f"superseded by {newer.id}")])]
     return [(older, [lifecycle.Completed(None if older.grants else "unknown", f"superseded by {newer.id}")])]
-
-
-def _taken_over(older: Record, newer: Record) -> list[lifecycle.Bound]:
-    """The older envelope's references, as far as the newer one was not bound to them itself."""
-    bound = {event.data.kind: event.data for event in older.events if isinstance(event.data, lifecycle.Bound)}
-    return [fact for kind, fact in bound.items() if kind not in newer.references]
 
 
 def _leaving(record: Record, failed: tuple[str, str] | None, cancelled: str | None) -> Sequence[Fact]:

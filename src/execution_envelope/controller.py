@@ -85,8 +85,8 @@ class AdmissionController:
         self._mode: Mode = mode
         self._check_after = check_after
         self._new_id = new_id
-        #: Admissions that may be recorded though their callers were told that the ledger is away.
-        self._unanswered: set[str] = set()
+        #: Decisions that may be recorded though their callers were told that the ledger is away: id -> the facts.
+        self._unanswered: dict[str, Sequence[EventData]] = {}
         self._tokens = float(ATTEMPTED_BURST)
         self._refilled = time.monotonic()
 
@@ -184,9 +184,10 @@ class AdmissionController:
         when the process that last recorded it is gone, or when `everything` is to be asked. An unbound one belongs to
         the process that admitted it. What cannot be found out is *unknown* and stays as it is.
         """
-        for id in self._unanswered.copy():
-            if await self._leave(id, cancelled="its caller was told that the ledger is away, and did not come again"):
-                self._unanswered.discard(id)
+        for id, facts in list(self._unanswered.items()):
+            # Claimed by taking it out: a retry that comes meanwhile does not take it up as well.
+            if self._unanswered.pop(id, None) is not None and not await self._end_unanswered(id, facts):
+                self._unanswered[id] = facts
         await self._settle()
         result = Reconciliation()
         silent: set[str] = set()
@@ -273,15 +274,14 @@ class AdmissionController:
                 envelope_id=first.envelope,
             )
         record = await self.read(first.envelope)
+        unanswered = self._unanswered.pop(record.id, None)
         if record.state == "held":
             return await self._decide_again(sealed, record)
         if record.state == "denied":
             self._answer(record, record.verdicts)
-        if record.id in self._unanswered:
-            self._unanswered.discard(record.id)
-            if record.state == "admitted" and record.bound is None:
-                # Its caller was told that nothing was started, and has come again: the retry takes it up.
-                return self._answer(record, record.verdicts)
+        if unanswered and record.state == "admitted" and record.bound is None and _decided(record, unanswered):
+            # Its caller was told that nothing was started, and has come again: the retry takes it up.
+            return self._answer(record, record.verdicts)
         if record.is_open and record.bound is None:
             raise KeyConflict(
                 "the first request with this idempotency key is still in flight, try again later",
@@ -296,33 +296,44 @@ class AdmissionController:
         try:
             await self._journal.write([(record, facts)], by=self.component, sealed=sealed)
         except anyio.get_cancelled_exc_class():
+            self._unanswered[record.id] = facts
             with anyio.CancelScope(shield=True):
-                await self._leave(record.id, cancelled="cancelled while it was admitted")
+                if await self._end_unanswered(record.id, facts):
+                    self._unanswered.pop(record.id, None)
             raise
         except LedgerUnavailable:
             # The answer may have been lost and not the commit. The caller may come again with the same key.
-            self._unanswered.add(record.id)
+            self._unanswered[record.id] = facts
             raise
 
-    async def _settle(self) -> None:
-        """End what could not be ended while the ledger was away."""
-        for id, ending in list(self._journal.unsettled.items()):
-            if not await self._leave(id, **ending):
-                return
-
-    async def _leave(self, id: str, **ending: Any) -> bool:
-        """Leave the block of an envelope that nobody holds. False when the ledger is away: to be tried again."""
+    async def _end_unanswered(self, id: str, facts: Sequence[EventData]) -> bool:
+        """End what was decided here and told to nobody; what another process decided is its own. False: try again."""
         try:
-            handle = self._handle(await self.read(id), by=self.component)
+            record = await self.read(id)
         except NotFound:
             return True
         except LedgerUnavailable:
-            self._journal.unsettled.setdefault(id, ending)
             return False
-        self._journal.unsettled.pop(id, None)
-        if handle.state != "held":
+        if record.state == "admitted" and record.bound is None and _decided(record, facts):
+            await self._handle(record, by=self.component).leave(cancelled="nobody could be told that it was admitted")
+        return True
+
+    async def _settle(self) -> None:
+        """Record the ends that could not be recorded when they came."""
+        for id in list(self._journal.unsettled):
+            ending = self._journal.unsettled.pop(id, None)  # claimed by taking it out
+            if ending is None:
+                continue
+            try:
+                handle = self._handle(await self.read(id), by=self.component)
+            except BaseException as error:
+                self._journal.unsettled[id] = ending
+                if isinstance(error, LedgerUnavailable):
+                    return
+                raise
             await handle.leave(**ending)
-        return id not in self._journal.unsettled
+            if id in self._journal.unsettled:
+                return
 
     async def _decide_again(self, sealed: SealedEnvelope, record: Record) -> Admission:
         """A held request came back: who asks is looked at again, and the deciders run again."""
@@ -439,6 +450,12 @@ class Block:
             # Cancelled, or the process is about to end: nothing is said of the execution itself.
             name = "cancelled" if isinstance(error, anyio.get_cancelled_exc_class()) else type(error).__name__
             await self._admission.leave(cancelled=f"{name} while it was resolved")
+
+
+def _decided(record: Record, facts: Sequence[EventData]) -> bool:
+    """Whether these very facts are on the record; the hooks' durations tell equal decisions apart."""
+    said = [event.data for event in record.events]
+    return any(said[start : start + len(facts)] == list(facts) for start in range(len(said) - len(facts) + 1))
 
 
 def _said(record: Record, verdict: lifecycle.Verdict) -> bool:

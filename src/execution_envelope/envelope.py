@@ -421,9 +421,9 @@ def _execution(ask: Ask, redacted: list[str], secret: list[Any]) -> Execution:
         secret.append(value)
 
     request = None
+    body = credentials.remove_fields(ask.body, listed(ask.secrets, "secrets"), found=take)
     if ask.schema is not None:
         try:
-            body = credentials.remove_fields(ask.body, listed(ask.secrets, "secrets"), found=take)
             body = credentials.redact(body, path="request", found=redacted.append)
             request = SourceRequest(_text(ask.schema, "execution.request.schema"), sha256(canonical(body)))
         except (TypeError, UnicodeEncodeError, RecursionError) as error:

@@ -7,19 +7,19 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, Final, TypeVar, TypeVarTuple
+from weakref import WeakValueDictionary
 
 import anyio
 import anyio.to_thread
-import msgspec
 from anyio.lowlevel import RunVar
 
-from execution_envelope.credentials import marker, shown
+from execution_envelope.credentials import shown
 from execution_envelope.envelope import SealedEnvelope, decode, timestamp
 from execution_envelope.errors import InvalidField, LedgerUnavailable, NotFound
 from execution_envelope.grant import label
 from execution_envelope.ledger import Ledger
 from execution_envelope.ledger.contract import Commit, Siblings
-from execution_envelope.lifecycle import EventData, Late
+from execution_envelope.lifecycle import EventData
 from execution_envelope.record import Record, check
 
 T = TypeVar("T")
@@ -47,11 +47,12 @@ COUNTERS: Final[Mapping[str, str]] = {
 #: the application; and how long a call waits for its turn, in seconds.
 MAX_CALLS: Final = 4
 MAX_WAIT: Final = 5.0
-#: Of how many open envelopes the values that were taken out as secret are remembered, in memory, to keep them out of
-#: later texts.
+#: Of how many envelopes the values that were taken out as secret are remembered, in the memory of the process that
+#: admitted them, to keep them out of later texts.
 MAX_REMEMBERED: Final = 1000
 
 _turns: RunVar[anyio.CapacityLimiter] = RunVar("execution_envelope.ledger_calls")
+_parents: RunVar[WeakValueDictionary[str, anyio.Lock]] = RunVar("execution_envelope.parents")
 
 
 class Journal:
@@ -96,21 +97,33 @@ class Journal:
         commits = []
         for record, facts in writes:
             check(record.state, facts)
-            removed = self._removed.get(record.id)
-            kept = [_without(fact, removed) for fact in facts] if removed else facts
-            commits.append(Commit(record.id, record.next_sequence, at, by, kept, sealed=sealed, siblings=siblings))
+            commits.append(Commit(record.id, record.next_sequence, at, by, facts, sealed=sealed, siblings=siblings))
             sealed = siblings = None
         groups = await self.call(self.ledger.commit, *commits)
         for (record, _), events in zip(writes, groups, strict=True):
             for event in events:
                 record.apply(event)
-            if not record.is_open:
-                self._removed.pop(record.id, None)
+
+    def removed(self, id: str) -> frozenset[str]:
+        """The values that were taken out of this envelope's request as secret, as far as this process remembers."""
+        values = self._removed.pop(id, frozenset())
+        if values:
+            self._removed[id] = values  # last used, last forgotten
+        return values
 
     def _remember(self, sealed: SealedEnvelope) -> None:
         if len(self._removed) >= MAX_REMEMBERED:
             self._removed.pop(next(iter(self._removed)))
         self._removed[sealed.envelope.id] = sealed.removed
+
+    def turn_of(self, parent: str) -> anyio.Lock:
+        """Children of one parent are granted one after the other in this process: together they would only collide."""
+        try:
+            locks = _parents.get()
+        except LookupError:
+            locks = WeakValueDictionary()
+            _parents.set(locks)
+        return locks.setdefault(parent, anyio.Lock())
 
     async def call(self, call: Callable[[*Ts], T], *arguments: *Ts) -> T:
         """Call the ledger: in a thread when it may wait for a disk or a network.
@@ -178,20 +191,3 @@ async def _in_thread(call: Callable[[], T]) -> T:
             except anyio.get_cancelled_exc_class():
                 continue  # cancelled once more: the first one is raised when the call has ended
         raise
-
-
-def _without(fact: EventData, removed: frozenset[str]) -> EventData:
-    """The fact without values that were taken out of the request as secret, wherever an error repeats them."""
-
-    def clean(value: Any) -> Any:
-        if isinstance(value, str):
-            for secret in removed:
-                value = value.replace(secret, marker("field"))
-            return value
-        if isinstance(value, dict):
-            return {clean(name): clean(item) for name, item in value.items()}
-        return [clean(item) for item in value] if isinstance(value, list) else value
-
-    plain = msgspec.to_builtins(fact)
-    kept = clean(plain)
-    return fact if kept == plain else msgspec.convert(kept, Late if isinstance(fact, Late) else EventData)
