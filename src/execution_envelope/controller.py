@@ -85,8 +85,8 @@ class AdmissionController:
         self._mode: Mode = mode
         self._check_after = check_after
         self._new_id = new_id
-        #: Decisions that may be recorded though their callers were told that the ledger is away: id -> the facts.
-        self._unanswered: dict[str, Sequence[EventData]] = {}
+        #: Admissions that may be recorded though their callers were told that the ledger is away.
+        self._unanswered: set[str] = set()
         self._tokens = float(ATTEMPTED_BURST)
         self._refilled = time.monotonic()
 
@@ -184,10 +184,12 @@ class AdmissionController:
         when the process that last recorded it is gone, or when `everything` is to be asked. An unbound one belongs to
         the process that admitted it. What cannot be found out is *unknown* and stays as it is.
         """
-        for id, facts in list(self._unanswered.items()):
+        for id in list(self._unanswered):
             # Claimed by taking it out: a retry that comes meanwhile does not take it up as well.
-            if self._unanswered.pop(id, None) is not None and not await self._end_unanswered(id, facts):
-                self._unanswered[id] = facts
+            if id in self._unanswered:
+                self._unanswered.discard(id)
+                if not await self._end_unanswered(id):
+                    self._unanswered.add(id)
         await self._settle()
         result = Reconciliation()
         silent: set[str] = set()
@@ -274,12 +276,13 @@ class AdmissionController:
                 envelope_id=first.envelope,
             )
         record = await self.read(first.envelope)
-        unanswered = self._unanswered.pop(record.id, None)
+        unanswered = record.id in self._unanswered
+        self._unanswered.discard(record.id)
         if record.state == "held":
             return await self._decide_again(sealed, record)
         if record.state == "denied":
             self._answer(record, record.verdicts)
-        if unanswered and record.state == "admitted" and record.bound is None and _decided(record, unanswered):
+        if unanswered and record.state == "admitted" and record.bound is None:
             # Its caller was told that nothing was started, and has come again: the retry takes it up.
             return self._answer(record, record.verdicts)
         if record.is_open and record.bound is None:
@@ -296,25 +299,25 @@ class AdmissionController:
         try:
             await self._journal.write([(record, facts)], by=self.component, sealed=sealed)
         except anyio.get_cancelled_exc_class():
-            self._unanswered[record.id] = facts
-            with anyio.CancelScope(shield=True):
-                if await self._end_unanswered(record.id, facts):
-                    self._unanswered.pop(record.id, None)
+            if record.state == "admitted":  # recorded all the same, by this very call
+                with anyio.CancelScope(shield=True):
+                    await self._handle(record, by=self.component).leave(cancelled="cancelled while it was admitted")
             raise
         except LedgerUnavailable:
             # The answer may have been lost and not the commit. The caller may come again with the same key.
-            self._unanswered[record.id] = facts
+            if sealed is not None and any(isinstance(fact, lifecycle.Admitted) for fact in facts):
+                self._unanswered.add(record.id)
             raise
 
-    async def _end_unanswered(self, id: str, facts: Sequence[EventData]) -> bool:
-        """End what was decided here and told to nobody; what another process decided is its own. False: try again."""
+    async def _end_unanswered(self, id: str) -> bool:
+        """End what was admitted here and told to nobody. False when the ledger is away: to be tried again."""
         try:
             record = await self.read(id)
         except NotFound:
             return True
         except LedgerUnavailable:
             return False
-        if record.state == "admitted" and record.bound is None and _decided(record, facts):
+        if record.state == "admitted" and record.bound is None:
             await self._handle(record, by=self.component).leave(cancelled="nobody could be told that it was admitted")
         return True
 
@@ -450,12 +453,6 @@ class Block:
             # Cancelled, or the process is about to end: nothing is said of the execution itself.
             name = "cancelled" if isinstance(error, anyio.get_cancelled_exc_class()) else type(error).__name__
             await self._admission.leave(cancelled=f"{name} while it was resolved")
-
-
-def _decided(record: Record, facts: Sequence[EventData]) -> bool:
-    """Whether these very facts are on the record; the hooks' durations tell equal decisions apart."""
-    said = [event.data for event in record.events]
-    return any(said[start : start + len(facts)] == list(facts) for start in range(len(said) - len(facts) + 1))
 
 
 def _said(record: Record, verdict: lifecycle.Verdict) -> bool:

@@ -19,7 +19,7 @@ from execution_envelope.errors import InvalidField, LedgerUnavailable, NotFound
 from execution_envelope.grant import label
 from execution_envelope.ledger import Ledger
 from execution_envelope.ledger.contract import Commit, Siblings
-from execution_envelope.lifecycle import EventData
+from execution_envelope.lifecycle import Event, EventData
 from execution_envelope.record import Record, check
 
 T = TypeVar("T")
@@ -99,10 +99,15 @@ class Journal:
             check(record.state, facts)
             commits.append(Commit(record.id, record.next_sequence, at, by, facts, sealed=sealed, siblings=siblings))
             sealed = siblings = None
-        groups = await self.call(self.ledger.commit, *commits)
-        for (record, _), events in zip(writes, groups, strict=True):
-            for event in events:
-                record.apply(event)
+        landed: list[list[list[Event]]] = []
+        try:
+            await self.call(lambda: landed.append(self.ledger.commit(*commits)))
+        finally:
+            # Also when the caller was cancelled meanwhile: the records at hand say what was recorded.
+            for groups in landed:
+                for (record, _), events in zip(writes, groups, strict=True):
+                    for event in events:
+                        record.apply(event)
 
     def removed(self, id: str) -> frozenset[str]:
         """The values that were taken out of this envelope's request as secret, as far as this process remembers."""
