@@ -585,6 +585,27 @@ async def test_one_lost_exit_is_one_fact() -> None:
     assert [event.data.type for event in record.events] == ["sealed", "admitted", "bound", "error"]
 
 
+@pytest.mark.anyio
+async def test_a_grant_repeated_by_a_stale_handle_after_the_end_is_late() -> None:
+    controller = AdmissionController(MemoryLedger())
+    admission = await controller.begin(ask())
+    await admission.grant(Grant({"gpu": 1}))
+    await (await controller.resume(admission.id, by="other")).complete()
+    await admission.grant(Grant({"gpu": 1}))
+    record = await controller.read(admission.id)
+    assert [event.data.type for event in record.events[2:]] == ["granted", "completed", "late"]
+
+
+@pytest.mark.anyio
+async def test_an_end_that_can_never_be_recorded_does_not_stop_others() -> None:
+    controller = AdmissionController(MemoryLedger())
+    controller._journal.unsettled["00000000-0000-7000-8000-000000000000"] = {"cancelled": "its ledger was replaced"}
+    for _ in range(2):
+        async with controller.admit(ask()):
+            pass
+    assert controller._journal.unsettled == {}
+
+
 def _all_bytes(folder: Path) -> bytes:
     return b"".join(path.read_bytes() for path in folder.iterdir())
 

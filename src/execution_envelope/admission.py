@@ -159,7 +159,7 @@ class Admission:
                 found, siblings = await self._beyond_parent(record, fact)
                 violations.extend(found)
             if not _is_news(record, fact):
-                return _Plan([])
+                return _Plan([fact])  # which is looked at again on the newest record
             if record.state != "admitted" or record.envelope.correlation.supersedes is None:
                 return _Plan([fact, *violations], siblings=siblings)
             older = await self._journal.read(record.envelope.correlation.supersedes)

@@ -109,7 +109,7 @@ class AdmissionController:
     def admit(self, ask: Ask) -> Block:
         """``async with controller.admit(ask) as admission:`` - recorded and admitted, or an exception.
 
-        Raises `InvalidField` and `Unidentified` (nothing recorded), `Denied`, `Held`, `KeyConflict` and
+        Raises `InvalidField` and `Unidentified` (an attempted request is noted), `Denied`, `Held`, `KeyConflict` and
         `LedgerUnavailable`. Leaving the block ends what was not bound: completed, or rejected (before a grant) or
         failed (after one) by an exception, or cancelled.
         """
@@ -329,10 +329,13 @@ class AdmissionController:
                 continue
             try:
                 handle = self._handle(await self.read(id), by=self.component)
-            except BaseException as error:
+            except NotFound:
+                continue  # another ledger stands in its place: there is nothing to end
+            except LedgerUnavailable:
                 self._journal.unsettled[id] = ending
-                if isinstance(error, LedgerUnavailable):
-                    return
+                return
+            except BaseException:
+                self._journal.unsettled[id] = ending
                 raise
             await handle.leave(**ending)
             if id in self._journal.unsettled:
