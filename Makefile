@@ -6,7 +6,7 @@ PORT ?= 8787
 DATA ?= .data
 PIP = -m pip --disable-pip-version-check --quiet install
 
-.PHONY: run test setup lint docs clean
+.PHONY: run test soak setup lint docs bench bench-docs clean
 
 run: setup
 	@PORT=$(PORT) DATA=$(DATA) $(VENV)/bin/python -m proving_ground
@@ -18,6 +18,11 @@ test: $(VENV)/.test $(OLDEST)/.test lint
 	$(OLDEST)/bin/python -m pytest tests/test_fastapi.py tests/test_fastapi_live.py
 	$(VENV)/bin/python -m pytest tests/proving_ground
 
+# Writers killed by the thousand, and every fault on every event loop: about an hour. See docs/soak.md.
+soak: $(VENV)/.test
+	SOAK=1 ROUNDS=$(or $(ROUNDS),1500) SEED=$(SEED) $(VENV)/bin/python -m pytest -s tests/test_crash.py \
+		tests/test_fault_sweep.py tests/test_write_modes.py tests/test_idempotency_race.py
+
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
@@ -25,6 +30,14 @@ lint: $(VENV)/.test
 
 docs: $(VENV)/.test
 	$(VENV)/bin/python docs/build.py
+
+# `make bench ROWS=seal,verify` measures some rows, KEEP=1 keeps the large ledger and reuses it, BENCH_DATA= chooses the
+# disk; `python -m bench --help` says more.
+bench: $(VENV)/.bench
+	$(VENV)/bin/python -m bench $(if $(ROWS),--rows $(ROWS)) $(if $(KEEP),--keep)
+
+bench-docs: $(VENV)/.bench
+	$(VENV)/bin/python -m bench docs
 
 clean:
 	rm -rf $(VENV) $(OLDEST) build src/*.egg-info
@@ -38,6 +51,11 @@ $(VENV)/.run: pyproject.toml constraints.txt
 
 $(VENV)/.test: $(VENV)/.run
 	$(VENV)/bin/python $(PIP) -c constraints.txt -e ".[dev]"
+	@touch $@
+
+$(VENV)/.bench: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python $(PIP) -c constraints.txt -e ".[bench]"
 	@touch $@
 
 # The oldest FastAPI that is supported; the newest is in the other environment.

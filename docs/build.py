@@ -14,7 +14,7 @@ from execution_envelope.controller import ATTEMPTED_BURST, ATTEMPTED_PER_SECOND,
 from execution_envelope.hooks import CODES
 from execution_envelope.ledger.chain import Entry
 from execution_envelope.ledger.contract import MAX_ATTEMPTED
-from execution_envelope.ledger.sqlite import BUSY_TIMEOUT
+from execution_envelope.ledger.sqlite_database import BUSY_TIMEOUT
 from execution_envelope.reconciliation import PROBE_TIMEOUT
 
 HERE = Path(__file__).parent / "reference"

@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from execution_envelope import AdmissionController, Ask, Decision, Denied, Grant, Rule, Subject, Target, cli
-from execution_envelope.ledger import open_ledger
+from execution_envelope.ledger import SqliteLedger, open_ledger
+from execution_envelope.testing import FakeClock
 
 PAGE = Path(__file__).parent.parent / "docs" / "reference" / "cli.md"
 COMMANDS = ("", "list", "show", "verify", "tail")
@@ -116,6 +118,14 @@ def tamper(path: Path, *statements: str) -> None:
     connection.close()
 
 
+def place(sample: Sample, envelope: str, sequence: int) -> int:
+    """Where an event is kept."""
+    with closing(sqlite3.connect(sample.path)) as connection:
+        query = "SELECT place FROM places WHERE envelope = ? AND sequence = ?"
+        [found] = connection.execute(query, (envelope, sequence)).fetchone()
+    return int(found)
+
+
 def spawn(*arguments: str, url: str, prelude: str = "") -> subprocess.Popen[str]:
     code = f"{prelude}\nfrom execution_envelope.cli import main\nmain()"
     return subprocess.Popen(
@@ -161,7 +171,7 @@ def test_what_is_no_ledger_is_refused_and_left_alone(tmp_path: Path) -> None:
 
 def test_a_ledger_without_a_version_is_said_without_a_traceback(sample: Sample) -> None:
     tamper(sample.path, "DELETE FROM ledger_schema")
-    complains(in_order("list", sample=sample), f"expected ledger schema 1, `{sample.path}` has none")
+    complains(in_order("list", sample=sample), f"expected ledger schema 2 to 4, `{sample.path}` has none")
 
 
 @pytest.mark.parametrize("command", [["list"], ["list", "--attempted"], ["show", "deployment:dep-1"], ["verify"]])
@@ -273,16 +283,19 @@ def test_show_json_is_everything(sample: Sample) -> None:
     assert data["envelope"]["identity"]["subject"] == {"type": "user", "id": "dana"}
 
 
-def test_show_does_not_recompute_a_large_ledger(sample: Sample, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "MAX_RECOMPUTED", 3)
-    assert "run `envelope verify`" in in_order("show", "deployment:dep-1", sample=sample).stdout
-    data = json.loads(in_order("show", "deployment:dep-1", "--json", sample=sample).stdout)
-    assert (data["chain"]["checked"], data["chain"]["sound"]) == (False, None)
+def test_show_recomputes_what_is_shown_and_nothing_else(sample: Sample) -> None:
+    tamper(sample.path, f"UPDATE events_1 SET hash = x'00' WHERE place = {place(sample, sample.denied, 1)}")
+    result = in_order("show", sample.denied, "--json", sample=sample)
+    assert result.exit_code == 1
+    found = json.loads(result.stdout)["chain"]
+    # The entry behind it hangs on it.
+    assert [finding["row"] for finding in found["findings"]] == [f"event {found['chains'][0]}/{n}" for n in (7, 8)]
+    assert in_order("show", sample.granted, sample=sample).exit_code == 0
 
 
 def test_show_names_what_is_not_sound(sample: Sample) -> None:
-    tamper(sample.path, "UPDATE events SET body = replace(body, '8192 tokens fit', '4096 tokens fit')")
-    tamper(sample.path, "UPDATE events SET body = CAST(body AS BLOB)")
+    changed = "CAST(replace(CAST(body AS TEXT), '8192 tokens fit', '4096 tokens fit') AS BLOB)"
+    tamper(sample.path, f"UPDATE events_1 SET body = {changed}")
     result = in_order("show", "deployment:dep-1", sample=sample)
     assert result.exit_code == 1
     assert "NOT SOUND" in result.stdout
@@ -293,23 +306,26 @@ def test_show_names_what_is_not_sound(sample: Sample) -> None:
 
 
 @pytest.mark.parametrize("body", ["x'7b22'", "x'7b2278223a22ff227d'", "'not json'", "x''", "'{}'", "42"])
-@pytest.mark.parametrize("table", ["events", "envelopes"])
-def test_a_tampered_row_is_said_without_a_traceback(sample: Sample, table: str, body: str) -> None:
-    column = "envelope" if table == "events" else "id"
-    tamper(sample.path, f"UPDATE {table} SET body = {body} WHERE {column} = '{sample.denied}'")
+@pytest.mark.parametrize("column", ["body", "sealed"])
+def test_a_tampered_row_is_said_without_a_traceback(sample: Sample, column: str, body: str) -> None:
+    tamper(sample.path, f"UPDATE events_1 SET {column} = {body} WHERE place = {place(sample, sample.denied, 0)}")
     complains(in_order("show", sample.denied, sample=sample), sample.denied, "run `envelope verify`")
     listed = in_order("list", sample=sample)
     complains(listed, sample.denied, "run `envelope verify`")
     assert sample.granted[-12:] in listed.stdout
     tailed = in_order("tail", "--no-follow", sample=sample)
-    assert tailed.exit_code == (2 if table == "events" else 0)
+    assert tailed.exit_code == (2 if column == "body" else 0)
     assert all(line.startswith("envelope: expected a readable entry") for line in tailed.stderr.splitlines())
-    assert in_order("verify", sample=sample).exit_code in (1, 2)
+    verified = in_order("verify", sample=sample)
+    assert (
+        verified.exit_code == 1 and (f"envelope {sample.denied}" if column == "sealed" else "event ") in verified.stdout
+    )
     assert sample.granted in in_order("show", sample.granted, sample=sample).stdout
 
 
-def test_a_missing_beginning_is_said_without_a_traceback(sample: Sample) -> None:
-    tamper(sample.path, f"DELETE FROM events WHERE envelope = '{sample.granted}' AND sequence < 3")
+@pytest.mark.parametrize("table", ["events_1", "places"])
+def test_a_missing_beginning_is_said_without_a_traceback(sample: Sample, table: str) -> None:
+    tamper(sample.path, f"DELETE FROM {table} WHERE place = {place(sample, sample.granted, 0)}")
     complains(in_order("show", sample.granted, sample=sample), sample.granted, "run `envelope verify`")
 
 
@@ -320,7 +336,7 @@ def test_verify_a_sound_ledger(sample: Sample) -> None:
     result = in_order("verify", sample=sample)
     assert result.exit_code == 0
     text = " ".join(result.stdout.split())
-    assert text.startswith("sound: 3 envelopes, 12 entries in 1 chain recomputed")
+    assert text.startswith("sound: 3 envelopes, 13 entries in 1 chain recomputed")
     assert "cannot be known from the ledger alone: whether the newest entries were cut off" in text
     assert "whether the newest chains were removed as a whole from the end" in text
     assert result.stderr == ""
@@ -328,23 +344,32 @@ def test_verify_a_sound_ledger(sample: Sample) -> None:
     assert data == {
         "sound": True,
         "envelopes": 3,
-        "entries": 12,
+        "entries": 13,
         "chains": 1,
         "findings": [],
+        "more": 0,
         "unknowable": list(cli.UNKNOWABLE),
     }
 
 
-def test_verify_names_the_rows(sample: Sample) -> None:
-    tamper(sample.path, f"UPDATE envelopes SET digest = 'x' WHERE id = '{sample.denied}'")
-    result = in_order("verify", sample=sample)
-    assert result.exit_code == 1
-    assert f"envelope {sample.denied}: its digest does not match its bytes" in result.stdout
-    result = in_order("verify", "--json", sample=sample)
-    assert result.exit_code == 1
-    assert json.loads(result.stdout)["findings"] == [
-        {"row": f"envelope {sample.denied}", "problem": "its digest does not match its bytes"}
-    ]
+def test_verify_names_the_rows_and_the_first_bad_one_first(sample: Sample) -> None:
+    last, first = place(sample, sample.pending, 1), place(sample, sample.granted, 2)
+    tamper(sample.path, f"UPDATE events_1 SET hash = x'00' WHERE place IN ({last}, {first})")
+    with closing(open_ledger(sample.url, read_only=True)) as ledger:
+        [head] = ledger.chains()
+    rows = [f"event {head.id}/{position & 0xFFFFFFFF}" for position in (first, first + 1, last, last + 1)]
+    problem = "its hash does not follow from the entry before it and its bytes"
+    for jobs in ("1", "2"):
+        result = in_order("verify", "--jobs", jobs, sample=sample)
+        assert result.exit_code == 1
+        assert result.stdout.splitlines()[1] == f"{rows[0]}: {problem}"
+        result = in_order("verify", "--jobs", jobs, "--json", sample=sample)
+        assert result.exit_code == 1
+        assert json.loads(result.stdout)["findings"] == [{"row": row, "problem": problem} for row in rows]
+
+
+def test_verify_with_no_jobs_is_refused(sample: Sample) -> None:
+    complains(in_order("verify", "--jobs", "0", sample=sample), "--jobs")
 
 
 # tail
@@ -352,13 +377,16 @@ def test_verify_names_the_rows(sample: Sample) -> None:
 
 def test_tail_prints_what_was_recorded_last(sample: Sample) -> None:
     lines = in_order("tail", "--no-follow", sample=sample).stdout.splitlines()
-    assert len(lines) == 12
+    assert len(lines) == 13
     assert "a chain was opened by pid" in lines[0]
-    found = json_lines(in_order("tail", "--no-follow", "--json", "--since", "2", sample=sample))
+    assert "the chain was closed in order, 11 events stored in it" in lines[-1]
+    found = json_lines(in_order("tail", "--no-follow", "--json", "--since", "3", sample=sample))
     assert [(item["envelope"], item["type"]) for item in found] == [
         (sample.pending, "verdict"),
         (sample.pending, "admitted"),
+        (None, "closed"),
     ]
+    assert [item["position"] for item in found] == [10, 11, 12]
     assert in_order("tail", "--no-follow", "--since", "0", sample=sample).stdout == ""
 
 
@@ -367,22 +395,47 @@ def test_tail_of_one_envelope(sample: Sample) -> None:
     assert [(item["envelope"], item["sequence"]) for item in found] == [(sample.granted, 3), (sample.granted, 4)]
 
 
-def note(sample: Sample) -> None:
+def note(sample: Sample, part: str) -> None:
     async def resume() -> None:
         controller = AdmissionController.open(sample.url)
-        await (await controller.resume(sample.granted, by="test")).ready()
+        await (await controller.resume(sample.granted, by="test")).ready(part)
         await controller.aclose()
 
     anyio.run(resume)
 
 
+def test_tail_orders_the_entries_of_all_chains_by_time(sample: Sample) -> None:
+    """Two processes write at once; one that was opened first may be the last to write."""
+
+    async def write() -> None:
+        clock = FakeClock(datetime.now(UTC) + timedelta(hours=1))
+        with (
+            closing(SqliteLedger(sample.path, clock=clock)) as one,
+            closing(SqliteLedger(sample.path, clock=clock)) as two,
+        ):
+            for number, ledger in enumerate((one, two, one, two, one)):
+                clock.advance(seconds=1)
+                controller = AdmissionController(ledger, clock=clock)
+                await (await controller.resume(sample.granted, by=f"n{number}")).ready(f"p{number}")
+
+    anyio.run(write)
+    found = json_lines(in_order("tail", "--no-follow", "--json", "--since", "9", sample=sample))
+    assert [item["at"] for item in found] == sorted(item["at"] for item in found)
+    assert [item["type"] for item in found] == ["opened", "ready", "opened", *["ready"] * 4, *["closed"] * 2]
+    assert [item["by"] for item in found if item["type"] == "ready"] == [f"n{number}" for number in range(5)]
+    assert len({item["chain"] for item in found}) == 2 and "cursor" not in found[0]
+    assert found[-4:] == json_lines(in_order("tail", "--no-follow", "--json", "--since", "4", sample=sample))
+
+
 def test_tail_follows_until_interrupted(sample: Sample) -> None:
     with spawn("tail", "--since", "1", url=sample.url) as process:
         assert process.stdout is not None
-        assert "admitted" in process.stdout.readline()
-        note(sample)
-        assert "a chain was opened" in process.stdout.readline()
-        assert "it serves" in process.stdout.readline()
+        assert "the chain was closed" in process.stdout.readline()
+        for part in ("p0", "p1"):
+            note(sample, part)
+            assert "a chain was opened" in process.stdout.readline()
+            assert f"{part} serves" in process.stdout.readline()
+            assert "the chain was closed in order, 1 event stored" in process.stdout.readline()
         process.send_signal(signal.SIGINT)
         out, error = process.communicate(timeout=30)
         assert (process.returncode, out, error) == (0, "", "")
@@ -398,12 +451,12 @@ def test_tail_ends_in_silence_when_nobody_reads(sample: Sample) -> None:
 
 
 def test_reading_leaves_the_ledger_as_it_is(sample: Sample) -> None:
-    ledger = open_ledger(sample.url)
-    before = [row.body for row in ledger.rows()]
+    ledger = open_ledger(sample.url, read_only=True)
+    before = [row for head in ledger.chains() for row in ledger.rows(head.id)]
     ledger.close()
     for arguments in (["list"], ["show", sample.granted], ["verify"], ["tail", "--no-follow"]):
         in_order(*arguments, sample=sample)
-    assert [row.body for row in ledger.rows()] == before
+    assert [row for head in ledger.chains() for row in ledger.rows(head.id)] == before and len(before) == 13
     ledger.close()
 
 

@@ -899,7 +899,7 @@ async def test_nothing_starts_when_nothing_can_be_recorded(tmp_path: Path) -> No
 
 
 async def test_a_locked_ledger_is_unavailable_and_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("execution_envelope.ledger.sqlite.BUSY_TIMEOUT", 0.05)
+    monkeypatch.setattr("execution_envelope.ledger.sqlite_database.BUSY_TIMEOUT", 0.05)
     ledger = SqliteLedger(tmp_path / "l.db")
     controller = AdmissionController(ledger)
     admission = await controller.begin(ask())
@@ -941,7 +941,7 @@ async def test_opening_touches_nothing(tmp_path: Path) -> None:
     await controller.begin(ask())
     assert "l.db" in names(tmp_path)
     await controller.aclose()
-    for url in ("postgres://x", "sqlite:///", "x"):
+    for url in ("mysql://x", "sqlite:///", "x"):
         with pytest.raises(InvalidField):
             AdmissionController.open(url)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,30 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from execution_envelope import AdmissionController, Ask, Candidate, Decision, Denied, Grant, Rule, Subject, Target
-from execution_envelope.credentials import FORMATS, MAX_TEXT, brief, contains, marker, redact_text, scrub, shown
+from execution_envelope import (
+    AdmissionController,
+    Ask,
+    Candidate,
+    Decision,
+    Denied,
+    Grant,
+    Rule,
+    Subject,
+    Target,
+    credentials,
+)
+from execution_envelope.credentials import (
+    FORMATS,
+    MAX_TEXT,
+    brief,
+    clean,
+    contains,
+    marker,
+    redact_text,
+    scrub,
+    shown,
+    suspicious,
+)
 from execution_envelope.envelope import Scoped, seal
 from execution_envelope.errors import InvalidField
 from execution_envelope.grant import MAX_NAME, label
@@ -561,3 +584,110 @@ async def test_a_denial_keeps_its_reasons_without_the_credential() -> None:
     with pytest.raises(Denied) as denied:
         await AdmissionController.open("memory://", hooks=[hook]).begin(ask())
     assert denied.value.reasons[0].message == "not with [redacted:github]"
+
+
+def holds_one(text: str) -> bool:
+    """Whether a pattern matches or a marker is there, found by looking for each."""
+    return "[redacted:" in text or any(re.search(pattern, text) for pattern in FORMATS.values())
+
+
+around = st.text(max_size=8) | st.sampled_from(
+    ["", "\n", "\t", "\x08", '"', "\\", "=", "_", "-", "a", "é", "\u0131", " x y "]
+)
+secrets = st.sampled_from(sorted(EXAMPLES.values())) | st.sampled_from([marker("jwt"), *HOSTILE, *ORDINARY])
+mixed = st.lists(around | secrets, max_size=4).map("".join)
+
+
+@formats
+@given(data=st.data())
+@settings(max_examples=25)
+def test_every_text_that_matches_a_format_is_suspicious(name: str, data: st.DataObject) -> None:
+    text = data.draw(around) + data.draw(st.from_regex(FORMATS[name])) + data.draw(around)
+    assert suspicious(text) or not holds_one(text)
+    whole = data.draw(st.lists(mixed, max_size=3))
+    assert suspicious("\n".join([*whole, text])) or not holds_one(text)
+
+
+@given(mixed)
+def test_what_is_not_suspicious_holds_none(text: str) -> None:
+    assert contains(text) == holds_one(text)
+    assert suspicious(text) or not holds_one(text)
+    # As it is, and as a text in JSON.
+    for texts in ([text], [json.dumps({"a": [text]}, ensure_ascii=False)], ["x", text, "y"]):
+        assert not clean(texts) or not holds_one(text)
+        assert not clean(texts) or redact_text(text) == text
+
+
+def test_letters_that_only_look_like_others_are_suspicious() -> None:
+    odd = [chr(n) for n in range(128, sys.maxunicode + 1) if re.fullmatch("(?i:[bearsic])", chr(n))]
+    assert odd == ["\u0130", "\u0131", "\u017f"]
+    assert all(suspicious(f"ba{letter}ic") for letter in odd)
+
+
+def test_ordinary_requests_are_looked_through_but_once() -> None:
+    assert [text for text in ORDINARY if not clean([text])] == []
+
+
+def outcome(given: Ask) -> Any:
+    try:
+        return seal(given, id="01890a5d-ac96-774b-bcce-b302099a8057", now=START)
+    except InvalidField as error:
+        return error.field, str(error)
+
+
+json_secrets = st.recursive(
+    mixed | st.none() | st.booleans() | st.floats() | st.integers(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(mixed, inner, max_size=3),
+    max_leaves=6,
+)
+named = st.dictionaries(strategies.names | mixed, json_secrets, max_size=3)
+
+
+@given(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "operation": mixed,
+            "entrypoint": mixed,
+            "target": st.builds(Target, mixed, mixed, st.none() | mixed),
+            "subject": st.builds(
+                Subject,
+                mixed,
+                mixed,
+                tenant=mixed,
+                roles=st.lists(mixed, max_size=2),
+                delegation=st.lists(st.tuples(mixed, mixed), max_size=2),
+                method=mixed,
+                issuer=mixed,
+                session=mixed,
+            ),
+            "scope": st.fixed_dictionaries(
+                {},
+                optional={
+                    "project": mixed | st.builds(Scoped, mixed, st.just("established"), mixed),
+                    "regions": st.lists(mixed, max_size=2),
+                    "hints": st.dictionaries(strategies.names | mixed, mixed, max_size=2),
+                },
+            ),
+            "constraints": named,
+            "client_defaults": named,
+            "schema": mixed,
+            "body": json_secrets | named,
+            "secrets": st.lists(st.sampled_from(["*", "*.*", "a", "constraints.*", "facets.*.*"]), max_size=2),
+            "request_id": mixed,
+            "tracestate": mixed,
+            "traceparent": st.just("00-" + "a" * 32 + "-" + "b" * 16 + "-01"),
+            "idempotency_key": mixed,
+            "part_of": mixed,
+            "facets": st.dictionaries(strategies.names, st.tuples(mixed, st.none() | mixed, json_secrets), max_size=2),
+        },
+    )
+)
+@settings(max_examples=300)
+def test_looking_once_finds_what_looking_at_every_text_finds(overrides: dict[str, Any]) -> None:
+    once = outcome(ask(**overrides))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(credentials, "clean", lambda texts: False)
+        patch.setattr(credentials, "suspicious", lambda text: True)
+        each = outcome(ask(**overrides))
+    assert once == each

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from datetime import timedelta, timezone
 from typing import Any
 
 import msgspec
@@ -12,7 +13,7 @@ import pytest
 import rfc8785
 from hypothesis import given
 
-from execution_envelope import Ask, InvalidField, Subject, established
+from execution_envelope import Ask, InvalidField, Subject, credentials, established, per_replica, total
 from execution_envelope.envelope import (
     MAX_DEPTH,
     MAX_ENTRIES,
@@ -20,9 +21,11 @@ from execution_envelope.envelope import (
     MAX_VALUE_BYTES,
     Scoped,
     SealedEnvelope,
+    canonical,
     decode,
     seal,
     sha256,
+    timestamp,
 )
 from execution_envelope.errors import Unidentified
 from execution_envelope.resources import VOCABULARY
@@ -519,3 +522,109 @@ def test_the_list_of_removed_paths_is_bounded() -> None:
     assert len(redacted) == MAX_REDACTED
     assert redacted[-1] == f"... and {500 - MAX_REDACTED + 1} more"
     assert max(map(len, redacted)) < 700
+
+
+#: What is asked, and the digests that it had when sealing looked through every text by itself.
+GOLDEN: list[tuple[dict[str, Any], str, str]] = [
+    ({}, "cda69f69c1e15ebb", "e579b80f8372f03b"),
+    (
+        {
+            "scope": {
+                "regions": ["eu"],
+                "priority": 3,
+                "hints": {"pii": "no", "n": 2**60},
+                "project": established("p", by="t"),
+            }
+        },
+        "b2e913c648899e73",
+        "0dfd70f6b52d72b8",
+    ),
+    (
+        {"requested": {"gpu": 0.5, "memory": per_replica("1GiB", floor="512MiB"), "replicas": 1, "cost": "unlimited"}},
+        "25419c7a5ca173d5",
+        "d7285c74d825496c",
+    ),
+    (
+        {"requested": {"replicas": total(1, floor=1)}, "client_defaults": {"replicas": total(1, floor=1)}},
+        "77e070a45a7edf32",
+        "5b591ba4fb75121f",
+    ),
+    (
+        {"constraints": {"a": [1, {"b": "é"}], "c": 1.5, "d": False, "e": "x" * 2000, "f": {"g": ["y" * 999] * 9}}},
+        "f192fbbabe85ffea",
+        "ffabca44152b8f1e",
+    ),
+    (
+        {"constraints": {"a": False, "b": 0, "c": "x"}, "client_defaults": {"a": False, "b": False, "c": "x"}},
+        "b4d0677dca6e8938",
+        "787b7f6d46578160",
+    ),
+    (
+        {"facets": {"ns.name": ("p", None, {"a": [1.5, "\n"]}), "plain": ("p", "https://example/schema", "x")}},
+        "a13e08c77c732937",
+        "e579b80f8372f03b",
+    ),
+    (
+        {"schema": "S", "body": {"a": None, "b": [1.5, {"c": "\\"}], "env": {"A": "x"}}, "secrets": ["env.*"]},
+        "6fd089cb4c8c977c",
+        "575101da527dd358",
+    ),
+    (
+        {"schema": "S", "body": {"key": "hf_" + "Ab1" * 12}, "constraints": {"args": ["--key", "hf_" + "Ab1" * 12]}},
+        "9928d583e1f6edee",
+        "f327b814fa38d82f",
+    ),
+    (
+        {"entrypoint": "C:\\models\t" + "gh" + "p_" + "Ab1" * 13, "idempotency_key": "k" * 300},
+        "46c410418f8c1f5f",
+        "4fb0c4a1dfd694c9",
+    ),
+    (
+        {
+            "subject": Subject(
+                "agent", "a", roles=["r"], delegation=[("user", "dana")], method="oidc", issuer="https://i"
+            )
+        },
+        "a67a7d66af0e163c",
+        "e579b80f8372f03b",
+    ),
+    (
+        {
+            "traceparent": "00-" + "a" * 32 + "-" + "b" * 16 + "-01",
+            "tracestate": "v=1",
+            "request_id": "é",
+            "part_of": "p",
+        },
+        "9eade361da4db493",
+        "e579b80f8372f03b",
+    ),
+]
+
+
+@pytest.mark.parametrize(("overrides", "digest", "request_digest"), GOLDEN, ids=range(len(GOLDEN)))
+def test_the_sealed_bytes_stay_the_same(overrides: dict[str, Any], digest: str, request_digest: str) -> None:
+    result = sealed(**overrides)
+    assert (result.digest[:16], result.request_digest[:16]) == (digest, request_digest)
+
+
+def test_times_are_of_fixed_width() -> None:
+    moment = START.replace(microsecond=7)
+    east = timezone(timedelta(hours=2))
+    assert [timestamp(each) for each in (START, moment, moment.replace(tzinfo=None), moment.replace(tzinfo=east))] == [
+        "2026-05-01T12:00:00.000000Z",
+        *["2026-05-01T12:00:00.000007Z"] * 3,
+    ]
+
+
+class Odd(dict[str, Any]):
+    """A dict that shows something else than it holds, as those of some frameworks do."""
+
+    def items(self) -> Any:
+        return [(name, value[0]) for name, value in super().items()]
+
+
+@pytest.mark.parametrize("body", [Odd(a=[1, 2]), {"a": Odd(b=["x"])}, {"a": (1, "x")}])
+def test_a_body_of_other_types_has_the_digest_of_what_is_in_it(body: Any) -> None:
+    found = sealed(schema="S", body=body).envelope.execution.request
+    plain = credentials.redact(body, path="", found=lambda _: None)
+    assert found is not None and found.sha256 == sha256(canonical(plain))

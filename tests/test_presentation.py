@@ -32,10 +32,11 @@ from execution_envelope import (
     total,
 )
 from execution_envelope.ledger import Finding, MemoryLedger
-from execution_envelope.ledger.chain import Entry
+from execution_envelope.ledger.chain import Closed, Entry, Opened
 from execution_envelope.presentation.facts import short_delta
 from execution_envelope.presentation.sentences import SENTENCES, sentence
 from execution_envelope.presentation.text import span
+from execution_envelope.process import Process
 
 NOW = datetime(2026, 5, 1, 13, 0, tzinfo=UTC)
 HOSTILE = "only \x1b[31mred\x1b[0m \x9b31m [bold]loud[/bold] :smile: \u202eevil\nnew line\x07"
@@ -354,13 +355,28 @@ def test_the_chain_status() -> None:
     shown = record(ask())
     status = presentation.ChainStatus(4, ("c",), ())
     assert "chain sound 4 entries in 1 chain, all hashes recomputed" in words(sheet(shown, chain=status))
-    broken = presentation.ChainStatus(4, ("c",), (Finding("event c/1", "its hash [b]differs"),), elsewhere=2)
-    text = words(sheet(shown, chain=broken))
-    assert "chain NOT SOUND event c/1: its hash [b]differs 2 findings elsewhere: run `envelope verify`" in text
-    unknown = presentation.ChainStatus(4, ("c",), None)
-    assert "run `envelope verify`" in sheet(shown, chain=unknown)
-    data = [presentation.details(shown, now=NOW, chain=c)["chain"] for c in (status, broken, unknown, None)]
-    assert [item and item["sound"] for item in data] == [True, False, None, None]
+    broken = presentation.ChainStatus(4, ("c",), (Finding("event c/1", "its hash [b]differs"),))
+    assert "chain NOT SOUND event c/1: its hash [b]differs" in words(sheet(shown, chain=broken))
+    data = [presentation.details(shown, now=NOW, chain=c)["chain"] for c in (status, broken, None)]
+    assert [item and item["sound"] for item in data] == [True, False, None]
+
+
+def test_the_first_and_the_last_entry_of_a_chain_read_well() -> None:
+    at = "2026-05-01T12:00:00.000000Z"
+    opened = Opened(Process("node-1", "", "", "", 12, 0), "1.2.3")
+    said = {
+        opened: "a chain was opened by pid 12 on node-1, version 1.2.3",
+        Closed(7, 7, 0): "the chain was closed in order, 7 events stored in it",
+        Closed(1, 1, 0): "the chain was closed in order, 1 event stored in it",
+        Closed(
+            9, 7, 2
+        ): "the chain was closed in order, 7 events stored in it; 2 events of 9 acknowledged were dropped",
+    }
+    for data, words_of in said.items():
+        line = presentation.entry_line(Entry("c", 0, at, "ledger", data)).plain
+        assert line.endswith(f"ledger  {words_of}")
+        found = presentation.entry_data(data)
+        assert (found["sentence"], found["type"]) == (words_of, data.__struct_config__.tag)
 
 
 def test_absent_zero_unknown_and_unlimited_stay_apart() -> None:

@@ -307,3 +307,12 @@ def test_floor_amount_and_ceiling_may_be_the_same() -> None:
     quantity = parse_quantity("gpu", {"amount": 2, "floor": 2, "ceiling": 2}, field="f")
     assert (quantity.floor, quantity.amount, quantity.ceiling) == (2000, 2000, 2000)
     assert parse_quantity("gpu", {"amount": "unknown", "floor": 1, "ceiling": 2}, field="f").amount == "unknown"
+
+
+def test_what_was_read_before_is_not_taken_for_what_only_looks_equal() -> None:
+    assert parse_quantity("gpu", 0.0, field="f") == parse_quantity("gpu", 0, field="f") == Quantity(0)
+    assert parse_quantity("gpu", 1, field="f") == parse_quantity("gpu", total(1), field="f") == Quantity(1000)
+    for value in (-0.0, True, total(True), total(1, floor=-0.0)):
+        for _ in range(2):
+            with pytest.raises(InvalidField):
+                parse_quantity("gpu", value, field="f")

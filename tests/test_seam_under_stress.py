@@ -34,18 +34,21 @@ from execution_envelope.testing import FakeClock, FaultyLedger, ask
 
 
 class SlowLedger(SqliteLedger):
-    """Its commits wait, before they take the lock, until they may go on."""
+    """Its writer waits, when it has begun with a group, until it may go on."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         self.waiting, self.go = threading.Event(), threading.Event()
         self.go.set()
+        write = self._store.write
 
-    def commit(self, *commits: Any) -> Any:
-        if not self.go.is_set():
-            self.waiting.set()
-            assert self.go.wait(20)
-        return super().commit(*commits)
+        def slowly(group: Any) -> Any:
+            if not self.go.is_set():
+                self.waiting.set()
+                assert self.go.wait(20)
+            return write(group)
+
+        self._store.write = slowly  # type: ignore[method-assign]
 
 
 async def cancelled_during(ledger: SlowLedger, step: Callable[[], Any]) -> None:
@@ -121,9 +124,9 @@ def test_a_fact_that_is_being_recorded_is_recorded(slow: SlowLedger, step: str) 
 async def test_a_locked_ledger_refuses_soon_and_takes_no_thread_of_the_application(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from execution_envelope.ledger import sqlite
+    from execution_envelope.ledger import sqlite_database
 
-    monkeypatch.setattr(sqlite, "BUSY_TIMEOUT", 0.5)
+    monkeypatch.setattr(sqlite_database, "BUSY_TIMEOUT", 0.5)
     monkeypatch.setattr(journals, "MAX_WAIT", 0.5)
     controller = AdmissionController.open(f"sqlite:///{tmp_path}/l.db")
     async with controller.admit(ask()):
@@ -483,7 +486,7 @@ async def test_a_secret_stays_out_at_the_cut_after_the_end_and_without_a_schema(
     await admission.grant(Grant({"gpu": 1}, because={"gpu": ("capacity", "y" * 490 + secret)}))
     await admission.fail("X", "z" * 490 + secret)
     await admission.fail("Y", f"late: {secret}")
-    bodies = b"".join(row.body for row in controller.ledger.rows())
+    bodies = b"".join(row.body for row in controller.ledger.rows_of(admission.id))
     assert b"correct-horse" not in bodies
 
 

@@ -9,6 +9,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, Final, Literal
 
 import anyio
+import msgspec
 
 from execution_envelope import grant as grants
 from execution_envelope import hooks as hook_rules
@@ -25,7 +26,7 @@ from execution_envelope.errors import (
 )
 from execution_envelope.grant import Grant
 from execution_envelope.journal import Journal
-from execution_envelope.ledger.contract import SequenceConflict, Siblings
+from execution_envelope.ledger.commit import SequenceConflict, Siblings
 from execution_envelope.lifecycle import Candidate, EventData, Fact
 from execution_envelope.record import WHOLE, Record
 from execution_envelope.resources import VOCABULARY, Amount, add, exceeds, human, parse_amount, parse_quantity
@@ -56,7 +57,7 @@ class Admission:
         self._check_after = check_after
         self._record = record
         self._by = by
-        self._lock = anyio.Lock()
+        self._lock: anyio.Lock | None = None
         self.replayed = replayed
 
     @property
@@ -89,9 +90,10 @@ class Admission:
     @property
     def warnings(self) -> Sequence[str]:
         """What deciders warned of, and what enforcing would have refused in observe mode."""
-        found = [v.message for v in self._record.verdicts if v.decision == "warn" and v.message]
-        if any(isinstance(e.data, lifecycle.Admitted) and e.data.observed for e in self._record.events):
-            found += [f"not enforced: {reason.message}" for reason in hook_rules.reasons(self._record.verdicts)]
+        verdicts = self._record.verdicts
+        found = [v.message for v in verdicts if v.decision == "warn" and v.message]
+        if verdicts and any(isinstance(e.data, lifecycle.Admitted) and e.data.observed for e in self._record.events):
+            found += [f"not enforced: {reason.message}" for reason in hook_rules.reasons(verdicts)]
         if not self._enforce:
             found += [f"not enforced: {violation.text}" for violation in self._record.violations]
         return found
@@ -237,11 +239,14 @@ class Admission:
 
         # Read by others too: the newest state decides, so it is looked at inside the write.
         async def plan(record: Record) -> _Plan:
-            return _Plan(_leaving(record, self._clean(failed), self._clean(cancelled)))
+            return _Plan(_leaving(record, failed and self._clean(failed), cancelled and self._clean(cancelled)))
 
         try:
-            with anyio.CancelScope(shield=True):
+            if self._journal.inline:  # nothing is waited for: a scope would only cost
                 await self._write(plan, by=None)
+            else:
+                with anyio.CancelScope(shield=True):
+                    await self._write(plan, by=None)
         except (LedgerUnavailable, anyio.get_cancelled_exc_class()) as error:
             # Cancelled once more, past the shield: whether the end was recorded is looked at when it is settled.
             self._journal.counters["unrecorded_exits"] += 1
@@ -262,31 +267,45 @@ class Admission:
         """Record what is planned for the newest record; read and plan again when another writer was first."""
         if self.replayed:
             raise ReadOnly(f"envelope {self.id} was admitted for an earlier request; resume it to continue it")
+        if self._journal.inline:
+            return await self._write_in_turn(plan, by)
+        # The ledger is waited for in any case: the lock need not pause as well, and most handles never need one.
+        if self._lock is None:
+            self._lock = anyio.Lock(fast_acquire=True)
         parent = self.envelope.correlation.part_of
         async with self._lock, self._journal.turn_of(parent) if parent else nullcontext():
-            for _ in range(MAX_CONFLICTS):
-                record, refused = self._record, None
-                planned = await plan(record)
-                news = [fact for fact in planned.facts if _is_news(record, fact)]
-                said: list[EventData] = [fact if record.is_open else lifecycle.Late(fact) for fact in news]
-                try:
-                    if said:
-                        writes = [(record, said), *planned.older]
-                        await self._journal.write(writes, by=by or self._by, siblings=planned.siblings)
-                        return said
-                except SequenceConflict:
-                    self._record = await self._journal.read(self.id)
-                    continue
-                except IllegalTransition as error:
-                    refused = error
-                if not planned.facts:
-                    return []
-                # Refused, or no news, by what this handle saw last: another writer may have changed that since.
+            return await self._write_in_turn(plan, by)
+
+    async def _write_in_turn(self, plan: Callable[[Record], Awaitable[_Plan]], by: str | None) -> Sequence[EventData]:
+        stood: Sequence[EventData] = ()
+        if self._journal.unsure(self.id):
+            self._record = await self._journal.read(self.id)
+            stood = self._journal.stood(self._record)
+        for _ in range(MAX_CONFLICTS):
+            record, refused = self._record, None
+            planned = await plan(record)
+            if stood and planned.facts and _is_same(planned.facts[0], stood[0]):
+                return stood  # said once more, by a caller who was told that it could not be recorded
+            news = [fact for fact in planned.facts if _is_news(record, fact)]
+            said: list[EventData] = [fact if record.is_open else lifecycle.Late(fact) for fact in news]
+            try:
+                if said:
+                    writes = [(record, said), *planned.older]
+                    await self._journal.write(writes, by=by or self._by, siblings=planned.siblings)
+                    return said
+            except SequenceConflict:
                 self._record = await self._journal.read(self.id)
-                if self._record.next_sequence == record.next_sequence:
-                    if refused is not None:
-                        raise refused
-                    return []
+                continue
+            except IllegalTransition as error:
+                refused = error
+            if not planned.facts:
+                return []
+            # Refused, or no news, by what this handle saw last: another writer may have changed that since.
+            self._record = await self._journal.read(self.id)
+            if self._record.next_sequence == record.next_sequence:
+                if refused is not None:
+                    raise refused
+                return []
         raise LedgerUnavailable(
             f"expected to record a fact, other writers came first {MAX_CONFLICTS} times", envelope_id=self.id
         )
@@ -400,6 +419,14 @@ def _is_news(record: Record, fact: Fact) -> bool:
         if isinstance(fact, lifecycle.Ready) and isinstance(data, lifecycle.Granted | lifecycle.Released):
             return True  # it may serve again, with another grant
     return True
+
+
+def _is_same(fact: Fact, stood: EventData) -> bool:
+    """Whether it is said once more; when to ask after it is reckoned anew each time."""
+    stood = stood.fact if isinstance(stood, lifecycle.Late) else stood
+    if isinstance(fact, lifecycle.Bound) and isinstance(stood, lifecycle.Bound):
+        return msgspec.structs.replace(fact, check_by=stood.check_by) == stood
+    return fact == stood
 
 
 def _beyond_limits(record: Record, fact: lifecycle.Granted) -> list[lifecycle.Violation]:

@@ -1,26 +1,25 @@
-"""The `envelope` command: reads a ledger, never writes to it.
+"""The `envelope` command: the group, and what looks into a ledger without changing it.
 
 Exit status: 0 all right, 1 verification found something, 2 the question could not be answered.
 """
 
 from __future__ import annotations
 
-import json
-import os
+import heapq
 import select
 import signal
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from datetime import UTC, datetime
+from contextlib import suppress
+from itertools import islice
+from pathlib import Path
 from typing import Any, Final, NoReturn
+
+import msgspec
 
 try:
     import click
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
     from rich.text import Text
 except ImportError as missing:
     if (missing.name or "").partition(".")[0] not in ("click", "rich"):
@@ -28,54 +27,51 @@ except ImportError as missing:
     sys.stderr.write("expected the extra: pip install 'execution-envelope[cli]'\n")
     raise SystemExit(2) from None
 
-import msgspec
-
-from execution_envelope import presentation
-from execution_envelope.credentials import redact_text
-from execution_envelope.envelope import KINDS, decode
-from execution_envelope.errors import EnvelopeError, IllegalTransition, NotFound
-from execution_envelope.ledger import Finding, Ledger, Verification, open_ledger
+from execution_envelope import cli_projection, cli_proof, cli_upkeep, presentation
+from execution_envelope.cli_projection import catch_up
+from execution_envelope.cli_proof import Against
+from execution_envelope.cli_shared import (
+    FILE,
+    Problem,
+    json_option,
+    ledger_option,
+    new_console,
+    opened,
+    print_json,
+    progress_bar,
+    say,
+    signed_checkpoint,
+    utc_now,
+)
+from execution_envelope.envelope import KINDS
+from execution_envelope.errors import Damaged, EnvelopeError, Exported, LedgerUnavailable, NotFound
+from execution_envelope.ledger import Finding, Ledger, Verification
 from execution_envelope.ledger import chain as chains
 from execution_envelope.ledger import verify as verify_ledger
+from execution_envelope.ledger.commit import DAMAGED
 from execution_envelope.ledger.contract import Row
+from execution_envelope.ledger.projection import DAMAGED as DAMAGED_STATE
+from execution_envelope.ledger.projection import ProjectedEnvelope, Projection
+from execution_envelope.ledger.verification import of_envelope
 from execution_envelope.lifecycle import OPEN, TERMINAL
 from execution_envelope.record import Record
 from execution_envelope.version import __version__
 
-ENV: Final = "EXECUTION_ENVELOPE_LEDGER"
-#: `show` recomputes the hashes of ledgers up to this many entries; beyond it says to run `verify`.
-MAX_RECOMPUTED: Final = 20_000
 #: How often `tail` looks for new entries, in seconds.
 POLL: Final = 0.25
 #: The shortest piece of an id that `show` accepts for the whole.
 MIN_PIECE: Final = 8
+#: After so many exported envelopes `list` looks no further.
+MAX_EXPORTED: Final = 10_000
 #: Findings printed; `--json` lists them all.
 MAX_PRINTED: Final = 100
-#: How wide pictures are where no terminal says: into a file or a pipe.
-PIPE_WIDTH: Final = 100
 _PAGE: Final = 1000
-#: What reading rows that somebody changed can raise.
-_DAMAGED: Final = (
-    msgspec.MsgspecError,
-    IllegalTransition,
-    AssertionError,
-    KeyError,
-    TypeError,
-    ValueError,
-    AttributeError,
-)
-
 UNKNOWABLE: Final = (
     "whether the newest entries were cut off with everything that speaks of them",
     "whether the newest chains were removed as a whole from the end",
+    "whether a chain was written anew from some entry on, with every hash after it",
     "whether a whole older copy of the ledger was put back",
 )
-
-
-class _Problem(click.ClickException):
-    """The question cannot be answered; one line says why."""
-
-    exit_code = 2
 
 
 class _Command(click.Group):
@@ -85,37 +81,22 @@ class _Command(click.Group):
         try:
             status = super().main(*args, **options | {"standalone_mode": False})
         except (click.ClickException, EnvelopeError) as error:
-            _say(error.format_message() if isinstance(error, click.ClickException) else str(error))
+            say(error.format_message() if isinstance(error, click.ClickException) else str(error))
             status = 2
         except click.Abort:
             status = 130
         sys.exit(status if isinstance(status, int) else 0)
 
 
-def _say(message: str) -> None:
-    """One line on stderr, without what a terminal would obey and without passwords of a URL."""
-    message = " ".join(presentation.clean(redact_text(message)).split()).rstrip(".")
-    click.echo(f"envelope: {message[:1].lower()}{message[1:]}", err=True)
-
-
-def _now() -> datetime:
-    return datetime.now(UTC)
-
-
-_ledger_option: Final = click.option(
-    "--ledger", "url", metavar="URL", help=f"The ledger, such as sqlite:///envelopes.db; else {ENV} names it."
-)
-_json_option: Final = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of pictures.")
-
-
 @click.group(cls=_Command, invoke_without_command=True, context_settings={"max_content_width": 100})
-@_ledger_option
+@ledger_option
 @click.version_option(__version__, prog_name="envelope", message="%(prog)s %(version)s")
 @click.pass_context
 def cli(context: click.Context, url: str | None) -> None:
     """Look into a ledger of execution envelopes: who asked for what, and what was really given.
 
-    Reads only. Exit status: 0 all right, 1 verification found something, 2 cannot answer.
+    Only `migrate` and `segment` change the ledger; `checkpoint` keeps a copy inside, and `list`, `coverage`, `project`
+    and `rebuild` write the projection beside it. Exit status: 0 all right, 1 something does not fit, 2 cannot answer.
     """
     context.obj = url
     if context.invoked_subcommand is None:
@@ -123,8 +104,8 @@ def cli(context: click.Context, url: str | None) -> None:
 
 
 @cli.command("list")
-@_ledger_option
-@_json_option
+@ledger_option
+@json_option
 @click.option("--limit", type=click.IntRange(min=1), default=20, show_default=True, help="At most so many.")
 @click.option(
     "--state",
@@ -153,22 +134,24 @@ def list_(
     The short id of the table is enough for `envelope show`.
     """
     if attempted and (states or kind or tenant):
-        raise _Problem("expected --attempted without --state, --kind and --tenant: such a request has none of them")
-    now, console = _now(), _console()
+        raise Problem("expected --attempted without --state, --kind and --tenant: such a request has none of them")
+    now, console = utc_now(), new_console()
     rows: list[dict[str, Text]] = []
-    damaged = []
-    with _opened(context, url) as ledger:
+    damaged, exported = [], 0
+    with opened(context, url) as ledger:
         if attempted:
             requests = ledger.attempted(limit)
             if as_json:
                 for request in requests:
-                    _echo(presentation.attempted_data(request, now=now))
+                    print_json(presentation.attempted_data(request, now=now))
             else:
                 console.print(presentation.attempted_table(requests, now=now))
             return
         read: Callable[..., Any] = presentation.summary if as_json else presentation.list_row
-        emit: Callable[[Any], None] = _echo if as_json else rows.append
-        for id in _ids(ledger):
+        emit: Callable[[Any], None] = print_json if as_json else rows.append
+        projection = ledger.projection()
+        catch_up(projection)
+        for id in _listed(projection, min(limit, _PAGE), states=states, kind=kind, tenant=tenant):
             try:
                 record = _record(ledger, id)
                 execution, identity = record.envelope.execution, record.envelope.identity
@@ -179,7 +162,12 @@ def list_(
                 ):
                     continue
                 found = read(record, now=now)
-            except (*_DAMAGED, _Problem):
+            except Exported:
+                exported += 1
+                if exported == MAX_EXPORTED:
+                    break
+                continue
+            except (*DAMAGED, Damaged, NotFound):
                 damaged.append(id)
                 continue
             emit(found)
@@ -188,15 +176,18 @@ def list_(
                 break
     if not as_json:
         console.print(presentation.list_table(rows, width=console.width))
+    if exported:
+        further = ", and looked no further" if exported == MAX_EXPORTED else ""
+        say(f"left out {presentation.counted(exported, 'envelope')} exported and dropped with a segment{further}")
     for id in damaged:
-        _say(_damage(id))
+        say(str(Damaged(id)))
     if damaged:
         context.exit(2)
 
 
 @cli.command()
-@_ledger_option
-@_json_option
+@ledger_option
+@json_option
 @click.argument("id", metavar="ID|KIND:REFERENCE")
 @click.pass_context
 def show(context: click.Context, url: str | None, as_json: bool, id: str) -> None:
@@ -205,8 +196,8 @@ def show(context: click.Context, url: str | None, as_json: bool, id: str) -> Non
     ID is an envelope's id, its beginning or its end (at least 8 characters); KIND:REFERENCE is the backend's own id,
     such as deployment:dep-1. Exit status 1 when its entries in the ledger are not sound.
     """
-    now, console = _now(), _console()
-    with _opened(context, url) as ledger:
+    now, console = utc_now(), new_console()
+    with opened(context, url) as ledger:
         found = _resolve(ledger, id)
         record = _record(ledger, found)
         try:
@@ -215,10 +206,10 @@ def show(context: click.Context, url: str | None, as_json: bool, id: str) -> Non
                 data = presentation.details(record, now=now, children=children, chain=status)
             else:
                 sheet = presentation.sheet(record, now=now, width=console.width, children=children, chain=status)
-        except _DAMAGED as error:
-            raise _Problem(_damage(found)) from error
+        except DAMAGED as error:
+            raise Damaged(found) from error
     if as_json:
-        _echo(data, indent=2)
+        print_json(data, indent=2)
     else:
         console.print(sheet)
     if status.findings:
@@ -226,38 +217,73 @@ def show(context: click.Context, url: str | None, as_json: bool, id: str) -> Non
 
 
 @cli.command()
-@_ledger_option
-@_json_option
+@ledger_option
+@json_option
+@click.option(
+    "--jobs",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Share the work among so many processes; by default all cores, for a large ledger.",
+)
+@click.option(
+    "--against",
+    type=FILE,
+    metavar="CHECKPOINT",
+    help="Hold it against a checkpoint, or the newest in a folder, kept outside.",
+)
+@click.option("--public-key", "key_file", type=FILE, metavar="FILE", help="The key that signed the checkpoint.")
 @click.pass_context
-def verify(context: click.Context, url: str | None, as_json: bool) -> None:
+def verify(
+    context: click.Context,
+    url: str | None,
+    as_json: bool,
+    jobs: int | None,
+    against: Path | None,
+    key_file: Path | None,
+) -> None:
     """Recompute the whole ledger, and say what does not fit.
 
-    Exit status: 0 sound, 1 something was found, 2 cannot be read.
+    With a checkpoint, say too where the ledger does not hold any more what was signed. Exit status: 0 sound, 1
+    something was found, 2 cannot be read.
     """
-    with _opened(context, url) as ledger:
+    if (against is None) != (key_file is None):
+        raise Problem("expected --against and --public-key together")
+    known = copy = None
+    with opened(context, url) as ledger:
+        if against is not None and key_file is not None:
+            # Before an hour of work, not after it.
+            signed_checkpoint(against, key_file)
         try:
-            result = _verified(ledger)
-        except _DAMAGED as error:
-            raise _Problem(_unreadable(error)) from error
+            with progress_bar("verifying", sum(head.length for head in ledger.chains())) as progress:
+                result = verify_ledger(ledger, progress=progress, jobs=jobs)
+            if against is not None and key_file is not None:
+                known, result = _compared(ledger, result, against, key_file)
+            elif result.sound:
+                copy = cli_proof.kept_inside(ledger)
+        except DAMAGED as error:
+            raise Problem(f"expected rows that verification can read: {type(error).__name__}: {error}") from error
     if as_json:
-        _echo(
+        print_json(
             {
                 "sound": result.sound,
                 "envelopes": result.envelopes,
                 "entries": result.entries,
                 "chains": result.chains,
                 "findings": presentation.whole(result.findings),
+                "more": result.more,
+                "against": None if known is None else known.data(),
+                "copy": None if copy is None else copy.data(),
                 "unknowable": list(UNKNOWABLE),
             }
         )
     else:
-        _print_verification(result)
+        _print_verification(result, known, copy)
     context.exit(0 if result.sound else 1)
 
 
 @cli.command()
-@_ledger_option
-@_json_option
+@ledger_option
+@json_option
 @click.option("--follow/--no-follow", default=True, show_default=True, help="Wait for what comes next.")
 @click.option(
     "--since",
@@ -272,25 +298,29 @@ def verify(context: click.Context, url: str | None, as_json: bool) -> None:
 def tail(context: click.Context, url: str | None, as_json: bool, follow: bool, since: int, id: str | None) -> None:
     """Print what is recorded, one line for each entry, as it comes.
 
-    Of the whole ledger, or of one envelope. Ctrl-C ends it.
+    Of the whole ledger, in the order of time, or of one envelope. Ctrl-C ends it.
     """
     damaged = False
-    with _opened(context, url) as ledger:
+    with opened(context, url) as ledger:
         try:
-            envelope = None if id is None else _resolve(ledger, id)
-            rows, cursor = _last(ledger, envelope, since)
+            new = _Chains(ledger) if id is None else _Envelope(ledger, _resolve(ledger, id))
+            rows = new.last(since)
             while True:
                 for row in rows:
-                    cursor = max(cursor, row.cursor)
                     damaged |= not _print_entry(row, as_json)
                 if not follow or _reader_gone():
                     break
                 time.sleep(POLL)
-                rows = ledger.rows(after=cursor, envelope=envelope)
+                rows = new.since()
         except KeyboardInterrupt:
             context.exit(0)
     if damaged:
         context.exit(2)
+
+
+cli_proof.add_to(cli)
+cli_projection.add_to(cli)
+cli_upkeep.add_to(cli)
 
 
 def main() -> None:
@@ -307,35 +337,26 @@ def main() -> None:
 # Reading
 
 
-@contextmanager
-def _opened(context: click.Context, url: str | None) -> Iterator[Ledger]:
-    """The ledger named after the subcommand, before it, or by the environment; only to be read."""
-    url = url or context.obj or os.environ.get(ENV)
-    if not url:
-        raise _Problem(f"expected a ledger, none is named: use --ledger sqlite:///envelopes.db or {ENV}")
-    ledger = open_ledger(url, read_only=True)
-    try:
-        yield ledger
-    finally:
-        ledger.close()
-
-
-def _damage(id: str) -> str:
-    return f"expected a readable record of envelope {id}, its rows were changed: run `envelope verify`"
-
-
-def _unreadable(error: Exception) -> str:
-    return f"expected rows that verification can read: {type(error).__name__}: {error}"
-
-
 def _record(ledger: Ledger, id: str) -> Record:
-    try:
-        stored = ledger.read(id)
-        if stored is not None:
-            return Record(decode(stored.body), stored.events)
-    except _DAMAGED as error:
-        raise _Problem(_damage(id)) from error
-    raise NotFound(f"expected an envelope, none has the id `{id[:200]}`")
+    stored = ledger.read(id)
+    if stored is None:
+        raise NotFound(f"expected an envelope, none has the id `{id[:200]}`")
+    return stored.record()
+
+
+def _listed(projection: Projection, size: int, **filters: Any) -> Iterator[str]:
+    """Ids as the projection has them, newest first. Of a damaged one nobody can tell whether it fits: it is listed."""
+    pages = [_pages(lambda before: projection.newest(size, before=before, fresh=False, **filters))]
+    if any(filters.values()) and projection.coverage(0, fresh=False).of[DAMAGED_STATE].count:
+        pages.append(_pages(lambda before: projection.newest(size, before=before, states=[DAMAGED_STATE], fresh=False)))
+    return (row.id for row in heapq.merge(*pages, key=lambda row: row.id, reverse=True))
+
+
+def _pages(read: Callable[[str | None], list[ProjectedEnvelope]]) -> Iterator[ProjectedEnvelope]:
+    before: str | None = None
+    while page := read(before):
+        yield from page
+        before = page[-1].id
 
 
 def _ids(ledger: Ledger) -> Iterator[str]:
@@ -354,8 +375,10 @@ def _resolve(ledger: Ledger, name: str) -> str:
         if bound is None:
             raise NotFound(f"expected an envelope, none is bound to `{name[:200]}`")
         return bound
-    if ledger.newest(1, before=f"{name}~") == [name]:
+    if next(ledger.rows_of(name), None) is not None:
         return name
+    # Says where an exported one is.
+    ledger.read(name)
     piece = name.lower()
     matches = []
     if len(piece) >= MIN_PIECE:
@@ -365,45 +388,86 @@ def _resolve(ledger: Ledger, name: str) -> str:
         raise NotFound(f"expected an envelope, none has the id `{name[:200]}`{short}")
     if len(matches) > 1:
         more = f" and {len(matches) - 10} more" if len(matches) > 10 else ""
-        raise _Problem(f"expected one envelope, `{name[:200]}` stands for {', '.join(matches[:10])}{more}")
+        raise Problem(f"expected one envelope, `{name[:200]}` stands for {', '.join(matches[:10])}{more}")
     return matches[0]
 
 
 def _chain_status(ledger: Ledger, id: str) -> presentation.ChainStatus:
-    """What verification says of this envelope's row, of its entries' chains, and of what stands beside the log."""
-    rows = list(ledger.rows(envelope=id))
+    """What recomputing this envelope's own entries, and the links that they hang on, says."""
+    rows = list(ledger.rows_of(id))
     named = tuple(dict.fromkeys(row.chain for row in rows))
-    if ledger.count() > MAX_RECOMPUTED:
-        return presentation.ChainStatus(len(rows), named, None)
+    return presentation.ChainStatus(len(rows), named, tuple(of_envelope(ledger, id)))
+
+
+def _compared(ledger: Ledger, result: Verification, file: Path, key_file: Path) -> tuple[Against | None, Verification]:
+    """What the checkpoint says, and the verification with its findings."""
+    known = None
     try:
-        findings = verify_ledger(ledger).findings
-    except _DAMAGED as error:
-        unreadable = Finding("ledger", _unreadable(error))
-        return presentation.ChainStatus(len(rows), named, (unreadable,))
-    starts = tuple(f"event {chain}/" for chain in named)
-    own = tuple(f for f in findings if f.row.startswith(starts) or id in f.row or id in f.problem)
-    return presentation.ChainStatus(len(rows), named, own, len(findings) - len(own))
+        known = cli_proof.compare_against(ledger, file, key_file)
+        findings = [finding for finding in known.findings if finding not in result.findings]
+    except (*DAMAGED, LedgerUnavailable) as error:
+        if result.sound:
+            raise
+        findings = [Finding("checkpoint", f"expected to hold the ledger against it: {error}")]
+    return known, msgspec.structs.replace(result, findings=(*result.findings, *findings))
 
 
-def _verified(ledger: Ledger) -> Verification:
-    """Verify with a progress bar, where somebody sees it."""
-    columns = (TextColumn("verifying"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("verifying", total=ledger.count())
-        return verify_ledger(ledger, progress=lambda entries: bar.update(task, completed=entries))
+class _Chains:
+    """What is new in all chains, those too that are opened meanwhile."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+        #: Chain -> the position up to which it was printed.
+        self._positions: dict[str, int] = {}
+
+    def last(self, count: int) -> list[Row]:
+        """The newest entries of all chains together."""
+        heads = self._ledger.chains()
+        self._positions = {head.id: head.length - 1 for head in heads}
+        timed = (
+            row
+            for number, head in enumerate(heads)
+            for row in self._timed(head.id, number, max(-1, head.length - 1 - count), head.length - 1)
+        )
+        return [row for *_, row in sorted(heapq.nlargest(count, timed))]
+
+    def since(self) -> list[Row]:
+        """What came since the last call, in the order of time."""
+        found: list[tuple[str, int, int, Row]] = []
+        for number, head in enumerate(self._ledger.chains()):
+            after, until = self._positions.get(head.id, -1), head.length - 1
+            if until > after:
+                found += self._timed(head.id, number, after, until)
+                self._positions[head.id] = until
+        return [row for *_, row in sorted(found)]
+
+    def _timed(self, chain: str, number: int, after: int, until: int) -> Iterator[tuple[str, int, int, Row]]:
+        at = ""
+        for row in self._ledger.rows(chain, after=after, until=until):
+            # One that cannot be read stays behind the one before it.
+            with suppress(*DAMAGED):
+                at = max(at, chains.decode(row.body).at)
+            yield at, number, row.position, row
 
 
-def _last(ledger: Ledger, envelope: str | None, since: int) -> tuple[Iterator[Row], int]:
-    """The newest entries, as many as `since`, and the cursor behind them."""
-    # Cursors count up from one, so that the count leads close to the end; the deque makes it exact.
-    start = 0 if envelope is not None else max(0, ledger.count() - since - 1)
-    kept: deque[Row] = deque(maxlen=since)
-    cursor = start
-    for row in ledger.rows(after=start, envelope=envelope):
-        kept.append(row)
-        cursor = row.cursor
-    return iter(kept), cursor
+class _Envelope:
+    """What is new of one envelope."""
+
+    def __init__(self, ledger: Ledger, id: str) -> None:
+        self._ledger = ledger
+        self._id = id
+        self._seen = 0
+
+    def last(self, count: int) -> list[Row]:
+        """Its newest entries."""
+        found = self.since()
+        return found[len(found) - min(count, len(found)) :]
+
+    def since(self) -> list[Row]:
+        """What came since the last call."""
+        found = list(islice(self._ledger.rows_of(self._id), self._seen, None))
+        self._seen += len(found)
+        return found
 
 
 def _reader_gone() -> bool:
@@ -419,25 +483,12 @@ def _reader_gone() -> bool:
 # Printing
 
 
-def _console() -> Console:
-    console = Console(highlight=False, markup=False, emoji=False)
-    if not console.is_terminal and "COLUMNS" not in os.environ:
-        console.width = PIPE_WIDTH
-    return console
-
-
-def _echo(data: Any, indent: int | None = None) -> None:
-    # ASCII only: what a terminal would obey is escaped, and nothing is lost.
-    click.echo(json.dumps(data, indent=indent))
-
-
 def _print_entry(row: Row, as_json: bool) -> bool:
     try:
         entry = chains.decode(row.body)
         if as_json:
-            _echo(
+            print_json(
                 {
-                    "cursor": row.cursor,
                     "chain": entry.chain,
                     "position": entry.position,
                     "envelope": entry.envelope,
@@ -448,15 +499,15 @@ def _print_entry(row: Row, as_json: bool) -> bool:
                 }
             )
         else:
-            _console().print(presentation.entry_line(entry), soft_wrap=True)
-    except _DAMAGED:
-        _say(f"expected a readable entry at {row.chain}/{row.position}, it was changed: run `envelope verify`")
+            new_console().print(presentation.entry_line(entry), soft_wrap=True)
+    except DAMAGED:
+        say(f"expected a readable entry at {row.chain}/{row.position}, it was changed: run `envelope verify`")
         return False
     return True
 
 
-def _print_verification(result: Verification) -> None:
-    console = _console()
+def _print_verification(result: Verification, known: Against | None, copy: Against | None) -> None:
+    console = new_console()
     counts = (
         f"{presentation.counted(result.envelopes, 'envelope')}, {presentation.counted(result.entries, 'entry')} "
         f"in {presentation.counted(result.chains, 'chain')} recomputed"
@@ -464,13 +515,26 @@ def _print_verification(result: Verification) -> None:
     if result.sound:
         console.print(Text.assemble(("sound", "bold green"), f": {counts}"))
     else:
-        found = presentation.counted(len(result.findings), "finding")
+        found = presentation.counted(len(result.findings) + result.more, "finding")
         console.print(Text.assemble((found, "bold red"), f": {counts}"))
         for finding in result.findings[:MAX_PRINTED]:
             console.print(presentation.finding_text(finding), soft_wrap=True)
         if len(result.findings) > MAX_PRINTED:
-            console.print(Text(f"and {len(result.findings) - MAX_PRINTED} more, which --json lists"))
-    console.print(Text(f"cannot be known from the ledger alone: {'; '.join(UNKNOWABLE)}", style="dim"))
+            listed = "which --json lists" if not result.more else f"of which --json lists {len(result.findings)} in all"
+            console.print(Text(f"and {len(result.findings) + result.more - MAX_PRINTED} more, {listed}"))
+    lines = []
+    if known is not None:
+        lines.append(f"held against {known.sentence()}")
+    if copy is not None:
+        lines.append(
+            f"the ledger keeps a copy of {copy.sentence()}; inside the ledger it proves nothing by itself: "
+            "use --against with one that is kept outside"
+        )
+    of = "from the ledger alone"
+    if known is not None and not known.findings:
+        of = f"of what came after checkpoint {known.statement.number}"
+    lines.append(f"cannot be known {of}: {'; '.join(UNKNOWABLE)}")
+    console.print(Text("\n".join(lines), style="dim"))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
@@ -25,6 +26,7 @@ from execution_envelope.credentials import scrub, shown
 from execution_envelope.envelope import Ask, SealedEnvelope, key_digest, seal, timestamp
 from execution_envelope.errors import (
     Denied,
+    Exported,
     Held,
     InvalidAsk,
     InvalidField,
@@ -37,10 +39,11 @@ from execution_envelope.errors import (
 from execution_envelope.hooks import Decider, HookChain, Mode
 from execution_envelope.journal import Journal
 from execution_envelope.ledger import AttemptedRequest, Ledger, open_ledger
-from execution_envelope.ledger.contract import KeyRow, KeyTaken, SequenceConflict
+from execution_envelope.ledger.commit import KeyRow, KeyTaken, SequenceConflict
+from execution_envelope.ledger.contract import Conservation
 from execution_envelope.lifecycle import EventData
 from execution_envelope.process import Process
-from execution_envelope.reconciliation import Liveness, Prober, Reconciliation, ask_owner, of_process
+from execution_envelope.reconciliation import Leases, Liveness, Prober, Reconciliation, ask_owner, of_process
 from execution_envelope.record import Record
 
 #: Attempted requests a process records in a second, and at once; the rest are counted as dropped.
@@ -62,7 +65,10 @@ class AdmissionController:
     `component` is the name under which this backend records. `hooks` are the deciders, in order; `mode` *observe*
     records what they say and refuses nothing, nor does a grant beyond a limit raise then. `deadline` bounds all
     deciders of a request together, in seconds. `check_after` is when reconciliation asks after a bound execution whose
-    owner named no time. Clock and ids are injected for tests. Nothing is opened before the first request.
+    owner named no time. `write_modes` says for each kind when a fact is acknowledged: ``strict`` (after the disk; the
+    default, and always with an idempotency key), ``relaxed:50`` (at once, on disk within 50 ms: a crash may lose that
+    much) or ``spool`` (as strict, but while the ledger is away it goes to the file `spool`, to be stored in order when
+    the ledger answers again). Clock and ids are injected for tests. Nothing is opened before the first request.
     """
 
     def __init__(
@@ -74,19 +80,22 @@ class AdmissionController:
         mode: Mode = "enforce",
         deadline: float = 2.0,
         check_after: timedelta = timedelta(minutes=10),
+        write_modes: Mapping[str, str] | None = None,
+        spool: str | Path | None = None,
         clock: Callable[[], datetime] = _utc_now,
         new_id: Callable[[], str] = _new_id,
     ) -> None:
         if mode not in ("enforce", "observe"):
             raise InvalidField("mode", f"expected `enforce` or `observe`, got `{mode}`")
         self.ledger = ledger
-        self._journal = Journal(ledger, component=component, clock=clock)
+        self._journal = Journal(ledger, component=component, clock=clock, modes=write_modes, spool=spool)
         self._hooks = HookChain(hooks, deadline=deadline)
         self._mode: Mode = mode
         self._check_after = check_after
         self._new_id = new_id
         #: Admissions that may be recorded though their callers were told that the ledger is away.
         self._unanswered: set[str] = set()
+        self._leases = Leases()
         self._tokens = float(ATTEMPTED_BURST)
         self._refilled = time.monotonic()
 
@@ -98,6 +107,10 @@ class AdmissionController:
     def counters(self) -> Counter[str]:
         """What was counted in this process: admitted, denied, replayed, ungranted, attempted_dropped, ..."""
         return self._journal.counters
+
+    def conservation(self) -> Conservation:
+        """What became of the events that this process acknowledged: emitted = stored + dropped + pending."""
+        return self._journal.conservation()
 
     @classmethod
     def open(cls, url: str, **options: Any) -> Self:
@@ -149,7 +162,13 @@ class AdmissionController:
             outcome = lifecycle.Held(outcome.code, outcome.message, key=sealed.envelope.id)
             key = key_digest(ask.subject, ask.operation, sealed.envelope.id)
         facts: list[EventData] = [
-            lifecycle.Sealed(sealed.digest, sealed.request_digest, key, sealed.redacted),
+            lifecycle.Sealed(
+                sealed.digest,
+                sealed.request_digest,
+                key,
+                sealed.redacted,
+                self._journal.mode(sealed.envelope, key).window_ms,
+            ),
             *verdicts,
             outcome,
             *(hook_rules.limits(verdicts) if isinstance(outcome, lifecycle.Admitted) else ()),
@@ -182,7 +201,8 @@ class AdmissionController:
 
         `probers` maps an owner's name to what asks it. A bound execution is asked after when its `check_by` has come,
         when the process that last recorded it is gone, or when `everything` is to be asked. An unbound one belongs to
-        the process that admitted it. What cannot be found out is *unknown* and stays as it is.
+        the process that admitted it, whose lease is watched from one round to the next where the process cannot be
+        looked at from here. What cannot be found out is *unknown* and stays as it is.
         """
         for id in list(self._unanswered):
             # Claimed by taking it out: a retry that comes meanwhile does not take it up as well.
@@ -192,19 +212,20 @@ class AdmissionController:
                     self._unanswered.add(id)
         await self._settle()
         result = Reconciliation()
-        silent: set[str] = set()
+        silent, leased = set[str](), set[str]()
         for id in await self._journal.call(self.ledger.unfinished):
             record = await self.read(id)
             # It may have ended since it was listed.
             if record.state == "held" or not record.is_open:
                 continue
-            liveness = await self._liveness(record, probers, everything, silent)
+            liveness = await self._liveness(record, probers, everything, silent, leased)
             if liveness is None:
                 result.waiting += 1
                 continue
             if liveness.status == "gone" and not await self._abandon(record, liveness.evidence, by):
                 liveness = Liveness.unknown("it changed while it was asked after")
             result.found.append((id, liveness))
+        self._leases.keep(leased)
         return result
 
     async def attempted(
@@ -243,19 +264,25 @@ class AdmissionController:
 
     async def aclose(self) -> None:
         """Let go of the ledger; a later call opens it again."""
-        await self._journal.call(self.ledger.close)
+        await self._journal.call(self._journal.close)
 
     # Steps
 
     async def _linked(self, ask: Ask) -> Ask:
         """The ask with its links resolved to envelope ids, each of the asking tenant."""
         changes: dict[str, Any] = {}
+        if ask.part_of is ask.runs_on is ask.supersedes is None:
+            return ask
         for link in ("part_of", "runs_on", "supersedes"):
             reference = getattr(ask, link)
             if reference is None:
                 continue
             try:
                 linked = await self.read(reference)
+            except Exported:
+                # Whose it was is not known any more: it is said not to exist, as another tenant's.
+                problem = f"expected an envelope, none has the id {shown(reference, 200)}"
+                raise InvalidField(f"correlation.{link}", problem) from None
             except NotFound as error:
                 raise InvalidField(f"correlation.{link}", str(error)) from error
             # Another tenant's envelope is said not to exist: a link must not tell what others run.
@@ -275,14 +302,21 @@ class AdmissionController:
                 "expected the request that this idempotency key came with first, got another one",
                 envelope_id=first.envelope,
             )
-        record = await self.read(first.envelope)
+        try:
+            record = await self.read(first.envelope)
+        except Exported as exported:
+            self.counters["key_conflicts"] += 1
+            raise KeyConflict(
+                f"expected a new idempotency key, this one belongs to a request of old: {exported}",
+                envelope_id=first.envelope,
+            ) from exported
         unanswered = record.id in self._unanswered
         self._unanswered.discard(record.id)
         if record.state == "held":
             return await self._decide_again(sealed, record)
         if record.state == "denied":
             self._answer(record, record.verdicts)
-        if unanswered and record.state == "admitted" and record.bound is None:
+        if unanswered and record.state == "admitted" and record.bound is None and self._is_ours(record):
             # Its caller was told that nothing was started, and has come again: the retry takes it up.
             return self._answer(record, record.verdicts)
         if record.is_open and record.bound is None:
@@ -305,9 +339,15 @@ class AdmissionController:
             raise
         except LedgerUnavailable:
             # The answer may have been lost and not the commit. The caller may come again with the same key.
-            if sealed is not None and any(isinstance(fact, lifecycle.Admitted) for fact in facts):
+            if any(isinstance(fact, lifecycle.Admitted) for fact in facts):
                 self._unanswered.add(record.id)
             raise
+
+    def _is_ours(self, record: Record) -> bool:
+        """Whether an admission that nobody could be told of is the one that we tried to record: one that was held may
+        have been taken up by another process."""
+        held = any(isinstance(event.data, lifecycle.Held) for event in record.events)
+        return not held or bool(self._journal.stood(record))
 
     async def _end_unanswered(self, id: str) -> bool:
         """End what was admitted here and told to nobody. False when the ledger is away: to be tried again."""
@@ -317,7 +357,7 @@ class AdmissionController:
             return True
         except LedgerUnavailable:
             return False
-        if record.state == "admitted" and record.bound is None:
+        if record.state == "admitted" and record.bound is None and self._is_ours(record):
             await self._handle(record, by=self.component).leave(cancelled="nobody could be told that it was admitted")
         return True
 
@@ -370,7 +410,8 @@ class AdmissionController:
         """Hand over the admission, or raise what was decided."""
         self.counters[record.state] += 1
         reasons = hook_rules.reasons(verdicts)
-        for fact in (event.data for event in reversed(record.events)):
+        for event in reversed(record.events):
+            fact = event.data
             if isinstance(fact, lifecycle.Denied):
                 raise Denied(
                     fact.message or fact.code, envelope_id=record.id, reasons=reasons, retryable=fact.retryable
@@ -384,17 +425,23 @@ class AdmissionController:
         return self._handle(record, by=self.component)
 
     async def _liveness(
-        self, record: Record, probers: Mapping[str, Prober], everything: bool, silent: set[str]
+        self, record: Record, probers: Mapping[str, Prober], everything: bool, silent: set[str], leased: set[str]
     ) -> Liveness | None:
         """What is known of an open execution's owner; None when it is not time to ask.
 
-        An owner that did not answer is asked no more in this round: `silent` holds those.
+        An owner that did not answer is asked no more in this round: `silent` holds those. `leased` takes the chains
+        whose leases were looked at.
         """
         bound = record.bound
-        process = await self._writer(record, admitting=bound is None)
+        chain, process = await self._writer(record, admitting=bound is None)
         alive = None if process is None else process.alive()
         if bound is None:
-            return of_process(process, alive)
+            if process is not None and alive is not None:
+                return of_process(process, alive)
+            if chain is None:
+                return Liveness.unknown("the chain that its admission is in is not there")
+            leased.add(chain)
+            return self._leases.liveness(chain, await self._journal.call(self.ledger.lease, chain), process)
         if not everything and alive is not False and timestamp(self._journal.now()) < bound.check_by:
             return None
         prober = probers.get(bound.owner)
@@ -404,13 +451,13 @@ class AdmissionController:
             return Liveness.unknown(f"owner {bound.owner} did not answer before in this round")
         return await ask_owner(prober, record, silent)
 
-    async def _writer(self, record: Record, *, admitting: bool) -> Process | None:
-        """The process that admitted the envelope, or the one that recorded its newest event."""
+    async def _writer(self, record: Record, *, admitting: bool) -> tuple[str | None, Process | None]:
+        """The chain and the process that admitted the envelope, or those that recorded its newest event."""
         event = record.events[-1]
         if admitting:
             event = next(e for e in record.events if isinstance(e.data, lifecycle.Admitted))
         chain = await self._journal.call(self.ledger.chain_of, record.id, event.sequence)
-        return None if chain is None else await self._journal.call(self.ledger.writer, chain)
+        return chain, None if chain is None else await self._journal.call(self.ledger.writer, chain)
 
     async def _abandon(self, seen: Record, evidence: str, by: str) -> bool:
         """End it, unless anything was recorded since it was looked at."""

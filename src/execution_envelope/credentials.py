@@ -100,6 +100,24 @@ _SIGNS: Final[Mapping[str, tuple[str, ...]]] = {
     "telegram": (":",),
     "url-password": ("://",),
 }
+#: `suspicious` looks for these before any sign. Most formats begin with a word that has no letter or digit beside it,
+#: so that one set of words, folded to lower case, stands for all of them; the rest have a part that is as telling.
+_WORDS: Final = frozenset(
+    b"""begin redacted bearer basic secret slack pat ghp gho ghu ghs ghr glpat gldt glrt glptt gloas glsoat glcbt glimt
+    glagent sk rk hf ya29 gocspx xoxa xoxb xoxe xoxo xoxp xoxr xoxs xapp npm pypi nvapi sg hvs hvb hvr kz gsk r8 xai
+    pplx pcsk lsv2 dckr""".split()
+)
+_FOLDED: Final = bytes(ord(chr(n).lower()) if n < 128 and chr(n).isalnum() else ord(" ") for n in range(256))
+#: Letters that `(?i:basic)` and `(?i:bearer)` take for one of theirs.
+_ODD_LETTERS: Final = re.compile("[\u0130\u0131\u017f]")
+_URL_PASSWORD: Final = re.compile(r"://[^\s/@\"']+@")
+_ESCAPES: Final = re.compile(r"\\(?:u[0-9a-fA-F]{4}|.)")
+_BOT: Final = re.compile(r"[0-9]{6}:")
+_BOT_RUN: Final = "a" * 6 + ":"
+#: Formats whose sign is often part of an ordinary word have at least so many letters and digits in a row.
+_RUN: Final = "a" * 20
+_RUNS: Final = bytes(ord("a") if n < 128 and chr(n).isalnum() else n if n < 128 else ord(" ") for n in range(256))
+_RUN_SIGNS: Final = ("AKIA", "ASIA", "ABIA", "ACCA", "dapi", "api_org_", "_v1_")
 #: In these formats the secret comes after a name or a word, up to this.
 _NAMED: Final = frozenset({"authorization", "aws-secret-key", "url-password"})
 _AFTER_NAME: Final = re.compile(r"[:=\s]+[\"']?")
@@ -121,6 +139,38 @@ def marker(format_name: str) -> str:
     return f"{_MARKED}{format_name}]"
 
 
+def suspicious(text: str) -> bool:
+    """Whether a credential, or the marker of one, may be in `text` or in any line of it. False is certain.
+
+    Much faster than looking for every sign: most texts are ordinary, and an ask is looked through as a whole.
+    """
+    data = text.encode("utf-8", "replace")
+    return (
+        not _WORDS.isdisjoint(data.translate(_FOLDED).split())
+        or "eyJ" in text
+        or "AIza" in text
+        or "Key=" in text
+        or ("://" in text and _URL_PASSWORD.search(text) is not None)
+        or _suspicious_run(data.translate(_RUNS).decode("ascii"), text)
+        or (not text.isascii() and _ODD_LETTERS.search(text) is not None)
+    )
+
+
+def _suspicious_run(runs: str, text: str) -> bool:
+    if _BOT_RUN in runs and _BOT.search(text):
+        return True
+    return _RUN in runs and any(sign in text for sign in _RUN_SIGNS)
+
+
+def clean(texts: Iterable[str]) -> bool:
+    """Whether certainly no text is one that `redact` changes or names, be it a text itself or one in JSON text."""
+    whole = "\n".join(texts)
+    if "\\" not in whole:
+        return not suspicious(whole) or not contains(whole)
+    # What JSON escapes stands between words: as it is written it would hide where one of them begins.
+    return not suspicious(whole) and not suspicious(_ESCAPES.sub(" ", whole))
+
+
 def contains(text: str) -> bool:
     """Whether a credential in a documented format, or the marker of one, occurs in `text`."""
     return _MARKED in text or any(_PATTERNS[name].search(text) for name in _possible(text))
@@ -135,9 +185,10 @@ def redact_text(text: str) -> str:
 
 def _possible(text: str) -> list[str]:
     """The formats that may occur in `text`. Whole headers first, so that their inner part is not left over."""
+    if not suspicious(text):
+        return []
     lower = text.lower()
     headers = ["authorization"] if "bearer" in lower or "basic" in lower else []
-    # Flat, and no generator: this runs over every text of every request.
     return headers + list(dict.fromkeys([name for sign, name in _EACH_SIGN if sign in text]))
 
 
@@ -195,28 +246,28 @@ def invalid(field: str, message: str) -> InvalidField:
 
 def mapped(values: Any, path: str, most: int = NO_LIMIT) -> Mapping[Any, Any]:
     """`values` when it is a mapping of at most so many entries. Raises `InvalidField`."""
-    if not isinstance(values, Mapping):
+    if type(values) is not dict and not isinstance(values, Mapping):
         raise invalid(path, f"expected a mapping, got {shown(values)}")
-    return cast(Mapping[Any, Any], _few(values, path, most))
+    if len(values) > most:
+        raise invalid(path, f"expected at most {most} entries, got {len(values)}")
+    return values
 
 
 def listed(values: Any, path: str, most: int = NO_LIMIT) -> Collection[Any]:
     """`values` when it is a list of at most so many entries, and not one text in its place. Raises `InvalidField`."""
-    if not isinstance(values, Collection) or isinstance(values, str | bytes | bytearray | Mapping):
+    if type(values) not in (list, tuple) and (
+        not isinstance(values, Collection) or isinstance(values, str | bytes | bytearray | Mapping)
+    ):
         raise invalid(path, f"expected a list, got {shown(values)}")
-    return cast(Collection[Any], _few(values, path, most))
+    if len(values) > most:
+        raise invalid(path, f"expected at most {most} entries, got {len(values)}")
+    return cast(Collection[Any], values)
 
 
 def group(values: Any, size: int, path: str) -> Sequence[Any]:
     """`values` when it is a tuple or list of this size. Raises `InvalidField`."""
     if not isinstance(values, tuple | list) or len(values) != size:
         raise invalid(path, f"expected {size} values together, got {shown(values)}")
-    return values
-
-
-def _few(values: Any, path: str, most: int) -> Any:
-    if len(values) > most:
-        raise invalid(path, f"expected at most {most} entries, got {len(values)}")
     return values
 
 
@@ -300,6 +351,12 @@ def _remove(value: Any, steps: Sequence[str], path: str, found: Callable[[str, A
     if not steps:
         found(path, value)
         return marker("field")
+    if value is None:
+        return None
+    if type(value) is dict and steps[0] != "*":
+        named = _named(value, steps[0])
+        changed = {key: _removed(value[key], str(key), steps, f"{path}.{key}".lstrip("."), found) for key in named}
+        return value | changed if changed else value
     if isinstance(value, Mapping):
         return {key: _removed(item, str(key), steps, f"{path}.{key}".lstrip("."), found) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -307,8 +364,21 @@ def _remove(value: Any, steps: Sequence[str], path: str, found: Callable[[str, A
     return value
 
 
+def _named(value: dict[Any, Any], step: str) -> Collection[Any]:
+    """The keys that a path which starts with `step` can mean: a body has many others."""
+    try:
+        dotted = "." in "".join(value)
+    except TypeError:
+        dotted = True
+    if dotted:
+        return [key for key in value if not isinstance(key, str) or key.startswith(step)]
+    return (step,) if step in value else ()
+
+
 def _removed(item: Any, key: str, steps: Sequence[str], path: str, found: Callable[[str, Any], None]) -> Any:
     """`item` without what `steps` name. A key may hold dots itself, as the names of facets do."""
+    if key == steps[0]:
+        return _remove(item, steps[1:], path, found)
     names = key.split(".")
     if len(names) <= len(steps) and all(step in ("*", name) for step, name in zip(steps, names, strict=False)):
         item = _remove(item, steps[len(names) :], path, found)

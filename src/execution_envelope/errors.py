@@ -15,11 +15,14 @@
     ├── IllegalTransition   the lifecycle has no such step; nothing was recorded
     ├── ReadOnly            a replayed admission was written to; nothing was recorded
     ├── ReferenceTaken      the reference leads to another envelope; link with `supersedes`
+    ├── Damaged             the rows of an envelope were changed and cannot be read any more
     └── NotFound            no envelope has this id or reference
+        └── Exported        its entries were exported and dropped; names the segments and their manifests
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -150,3 +153,26 @@ class ReferenceTaken(EnvelopeError):
 
 class NotFound(EnvelopeError, LookupError):
     """No envelope has this id, or no envelope is bound to this reference."""
+
+
+class Exported(NotFound):
+    """The envelope has ended, and entries of it were exported and dropped from the ledger: it can be read from there.
+
+    `envelope_id` names it; `segments` are (number, name of the manifest) of where it is, or where its id has to be.
+    """
+
+    def __init__(self, envelope: str, segments: Sequence[tuple[int, str]]) -> None:
+        where = ", ".join(f"segment {number} (`{name}`)" for number, name in segments)
+        super().__init__(f"expected envelope {envelope} in the ledger, it was exported with {where}")
+        self.envelope_id = envelope
+        self.segments = tuple(segments)
+
+
+class Damaged(EnvelopeError):
+    """The rows of an envelope were changed in the database, and cannot be read any more. `envelope_id` names it."""
+
+    def __init__(self, envelope: str) -> None:
+        super().__init__(
+            f"expected a readable record of envelope {envelope}, its rows were changed: run `envelope verify`"
+        )
+        self.envelope_id = envelope

@@ -138,6 +138,8 @@ class HookChain:
 
     async def decide(self, envelope: Envelope) -> list[Verdict]:
         """Ask every decider that covers the kind, within one deadline in seconds for all of them together."""
+        if not self._hooks:
+            return []
         kind = envelope.execution.kind
         covering = [hook for hook in self._hooks if hook.kinds is None or kind in hook.kinds]
         verdicts = []
@@ -237,15 +239,17 @@ def combine(verdicts: Sequence[Verdict], *, mode: Mode = "enforce") -> Admitted 
 
 
 def _combined(verdicts: Sequence[Verdict]) -> Admitted | Denied | Held:
+    if not verdicts:
+        return Admitted(undecided=True)
     denials = [verdict for verdict in verdicts if verdict.decision == "deny"]
     if denials:
         return Denied(denials[0].code or "policy", denials[0].message or "", all(v.retryable for v in denials))
     holds = [verdict for verdict in verdicts if verdict.decision == "hold"]
     if holds:
         return Held(holds[0].code or "approval_required", holds[0].message or "")
-    if verdicts and all(verdict.decision == "abstain" for verdict in verdicts):
+    if all(verdict.decision == "abstain" for verdict in verdicts):
         return Denied("undecidable", "every decider that covers this kind abstained")
-    return Admitted(undecided=not verdicts)
+    return Admitted()
 
 
 def limits(verdicts: Sequence[Verdict]) -> list[Limit]:

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import threading
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
-from typing import Any, Final, TypeVar, TypeVarTuple
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Final, NamedTuple, TypeVar, TypeVarTuple, cast
 from weakref import WeakValueDictionary
 
 import anyio
+import anyio.lowlevel
 import anyio.to_thread
-from anyio.lowlevel import RunVar
+from anyio.lowlevel import RunVar, current_token
 
 from execution_envelope.credentials import shown
-from execution_envelope.envelope import SealedEnvelope, decode, timestamp
+from execution_envelope.envelope import KINDS, Envelope, SealedEnvelope, timestamp
 from execution_envelope.errors import InvalidField, LedgerUnavailable, NotFound
 from execution_envelope.grant import label
 from execution_envelope.ledger import Ledger
-from execution_envelope.ledger.contract import Commit, Siblings
-from execution_envelope.lifecycle import Event, EventData
+from execution_envelope.ledger.commit import Commit, Siblings
+from execution_envelope.ledger.contract import Conservation
+from execution_envelope.ledger.spool import Spool
+from execution_envelope.ledger.submission import Outcome, Submission
+from execution_envelope.lifecycle import Bound, Event, EventData, Sealed
 from execution_envelope.record import Record, check
 
 T = TypeVar("T")
@@ -41,6 +48,8 @@ COUNTERS: Final[Mapping[str, str]] = {
     "attempted_dropped": "of these, those that were not kept: they came too fast, or the ledger was away",
     "unsealed": "answers below 400 of guarded routes whose request was not admitted",
     "unavailable": "requests that were refused because the ledger was away",
+    "spooled": "writes that went to the spool because the ledger was away",
+    "lost": "relaxed writes that were acknowledged and could not be recorded",
     "unrecorded_exits": "ends that could not be recorded when they came, but when the ledger answered again",
 }
 #: Calls of the ledger under way at once, in threads of their own number, so that a slow ledger takes no thread from
@@ -51,21 +60,83 @@ MAX_WAIT: Final = 5.0
 #: admitted them, to keep them out of later texts.
 MAX_REMEMBERED: Final = 1000
 
+#: How often it is looked, in seconds, whether a write has ended that nobody may leave alone.
+_LOOK_AGAIN: Final = 0.005
+
+#: The longest window of a relaxed write, in milliseconds.
+MAX_WINDOW_MS: Final = 60_000
+
 _turns: RunVar[anyio.CapacityLimiter] = RunVar("execution_envelope.ledger_calls")
+_mailboxes: RunVar[_Mailbox] = RunVar("execution_envelope.mailbox")
+_keepers: RunVar[anyio.Lock] = RunVar("execution_envelope.keepers")
 _parents: RunVar[WeakValueDictionary[str, anyio.Lock]] = RunVar("execution_envelope.parents")
 
 
-class Journal:
-    """Reads and writes records. `component` is the backend's name, `counters` what is counted in this process."""
+class WriteMode(NamedTuple):
+    """When a fact is acknowledged. ``strict``: after the disk. ``relaxed:50``: at once, to be on disk within 50 ms.
+    ``spool``: after the disk, and while the ledger is away after the spool's disk."""
 
-    def __init__(self, ledger: Ledger, *, component: str, clock: Callable[[], datetime]) -> None:
+    window_ms: int | None = None
+    spooled: bool = False
+
+    @classmethod
+    def parse(cls, text: str, field: str) -> WriteMode:
+        """Raises `InvalidField`."""
+        name, _, window = text.partition(":")
+        if name == "relaxed" and window.isascii() and window.isdecimal() and 1 <= int(window) <= MAX_WINDOW_MS:
+            return cls(window_ms=int(window))
+        if text in ("strict", "spool"):
+            return cls(spooled=text == "spool")
+        problem = f"expected `strict`, `relaxed:` and 1 to {MAX_WINDOW_MS} milliseconds, or `spool`, got {shown(text)}"
+        raise InvalidField(field, problem)
+
+
+STRICT: Final = WriteMode()
+
+
+class Journal:
+    """Reads and writes records. `component` is the backend's name, `counters` what is counted in this process.
+
+    `modes` says for each kind how it is written; a kind that is not named, and an envelope with an idempotency key, is
+    strict. `spool` is where facts of the kinds in mode *spool* go while the ledger is away.
+    """
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        *,
+        component: str,
+        clock: Callable[[], datetime],
+        modes: Mapping[str, str] | None = None,
+        spool: str | Path | None = None,
+    ) -> None:
         self.ledger = ledger
+        self._modes = {kind: WriteMode.parse(mode, f"write_modes.{kind}") for kind, mode in (modes or {}).items()}
+        for kind in self._modes.keys() - set(KINDS):
+            raise InvalidField("write_modes", f"expected kinds of {', '.join(KINDS)}, got {shown(kind)}")
+        if any(mode.spooled for mode in self._modes.values()) and spool is None:
+            raise InvalidField("spool", "expected a path for the mode `spool`, got none")
+        self._spool = None if spool is None else Spool(spool, ledger, clock=clock)
+        if self._spool is not None:
+            self._spool.recover()
+        #: Records in mode *spool* as this process recorded them: those of which something is in the spool, and the
+        #: newest of others, which are gone on with while the ledger is away.
+        self._known: dict[str, Record] = {}
+        #: "kind:reference" -> the one of these that was bound to it last.
+        self._names: dict[str, str] = {}
         self.component = component
         self.counters: Counter[str] = Counter()
         #: Envelopes whose end could not be recorded: id -> what `Admission.leave` was told.
         self.unsettled: dict[str, dict[str, Any]] = {}
+        #: Events of writes that failed: id -> those that may be stored all the same, because only the answer was lost.
+        self._unsure: dict[str, list[Event]] = {}
         self._clock = clock
         self._removed: dict[str, frozenset[str]] = {}
+
+    @property
+    def inline(self) -> bool:
+        """Whether reading and writing wait for nothing, so that nobody comes between, nor can it be cancelled."""
+        return self.ledger.inline
 
     def now(self) -> datetime:
         return self._clock().astimezone(UTC)
@@ -73,10 +144,19 @@ class Journal:
     async def read(self, *reference: str) -> Record:
         """The record with this id, ``"kind:reference"`` or ``"kind", "reference"``. Raises `NotFound`."""
         name = ":".join(reference)
-        stored = await self.call(self.ledger.read, await self._resolve(name))
+        known = self._known.get(self._names.get(name, name))
+        if known is not None and self._spool is not None and self._spool.holds(known.id):
+            return Record(known.envelope, known.events)
+        try:
+            stored = await self.call(self.ledger.read, await self._resolve(name))
+        except LedgerUnavailable as error:
+            if known is None or not error.retryable:
+                raise
+            # What others recorded meanwhile is not in it: a fact that follows on it is drained behind that.
+            return Record(known.envelope, known.events)
         if stored is None:
             raise NotFound(f"expected an envelope, none has the id {shown(name, 200)}")
-        return Record(decode(stored.body), stored.events)
+        return stored.record()
 
     async def write(
         self,
@@ -91,7 +171,9 @@ class Journal:
         `sealed` and `siblings` belong to the first. Raises `IllegalTransition`, and what `Ledger.commit` raises;
         nothing is recorded then.
         """
-        by, at = label(by), timestamp(self.now())
+        if self._spool is not None:
+            self._spool.recover()  # in a forked child, or after `close`
+        by, at = _label(by) if type(by) is str else label(by), timestamp(self.now())
         if sealed is not None and sealed.removed:
             self._remember(sealed)
         commits = []
@@ -101,13 +183,144 @@ class Journal:
             sealed = siblings = None
         landed: list[list[list[Event]]] = []
         try:
-            await self.call(lambda: landed.append(self.ledger.commit(*commits)))
+            await self._commit(writes[0][0], commits, landed)
+        except LedgerUnavailable:
+            self._unsure |= {commit.envelope: commit.events() for commit in commits}
+            while len(self._unsure) > MAX_REMEMBERED:
+                del self._unsure[next(iter(self._unsure))]
+            raise
+        else:
+            for commit in commits:
+                self._unsure.pop(commit.envelope, None)
         finally:
             # Also when the caller was cancelled meanwhile: the records at hand say what was recorded.
             for groups in landed:
                 for (record, _), events in zip(writes, groups, strict=True):
                     for event in events:
                         record.apply(event)
+                    if self._spool is not None and self._is_spooled(record):
+                        self._remember_spooled(self._spool, record)
+
+    def unsure(self, id: str) -> bool:
+        """Whether the last write of this envelope failed, and may be stored all the same."""
+        return id in self._unsure
+
+    def stood(self, record: Record) -> list[EventData]:
+        """What that write recorded, by a record that was read since: nothing, or all of it."""
+        events = self._unsure.pop(record.id, [])
+        first = events[0].sequence if events else 0
+        return [event.data for event in events] if record.events[first : first + len(events)] == events else []
+
+    def mode(self, envelope: Envelope, key: str | None) -> WriteMode:
+        """How facts of this envelope are written; `key` is the digest of its idempotency key."""
+        return STRICT if key is not None else self._modes.get(envelope.execution.kind, STRICT)
+
+    def conservation(self) -> Conservation:
+        """What became of the events that this process acknowledged: emitted = stored + dropped + pending.
+
+        What waits in the spool is pending; what the ledger refused when it was drained is dropped, and kept there.
+        """
+        if self._spool is None:
+            return self.ledger.conservation()
+        # First: what is drained between the two is counted twice for a moment, and never not at all.
+        waiting, refused, before = self._spool.counts()
+        counts = self.ledger.conservation()
+        return Conservation(
+            counts.emitted + waiting + refused + before, counts.stored + before, counts.dropped + refused
+        )
+
+    def close(self) -> None:
+        """Store what is pending, and let go of ledger and spool."""
+        if self._spool is not None:
+            self._spool.close()
+        self.ledger.close()
+
+    def _mode(self, record: Record, commits: Sequence[Commit]) -> WriteMode:
+        """The mode of a write; of several envelopes, and where the ledger has to check more than the order, strict."""
+        if not self._modes or len(commits) > 1 or commits[0].siblings is not None:
+            return STRICT
+        facts = commits[0].facts
+        sealed = next((fact for fact in (*facts[:1], *_first(record)) if isinstance(fact, Sealed)), None)
+        mode = self.mode(record.envelope, None if sealed is None else sealed.key)
+        if mode.window_ms is not None and any(isinstance(fact, Bound) for fact in facts):
+            return STRICT
+        return mode
+
+    async def _commit(self, record: Record, commits: Sequence[Commit], landed: list[list[list[Event]]]) -> None:
+        """Acknowledge as the mode says; what is recorded comes into `landed`, also when the caller is cancelled."""
+        if self.inline:
+            landed.append(self.ledger.commit(*commits))
+            return
+        mode = self._mode(record, commits)
+        if mode.window_ms is not None:
+            await anyio.lowlevel.checkpoint()  # where others get a turn, since nothing else is waited for
+            try:
+                self.ledger.submit(Submission(commits, self._heard, mode.window_ms / 1000))
+            except LedgerUnavailable:
+                # It does not keep up: whoever comes now has to wait, as one who is strict.
+                await self._stored(commits, landed)
+            else:
+                landed.append([commit.events() for commit in commits])
+            return
+        held = self._spool is not None and any(self._spool.holds(commit.envelope) for commit in commits)
+        if self._spool is None or not (mode.spooled or held):
+            await self._stored(commits, landed)
+        elif not mode.spooled:
+            problem = "expected the ledger to know these envelopes, what came before on one waits in the spool"
+            raise LedgerUnavailable(problem, envelope_id=record.id)
+        elif held or self._spool.away:
+            await self._keep(self._spool, commits, landed)
+        else:
+            try:
+                await self._stored(commits, landed)
+            except LedgerUnavailable as error:
+                if not error.retryable:
+                    raise
+                self._spool.away = True
+                await self._keep(self._spool, commits, landed)
+
+    async def _keep(self, spool: Spool, commits: Sequence[Commit], landed: list[list[list[Event]]]) -> None:
+        def keep() -> None:
+            spool.append(commits)
+            landed.append([commit.events() for commit in commits])
+            self.counters["spooled"] += 1
+
+        # Not in the turns of calls to the ledger: those may all be waiting for it.
+        async with _keeping():
+            await _in_thread(keep)
+
+    def _heard(self, outcome: Outcome) -> None:
+        """What became of a relaxed write; in the ledger's thread."""
+        if isinstance(outcome, Exception):
+            self.counters["lost"] += 1
+
+    async def _stored(self, commits: Sequence[Commit], landed: list[list[list[Event]]]) -> None:
+        """Submit and wait. A submission that has begun is waited for even when the caller is cancelled, by whatever
+        means: nobody may believe that nothing was recorded while it still is."""
+        mailbox, outcomes = _mailbox(), list[Outcome]()
+        told = mailbox.event()
+
+        def hear(outcome: Outcome) -> None:
+            outcomes.append(outcome)
+            mailbox.post(told)
+
+        submission = Submission(commits, hear)
+        self.ledger.submit(submission)
+        try:
+            await mailbox.wait(told, MAX_WAIT)
+        except anyio.get_cancelled_exc_class():
+            if not submission.claim():
+                await _shielded(outcomes)
+                landed += [outcome for outcome in outcomes if not isinstance(outcome, Exception)]
+            raise
+        if not outcomes:
+            if submission.claim():
+                raise LedgerUnavailable(f"expected the ledger to answer within {MAX_WAIT:g} s")
+            await _shielded(outcomes)
+        [outcome] = outcomes
+        if isinstance(outcome, Exception):
+            raise outcome
+        landed.append(outcome)
 
     def removed(self, id: str) -> frozenset[str]:
         """The values that were taken out of this envelope's request as secret, as far as this process remembers."""
@@ -120,6 +333,19 @@ class Journal:
         if len(self._removed) >= MAX_REMEMBERED:
             self._removed.pop(next(iter(self._removed)))
         self._removed[sealed.envelope.id] = sealed.removed
+
+    def _is_spooled(self, record: Record) -> bool:
+        sealed = next((fact for fact in _first(record) if isinstance(fact, Sealed)), None)
+        return self.mode(record.envelope, None if sealed is None else sealed.key).spooled
+
+    def _remember_spooled(self, spool: Spool, record: Record) -> None:
+        if len(self._known) >= 2 * (MAX_REMEMBERED + spool.holding):
+            newest = set(list(self._known)[-MAX_REMEMBERED:])
+            self._known = {id: known for id, known in self._known.items() if id in newest or spool.holds(id)}
+            self._names = {name: id for name, id in self._names.items() if id in self._known}
+        self._known.pop(record.id, None)  # last used, last forgotten
+        self._known[record.id] = record
+        self._names |= {f"{kind}:{name}": record.id for kind, name in record.references.items()}
 
     def turn_of(self, parent: str) -> anyio.Lock:
         """Children of one parent are granted one after the other in this process: together they would only collide."""
@@ -162,12 +388,89 @@ class Journal:
         return found
 
 
+def _keeping() -> anyio.Lock:
+    """One after the other: the spool's disk writes one at a time anyway."""
+    try:
+        return _keepers.get()
+    except LookupError:
+        _keepers.set(anyio.Lock())
+        return _keepers.get()
+
+
 def _limiter() -> anyio.CapacityLimiter:
     try:
         return _turns.get()
     except LookupError:
         _turns.set(anyio.CapacityLimiter(MAX_CALLS))
         return _turns.get()
+
+
+class _Mailbox:
+    """Wakes tasks of one event loop from other threads: once for all that were told meanwhile."""
+
+    def __init__(self) -> None:
+        token: Any = current_token()
+        native = getattr(token, "native_token", token)
+        # asyncio's loop, or trio's token.
+        self._soon: Callable[..., Any] = getattr(native, "call_soon_threadsafe", None) or native.run_sync_soon
+        self._later: Callable[..., Any] | None = getattr(native, "call_later", None)
+        #: Makes an event of this loop, without asking each time which loop that is.
+        self.event: type[anyio.Event] = type(anyio.Event())
+        self._told: deque[anyio.Event] = deque()
+        self._called = False
+
+    def post(self, told: anyio.Event) -> None:
+        """From any thread; in vain when the loop is gone."""
+        self._told.append(told)
+        if not self._called:
+            self._called = True
+            with suppress(RuntimeError):
+                self._soon(self._deliver)
+
+    async def wait(self, told: anyio.Event, seconds: float) -> None:
+        """Until it is told, or for so long."""
+        if self._later is None:
+            with anyio.move_on_after(seconds):
+                await told.wait()
+            return
+        # What AnyIO's deadlines are made of, at a tenth of their price: every write waits here.
+        expiry = self._later(seconds, told.set)
+        try:
+            await told.wait()
+        finally:
+            expiry.cancel()
+
+    def _deliver(self) -> None:
+        # First: whoever posts from now on calls once more.
+        self._called = False
+        while self._told:
+            self._told.popleft().set()
+
+
+def _mailbox() -> _Mailbox:
+    try:
+        return _mailboxes.get()
+    except LookupError:
+        _mailboxes.set(_Mailbox())
+        return _mailboxes.get()
+
+
+#: Names are few, and each is looked through for credentials.
+_label: Final = lru_cache(maxsize=256)(cast("Callable[[str], str]", label))
+
+
+def _first(record: Record) -> Sequence[EventData]:
+    return [record.events[0].data] if record.events else []
+
+
+async def _shielded(outcomes: Sequence[Outcome]) -> None:
+    """Wait for one, however often the caller is cancelled; the store bounds how long that takes."""
+    while not outcomes:
+        try:
+            with anyio.CancelScope(shield=True):
+                await anyio.sleep(_LOOK_AGAIN)
+        except anyio.get_cancelled_exc_class():
+            continue
 
 
 async def _in_thread(call: Callable[[], T]) -> T:

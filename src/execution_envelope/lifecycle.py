@@ -6,7 +6,7 @@ The table is data. The code below, the documentation and the state-machine tests
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Final, Literal, TypeAlias, get_args
+from typing import Any, ClassVar, Final, Literal, TypeAlias, get_args
 
 import msgspec
 
@@ -72,24 +72,27 @@ class Candidate(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class _Data(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True, tag_field="type"):
-    """What an event says. The tag is its type."""
+    """What an event says. The tag is its type: the name of the class in lower case."""
 
-    @property
-    def type(self) -> str:
-        return str(self.__struct_config__.tag)
+    type: ClassVar[str]
+
+    def __init_subclass__(cls) -> None:
+        cls.type = cls.__name__.lower()
 
 
 class Sealed(_Data, frozen=True, tag="sealed"):
     """The envelope was sealed: its digest, and the paths at which a credential was taken out.
 
     `request` is the digest of execution, scope and requested. `key` is the digest of the idempotency key in its scope
-    (tenant, subject, operation), None without one.
+    (tenant, subject, operation), None without one. With `window_ms` the envelope and its events were acknowledged
+    before they were stored, which was to follow within so many milliseconds: what a crash may have lost.
     """
 
     digest: str
     request: str
     key: str | None = None
     redacted: tuple[str, ...] = ()
+    window_ms: int | None = None
 
 
 class Verdict(_Data, frozen=True, tag="verdict"):
@@ -300,9 +303,10 @@ class Event(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 def next_state(state: str, data: EventData) -> str | None:
     """The state after `data`, or None when the table has no such step."""
-    if data.type in TRANSITIONS[state]:
-        return data.type
-    return state if data.type in NOTES[state] else None
+    type = data.type
+    if type in TRANSITIONS[state]:
+        return type
+    return state if type in NOTES[state] else None
 
 
 def legal_from(state: str) -> list[str]:

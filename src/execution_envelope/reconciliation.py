@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+import time
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass, field
 from typing import Final, Literal, TypeAlias
 
@@ -13,6 +14,8 @@ from execution_envelope.record import Record
 
 #: How long an owner may take to answer, in seconds. No answer is *unknown*, never *gone*.
 PROBE_TIMEOUT: Final = 10.0
+#: How long a lease may go without being renewed, in seconds; ledgers renew theirs every 10 s.
+PATIENCE: Final = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +41,39 @@ class Liveness:
         return cls("unknown", evidence)
 
 
+class Leases:
+    """What is seen of the leases of processes that cannot be looked at from here: of other hosts and containers.
+
+    A process counts up its lease every few seconds. One that did not change for `PATIENCE` seconds of this process's
+    own clock has run out: no clock of another host is trusted, nor one that may be set.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._seen: dict[str, tuple[int, float]] = {}
+
+    def liveness(self, chain: str, renewals: int | None, process: Process | None) -> Liveness:
+        """What the lease of a chain says; the first look never says more than *unknown*."""
+        who = "the process that admitted it" if process is None else f"its process, {process},"
+        if renewals is None:
+            return Liveness.unknown(f"{who} ran elsewhere, and has no lease")
+        now = self._clock()
+        before = self._seen.get(chain)
+        if before is None or before[0] != renewals:
+            self._seen[chain] = (renewals, now)
+            if before is None:
+                return Liveness.unknown(f"{who} runs elsewhere; whether it renews its lease is seen the next time")
+            return Liveness.alive(f"{who} renews its lease")
+        silent = now - before[1]
+        if silent < PATIENCE:
+            return Liveness.unknown(f"{who} did not renew its lease for {silent:.0f} s")
+        return Liveness.gone(f"never bound, and {who} did not renew its lease for {silent:.0f} s")
+
+    def keep(self, chains: Collection[str]) -> None:
+        """Forget all others."""
+        self._seen = {chain: seen for chain, seen in self._seen.items() if chain in chains}
+
+
 #: Asks the owner of an execution; may be given any record that names it as owner.
 Prober: TypeAlias = Callable[[Record], Awaitable[Liveness]]
 
@@ -53,10 +89,8 @@ class Reconciliation:
         return [id for id, liveness in self.found if liveness.status == status]
 
 
-def of_process(process: Process | None, alive: bool | None) -> Liveness:
+def of_process(process: Process, alive: bool) -> Liveness:
     """An unbound admission lives as long as the process that admitted it."""
-    if process is None or alive is None:
-        return Liveness.unknown("the process that admitted it ran elsewhere")
     if alive:
         return Liveness.alive(f"its process, {process}, runs")
     return Liveness.gone(f"never bound, and the process that admitted it, {process}, is gone")

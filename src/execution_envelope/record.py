@@ -73,7 +73,7 @@ class Record:
 
     def apply(self, event: Event) -> None:
         """Add an event. Raises `IllegalTransition`; nothing is changed then."""
-        self.state = check(self.state, [event.data])
+        self.state = _after(self.state, event.data)
         self.events.append(event)
         if isinstance(event.data, Granted):
             held = {name: grant for name, grant in self._grants.items() if name not in self._released}
@@ -109,7 +109,10 @@ class Record:
     @property
     def bound(self) -> Bound | None:
         """The newest binding."""
-        return next((e.data for e in reversed(self.events) if isinstance(e.data, Bound)), None)
+        for event in reversed(self.events):
+            if isinstance(event.data, Bound):
+                return event.data
+        return None
 
     @property
     def references(self) -> dict[str, str]:
@@ -232,15 +235,19 @@ def _beside(grants: Mapping[str, T], part: str) -> dict[str, T]:
 def check(state: str, facts: Iterable[EventData]) -> str:
     """The state after `facts`. Raises `IllegalTransition` at the first that the table does not allow."""
     for fact in facts:
-        after = next_state(state, fact)
-        if after is None:
-            raise IllegalTransition(
-                f"expected {', '.join(legal_from(state))} in state {state}, got `{fact.type}`",
-                state=state,
-                event=fact.type,
-            )
-        state = after
+        state = _after(state, fact)
     return state
+
+
+def _after(state: str, fact: EventData) -> str:
+    after = next_state(state, fact)
+    if after is None:
+        raise IllegalTransition(
+            f"expected {', '.join(legal_from(state))} in state {state}, got `{fact.type}`",
+            state=state,
+            event=fact.type,
+        )
+    return after
 
 
 def _used(name: str, parts: Sequence[Sequence[Amount]]) -> Amount:

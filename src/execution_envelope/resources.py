@@ -18,11 +18,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
+from functools import lru_cache
 from typing import Any, Final, Literal, TypeAlias
 
 import msgspec
 
 from execution_envelope.credentials import invalid, shown
+from execution_envelope.errors import InvalidField
 
 Amount: TypeAlias = int | Literal["unknown", "unlimited"]
 Per: TypeAlias = Literal["total", "replica", "device"]
@@ -79,6 +81,9 @@ _BYTES: Final = {
 }
 _MILLIS: Final = {"": 1, "ms": 1, "s": 1000, "m": 60_000, "min": 60_000, "h": 3_600_000, "d": 86_400_000}
 _NUMBER: Final = re.compile(r"([0-9]+(?:\.[0-9]+)?|\.[0-9]+)\s*([A-Za-z/]*)")
+_PARTS: Final = ("amount", "floor", "ceiling", "per")
+#: Of these types, what is equal is the same amount; a float may be -0.0.
+_EXACT: Final = frozenset({int, str, type(None)})
 _EXAMPLE: Final = {
     "milli": "`2`, `0.5` or `500m`",
     "bytes": "`536870912` or `512MiB`",
@@ -141,9 +146,32 @@ def parse_quantity(resource: str, value: Any, *, field: str) -> Quantity:
     if isinstance(value, Quantity):
         value = msgspec.structs.asdict(value)
         value.pop("provenance")
+    return remembered(resource, value) or _quantity(resource, value, field)
+
+
+def remembered(resource: str, value: Any) -> Quantity | None:
+    """What `parse_quantity` reads, when that is quickly known; else None, also for what it refuses."""
+    try:
+        if type(value) is not dict:
+            return _remembered(resource, value, None, None, "total")
+        # In this order, so that what `per_replica` and its like write needs no look at the names.
+        return _remembered(resource, *value.values()) if tuple(value) == _PARTS else None
+    except (InvalidField, TypeError):
+        return None
+
+
+# The same few amounts are written again and again. What is refused is not remembered, so that no text in it stays.
+@lru_cache(maxsize=1024, typed=True)
+def _remembered(resource: str, amount: Any, floor: Any, ceiling: Any, per: Any) -> Quantity:
+    if not _EXACT.issuperset(map(type, (amount, floor, ceiling, per))):
+        raise TypeError("expected values of which equal ones are the same amount")
+    return _quantity(resource, {"amount": amount, "floor": floor, "ceiling": ceiling, "per": per}, "")
+
+
+def _quantity(resource: str, value: Any, field: str) -> Quantity:
     if not isinstance(value, Mapping):
         return Quantity(parse_amount(resource, value, field=field))
-    extra = set(value) - {"amount", "floor", "ceiling", "per"}
+    extra = set(value) - set(_PARTS)
     if extra or "amount" not in value:
         raise invalid(field, "expected `amount` with optional `floor`, `ceiling` and `per`")
     per = value.get("per", "total")

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
 import anyio
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.routing import compile_path
 
 from execution_envelope.admission import Admission
@@ -37,6 +37,8 @@ _FOUND_KEY: Final = "execution_envelope.found"
 #: The response header that names the envelope.
 ENVELOPE_HEADER: Final = "Execution-Envelope"
 REPLAYED_HEADER: Final = "Execution-Envelope-Replayed"
+_ENVELOPE_NAME: Final = ENVELOPE_HEADER.lower().encode()
+_REPLAYED_NAME: Final = REPLAYED_HEADER.lower().encode()
 
 #: What an attempted request is recorded with when the client went away before any answer (nginx writes the same).
 CLIENT_CLOSED_REQUEST: Final = 499
@@ -92,7 +94,7 @@ class RequestSeam:
 
     controller: AdmissionController
     surface: str
-    request_id: str | None
+    headers: Any  # as they arrived
     host: Any = None  # what the framework's integration was installed with
     admission: Admission | None = None
     refusal: Refused | None = None
@@ -129,6 +131,10 @@ class RequestSeam:
         # What sealed nothing may be asked for again, differently.
         self.begun = refusal.envelope_id is not None
         return refusal
+
+    @property
+    def request_id(self) -> str | None:
+        return Headers(raw=list(self.headers)).get("x-request-id")
 
     @property
     def admitted(self) -> bool:
@@ -183,14 +189,11 @@ class EnvelopeMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        path = _route_path(scope)
-        guarded = any(guard.covers(scope["method"], path) for guard in self._guards)
-        seam = RequestSeam(
-            self._controller,
-            f"{scope['method']} {path}",
-            Headers(scope=scope).get("x-request-id"),
-            self._host,
-        )
+        method, path = scope["method"], _route_path(scope)
+        guarded = False
+        for guard in self._guards:
+            guarded = guarded or guard.covers(method, path)
+        seam = RequestSeam(self._controller, f"{method} {path}", scope["headers"], self._host)
         outer = scope.get(SCOPE_KEY)
         if isinstance(outer, RequestSeam):
             outer.inner = seam
@@ -346,6 +349,8 @@ def _described(error: BaseException) -> tuple[str, str]:
 def _route_path(scope: Scope) -> str:
     """The path that the application's routes see: what a server or a mount serves it under is taken off."""
     path, root = str(scope["path"]), str(scope.get("root_path", "")).rstrip("/")
+    if not root:
+        return path
     return path[len(root) :] if path == root or path.startswith(f"{root}/") else path
 
 
@@ -354,18 +359,18 @@ def _promised(scope: Scope, message: Message) -> int | None:
     if scope["method"] == "HEAD" or message["status"] in (204, 304):
         return None
     for name, value in message["headers"]:
-        if name.lower() == b"content-length" and value.isdigit():
+        if len(name) == 14 and name.lower() == b"content-length" and value.isdigit():
             return int(value)
     return None
 
 
 def _is_last(scope: Scope, message: Message) -> bool:
     """Whether the answer is whole with this message. Files may be sent by the server itself (ASGI extensions)."""
-    if message["type"] == "http.response.pathsend":
-        return True
-    if message["type"] == "http.response.start" and scope["method"] == "HEAD":
-        return True  # nobody waits for the body
-    return message["type"] in _BODIES and not message.get("more_body", False)
+    kind = message["type"]
+    if kind in _BODIES:
+        return not message.get("more_body", False)
+    # For the answer to HEAD nobody waits for the body.
+    return bool(kind == "http.response.pathsend" or (kind == "http.response.start" and scope["method"] == "HEAD"))
 
 
 _BODIES: Final = frozenset({"http.response.body", "http.response.zerocopysend"})
@@ -373,19 +378,24 @@ _BODIES: Final = frozenset({"http.response.body", "http.response.zerocopysend"})
 
 def _with_headers(seam: RequestSeam, message: Message) -> Message:
     """The start of the answer with the seam's headers, in a copy: a response object may be used for many requests."""
-    message = {**message, "headers": [(bytes(name), bytes(value)) for name, value in message.get("headers", ())]}
-    headers = MutableHeaders(raw=message["headers"])
+    headers = [(bytes(name), bytes(value)) for name, value in message.get("headers", ())]
     admission, refusal = seam.admission, seam.refusal
     id = admission.id if admission is not None else None if refusal is None else refusal.envelope_id
-    if id is None:
-        return message
-    headers[ENVELOPE_HEADER] = id
-    if admission is not None:
-        if admission.replayed:
-            headers[REPLAYED_HEADER] = "true"
-        for warning in admission.warnings:
-            headers.append("Warning", f'299 - "{_warn_text(warning)}"')
-    return message
+    if id is not None:
+        _set(headers, _ENVELOPE_NAME, id)
+        if admission is not None:
+            if admission.replayed:
+                _set(headers, _REPLAYED_NAME, "true")
+            headers += [(b"warning", f'299 - "{_warn_text(warning)}"'.encode()) for warning in admission.warnings]
+    return {**message, "headers": headers}
+
+
+def _set(headers: list[tuple[bytes, bytes]], name: bytes, value: str) -> None:
+    for header in headers:
+        if header[0] == name:
+            headers[:] = [other for other in headers if other[0] != name]
+            break
+    headers.append((name, value.encode()))
 
 
 def _warn_text(text: str) -> str:

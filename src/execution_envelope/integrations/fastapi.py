@@ -19,10 +19,11 @@ import dataclasses
 import inspect
 import json
 import re
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeAlias
 
+import msgspec
 from fastapi import Depends, FastAPI, Request, params
 from fastapi.dependencies.utils import request_body_to_args, request_params_to_args, solve_dependencies
 from starlette.applications import Starlette
@@ -127,16 +128,17 @@ def Admit(describe: Describe, *, subject: Callable[..., Any] | None = None) -> A
     """
 
     async def admission(request: Request, caller: Any = None) -> Admission | None:
-        found = _checked(caller, "subject") if subject is not None else await _identified(request)
+        seam = _seam(request)
+        found = _checked(caller, "subject") if subject is not None else await _identified(request, seam)
         route = _route(request)
         received, body = await _body(request, route)
         if not await _fits(request, route, received):
             return None  # FastAPI refuses the request itself, so the endpoint never sees this
         try:
-            ask = describe(body, _context(request, found))
+            ask = describe(body, _context(request, seam, found))
         except InvalidField as error:
-            raise _seam(request).refuse(InvalidAsk(error)) from error
-        return await _begin(request, ask, found)
+            raise seam.refuse(InvalidAsk(error)) from error
+        return await _begin(request, seam, ask, found)
 
     # FastAPI reads the signature: `caller` must not look like a parameter of the request when nobody provides it.
     provided = [] if subject is None else [_parameter("caller", Any, Depends(subject))]
@@ -146,8 +148,9 @@ def Admit(describe: Describe, *, subject: Callable[..., Any] | None = None) -> A
 
 async def admit(request: Request, ask: Ask) -> Admission:
     """Seal late, inside the handler. `ask.subject` may be left to `identify`."""
-    found = await _identified(request) if ask.subject is None else None
-    return await _begin(request, ask, found)
+    seam = _seam(request)
+    found = await _identified(request, seam) if ask.subject is None else None
+    return await _begin(request, seam, ask, found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,29 +169,37 @@ def _seam(request: Request) -> RequestSeam:
     return seam
 
 
-async def _begin(request: Request, ask: Ask, found: Subject | Caller | None) -> Admission:
-    seam = _seam(request)
-    caller = Caller(found) if isinstance(found, Subject) else found
-    if caller is None and ask.subject is None:
+async def _begin(request: Request, seam: RequestSeam, ask: Ask, found: Subject | Caller | None) -> Admission:
+    if found is None and ask.subject is None:
         raise seam.refuse(Unidentified("expected a subject, the request names nobody who asks"))
-    headers = request.headers
+    headers = _raw_headers(request)
     return await seam.begin(
         dataclasses.replace(
             ask,
-            subject=ask.subject or (caller.subject if caller else None),
-            scope={**ask.scope, **(caller.scope if caller else {})},
+            subject=ask.subject or (found.subject if isinstance(found, Caller) else found),
+            scope={**ask.scope, **found.scope} if isinstance(found, Caller) else ask.scope,
             entrypoint=ask.entrypoint or seam.surface,
             # An empty key is none: every request without a key of its own would be the same one.
-            idempotency_key=ask.idempotency_key or headers.get("idempotency-key") or None,
-            request_id=ask.request_id or headers.get("x-request-id"),
-            traceparent=ask.traceparent or headers.get("traceparent"),
-            tracestate=ask.tracestate or headers.get("tracestate"),
+            idempotency_key=ask.idempotency_key or _header(headers, b"idempotency-key") or None,
+            request_id=ask.request_id or _header(headers, b"x-request-id"),
+            traceparent=ask.traceparent or _header(headers, b"traceparent"),
+            tracestate=ask.tracestate or _header(headers, b"tracestate"),
         )
     )
 
 
-async def _identified(request: Request) -> Subject | Caller | None:
-    host = _seam(request).host
+def _raw_headers(request: Request) -> dict[bytes, bytes]:
+    """Of several headers with one name the first, as in `request.headers`; that one looks through all for each."""
+    return dict(reversed(request.scope["headers"]))
+
+
+def _header(headers: Mapping[bytes, bytes], name: bytes) -> str | None:
+    value = headers.get(name)
+    return None if value is None else value.decode("latin-1")
+
+
+async def _identified(request: Request, seam: RequestSeam) -> Subject | Caller | None:
+    host = seam.host
     if not isinstance(host, _Installed) or host.identify is None:
         return None
     answer = host.identify(request)
@@ -228,7 +239,10 @@ async def _body(request: Request, route: Any) -> tuple[Any, Any]:
 
 def _is_json(request: Request) -> bool:
     """Whether FastAPI took the body for JSON: by its type, or without one where it is not strict."""
-    media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    sent = request.headers.get("content-type", "")
+    if sent == "application/json":
+        return True
+    media = sent.partition(";")[0].strip().lower()
     if not media:
         return hasattr(request, "_json")
     kind, _, subtype = media.partition("/")
@@ -240,10 +254,17 @@ async def _parsed(request: Request) -> Any:
     try:
         if type(request).json is not Request.json:
             return copy.deepcopy(await request.json())
-        raw = await request.body()
-        return json.loads(raw) if raw else None
+        return _loads(await request.body())
     except (ValueError, RecursionError):
         return None
+
+
+def _loads(raw: bytes) -> Any:
+    """As `json.loads`, ten times as fast for what both take. Raises `ValueError` and `RecursionError`."""
+    try:
+        return msgspec.json.decode(raw)
+    except (msgspec.MsgspecError, ValueError):
+        return json.loads(raw)  # which takes more: NaN, lone surrogates, UTF-16
 
 
 def _fields(form: FormData) -> dict[str, Any]:
@@ -267,45 +288,77 @@ async def _fits(request: Request, route: Any, received: Any) -> bool:
         return True
     overrides = getattr(request.scope.get("app"), "dependency_overrides", {})
     for part in _with_dependencies(dependant, overrides):
-        for fields, given in (
-            (part.path_params, request.path_params),
-            (part.query_params, request.query_params),
-            (part.header_params, request.headers),
-            (part.cookie_params, request.cookies),
+        if (
+            _wrong(part.path_params, request.path_params)
+            or _wrong(part.query_params, request.query_params)
+            or _wrong(part.header_params, request.headers)
+            or _wrong(part.cookie_params, request.cookies)
         ):
-            if request_params_to_args(fields, given)[1]:
-                return False
+            return False
         if part.body_params:
             _, problems = await request_body_to_args(
                 body_fields=part.body_params, received_body=received, embed_body_fields=route._embed_body_fields
             )
-            await _rewound(received)
+            if isinstance(received, FormData):
+                await _rewound(received)
             if problems:
                 return False
     return True
 
 
-def _with_dependencies(dependant: Any, overrides: Mapping[Any, Any]) -> Iterable[Any]:
-    yield dependant
+def _wrong(fields: Any, given: Any) -> bool:
+    return bool(fields and request_params_to_args(fields, given)[1])
+
+
+def _with_dependencies(dependant: Any, overrides: Mapping[Any, Any]) -> list[Any]:
+    found = [dependant]
     for inner in dependant.dependencies:
         if inner.call not in overrides:
-            yield from _with_dependencies(inner, overrides)
+            found += _with_dependencies(inner, overrides)
+    return found
 
 
-async def _rewound(received: Any) -> None:
-    for _, value in received.multi_items() if isinstance(received, FormData) else ():
+async def _rewound(form: FormData) -> None:
+    for _, value in form.multi_items():
         if isinstance(value, UploadFile):
             await value.seek(0)
 
 
-def _context(request: Request, found: Subject | Caller | None) -> Context:
+def _context(request: Request, seam: RequestSeam, found: Subject | Caller | None) -> Context:
     return Context(
-        surface=_seam(request).surface,
+        surface=seam.surface,
         path_params=request.path_params,
         query=request.query_params,
-        headers={name: value for name, value in request.headers.items() if not _SECRET_HEADER.search(name)},
+        headers=_Harmless(request.headers),
         subject=found.subject if isinstance(found, Caller) else found,
     )
+
+
+class _Harmless(Mapping[str, str]):
+    """Headers without those that carry credentials; looked through when an adapter looks, and most do not."""
+
+    __slots__ = ("_all", "_found")
+
+    def __init__(self, headers: Mapping[str, str]) -> None:
+        self._all = headers
+        self._found: dict[str, str] | None = None
+
+    def _read(self) -> dict[str, str]:
+        if self._found is None:
+            self._found = {name: value for name, value in self._all.items() if not _SECRET_HEADER.search(name)}
+        return self._found
+
+    def __getitem__(self, name: str) -> str:
+        return self._read()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._read())
+
+    def __len__(self) -> int:
+        return len(self._read())
+
+    def __repr__(self) -> str:
+        return repr(self._read())
 
 
 def _check_guards(routes: Sequence[BaseRoute], guards: Sequence[Guard]) -> None:

@@ -22,7 +22,8 @@ __all__ = [
 
 
 def open_ledger(url: str, *, read_only: bool = False) -> Ledger:
-    """``sqlite:///relative.db``, ``sqlite:////absolute.db`` or ``memory://``. Raises `InvalidField` for another.
+    """``sqlite:///relative.db``, ``sqlite:////absolute.db``, ``postgresql://user:password@host:port/database`` or
+    ``memory://``. Raises `InvalidField` for another, and for PostgreSQL without its package.
 
     With `read_only` the ledger has to be there; it is never created or changed.
     """
@@ -30,7 +31,21 @@ def open_ledger(url: str, *, read_only: bool = False) -> Ledger:
         if read_only:
             raise InvalidField("ledger", "expected a ledger that outlives its process, `memory://` does not")
         return MemoryLedger()
+    if url.startswith(("postgresql://", "postgres://")):
+        return _postgres_ledger(url, read_only)
     path = url.removeprefix("sqlite:///")
     if path == url or not path:
-        raise InvalidField("ledger", f"expected `sqlite:///path` or `memory://`, got `{redact_text(url)[:64]}`")
+        expected = "`sqlite:///path`, `postgresql://...` or `memory://`"
+        raise InvalidField("ledger", f"expected {expected}, got `{redact_text(url)[:64]}`")
     return SqliteLedger(path, read_only=read_only)
+
+
+def _postgres_ledger(url: str, read_only: bool) -> Ledger:
+    try:
+        from execution_envelope.ledger.postgres import PostgresLedger
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "psycopg":
+            raise
+        problem = "expected the package psycopg for PostgreSQL: install `execution-envelope[postgres]`"
+        raise InvalidField("ledger", problem) from None
+    return PostgresLedger(url, read_only=read_only)

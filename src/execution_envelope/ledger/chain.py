@@ -8,7 +8,8 @@ shared or forked.
 from __future__ import annotations
 
 import hashlib
-from typing import Final
+from collections.abc import Sequence
+from typing import Final, NamedTuple
 
 import msgspec
 
@@ -26,6 +27,18 @@ class Opened(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field=
     version: str
 
 
+class Closed(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", tag="closed"):
+    """The last entry of a chain whose process let go of the ledger: what became of the events it acknowledged.
+
+    emitted = stored + dropped; `stored` are those of this chain, `dropped` those of its time. A chain without it was
+    left by a process that was killed, or that still writes.
+    """
+
+    emitted: int
+    stored: int
+    dropped: int
+
+
 class Entry(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
     """What the hash covers."""
 
@@ -33,17 +46,18 @@ class Entry(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fiel
     position: int
     at: str
     by: str
-    data: EventData | Opened
+    data: EventData | Opened | Closed
     envelope: str | None = None
     sequence: int | None = None
 
     def event(self) -> Event:
-        """The entry as an envelope's event; only the first entry of a chain is none."""
-        assert self.envelope is not None and self.sequence is not None and not isinstance(self.data, Opened)
+        """The entry as an envelope's event; only the first and the last entry of a chain are none."""
+        assert self.envelope is not None and self.sequence is not None
+        assert not isinstance(self.data, Opened | Closed)
         return Event(self.envelope, self.sequence, self.at, self.by, self.data)
 
 
-class Link(msgspec.Struct, frozen=True):
+class Link(NamedTuple):
     """An entry with its bytes and its hash."""
 
     entry: Entry
@@ -76,22 +90,28 @@ class Chain:
         entry = Entry(self.id, 0, at, "ledger", Opened(process, version))
         return self._link(entry, GENESIS)
 
-    def link(self, events: list[Event]) -> list[Link]:
-        """The entries for `events`, linked one after the other behind what is stored."""
+    def link(self, events: Sequence[Event], *, behind: Sequence[Link] = ()) -> list[Link]:
+        """The entries for `events`, linked one after the other behind what is stored, and behind these links."""
         links: list[Link] = []
-        head = self.head
-        for offset, event in enumerate(events):
-            entry = Entry(
-                self.id, self.position + offset, event.at, event.by, event.data, event.envelope, event.sequence
-            )
-            links.append(self._link(entry, head))
-            head = links[-1].hash
+        head = behind[-1].hash if behind else self.head
+        for position, event in enumerate(events, start=self.position + len(behind)):
+            entry = Entry(self.id, position, event.at, event.by, event.data, event.envelope, event.sequence)
+            link = self._link(entry, head)
+            links.append(link)
+            head = link.hash
         return links
 
-    def advance(self, links: list[Link]) -> None:
+    def advance(self, links: Sequence[Link]) -> None:
         """Move on behind what was stored."""
-        self.position += len(links)
-        self.head = links[-1].hash
+        if links:
+            self.position += len(links)
+            self.head = links[-1].hash
+
+    def closing(self, at: str, *, dropped: int, pending: int = 0) -> Link:
+        """The last entry, which says what became of the events: all but the first entry are stored events."""
+        stored = self.position - 1
+        closed = Closed(stored + dropped + pending, stored, dropped)
+        return self._link(Entry(self.id, self.position, at, "ledger", closed), self.head)
 
     @staticmethod
     def _link(entry: Entry, before: bytes) -> Link:

@@ -7,76 +7,20 @@ with a chain of its own, in a forked child.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from execution_envelope.envelope import SealedEnvelope
 from execution_envelope.envelope import decode as decode_envelope
-from execution_envelope.errors import ReferenceTaken
-from execution_envelope.lifecycle import Bound, Event, EventData, Sealed
+from execution_envelope.errors import Damaged, ReferenceTaken
+from execution_envelope.ledger.commit import DAMAGED, Commit, KeyRow, KeyTaken, SequenceConflict, Stored
+from execution_envelope.ledger.submission import Submission
+from execution_envelope.lifecycle import Bound, Event
 from execution_envelope.process import Process
 
-
-class SequenceConflict(Exception):
-    """Another writer recorded an event for this envelope first: read again, check again, try again."""
-
-
-class KeyTaken(Exception):
-    """The idempotency key belongs to an envelope already."""
-
-    def __init__(self, row: KeyRow) -> None:
-        super().__init__(row.envelope)
-        self.row = row
-
-
-@dataclass(frozen=True, slots=True)
-class KeyRow:
-    """An idempotency key in its scope: digest of the key, of the request it came with, and the envelope's id."""
-
-    digest: str
-    request: str
-    envelope: str
-
-
-@dataclass(frozen=True, slots=True)
-class Siblings:
-    """A parent and its children without the committed envelope, each with its next sequence, as the writer saw them.
-
-    What the children hold together is bounded by the parent: a writer that read less than is stored has to read again.
-    """
-
-    parent: str
-    sequences: Mapping[str, int]
-
-
-@dataclass(frozen=True, slots=True)
-class Commit:
-    """What is recorded for one envelope: facts from `sequence` on; with `sealed` at its admission."""
-
-    envelope: str
-    sequence: int
-    at: str
-    by: str
-    facts: Sequence[EventData]
-    sealed: SealedEnvelope | None = None
-    siblings: Siblings | None = None
-
-    @property
-    def key_row(self) -> KeyRow | None:
-        """The idempotency key that the envelope is sealed with."""
-        for fact in self.facts:
-            if isinstance(fact, Sealed) and fact.key is not None:
-                return KeyRow(fact.key, fact.request, self.envelope)
-        return None
-
-
-@dataclass(frozen=True, slots=True)
-class Stored:
-    """An envelope's canonical bytes and its events, in order."""
-
-    body: bytes
-    events: tuple[Event, ...]
+if TYPE_CHECKING:
+    from execution_envelope.ledger.exports import Segments
+    from execution_envelope.ledger.projection import Projection
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,21 +39,60 @@ class AttemptedRequest:
     dropped: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One entry as it is stored, for verification: the columns beside the bytes that the hash covers.
+class Row(NamedTuple):
+    """One entry of a chain as it is stored: its bytes, and the hash over the hash before it and those bytes.
 
-    `cursor` counts the entries of all chains from one, without gaps, in the order of writing.
+    `sealed` is the envelope's canonical bytes, beside the entry that says it was sealed.
     """
 
-    cursor: int
     chain: str
     position: int
-    envelope: str | None
-    sequence: int | None
-    type: str
     body: bytes
     hash: bytes
+    sealed: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ChainHead:
+    """A chain as far as it is stored: `length` entries, the hash of the newest.
+
+    `number` tells chains apart inside the database, in the order in which they were opened.
+    """
+
+    number: int
+    id: str
+    length: int
+    head: bytes
+
+
+class Step(NamedTuple):
+    """One event in the order of its envelope, for verification: the columns beside the bytes that the hash covers.
+
+    `row` and `before`, the hash that it links to, are None where the entry is missing; `closed` says whether the
+    ledger takes the envelope for ended.
+    """
+
+    envelope: str
+    sequence: int
+    type: str
+    chain: int
+    position: int
+    closed: bool
+    row: Row | None
+    before: bytes | None
+
+
+@dataclass(frozen=True, slots=True)
+class Conservation:
+    """What became of the events that were acknowledged by this process: emitted = stored + dropped + pending."""
+
+    emitted: int = 0
+    stored: int = 0
+    dropped: int = 0
+
+    @property
+    def pending(self) -> int:
+        return self.emitted - self.stored - self.dropped
 
 
 class Ledger(Protocol):
@@ -119,15 +102,30 @@ class Ledger(Protocol):
     inline: bool
 
     def commit(self, *commits: Commit) -> list[list[Event]]:
-        """Store all or nothing; the events of each commit, in order.
+        """Store all or nothing, durably; the events of each commit, in order.
 
         Each is checked against what was stored before the call. Raises `SequenceConflict`, `KeyTaken`,
         `ReferenceTaken` and `LedgerUnavailable`; nothing is stored then.
         """
         ...
 
+    def submit(self, submission: Submission) -> None:
+        """The same without waiting: the submission is told when it is done. Raises `LedgerUnavailable` when full."""
+        ...
+
+    def flush(self) -> None:
+        """Returns when everything submitted before is stored. Raises `LedgerUnavailable`."""
+        ...
+
+    def conservation(self) -> Conservation:
+        """What became of this process's events."""
+        ...
+
     def read(self, envelope: str) -> Stored | None:
-        """One envelope with everything acknowledged so far."""
+        """One envelope with everything acknowledged so far. Raises `Damaged` where that cannot be read.
+
+        Raises `Exported` where entries of it were dropped with a segment.
+        """
         ...
 
     def find(self, kind: str, reference: str) -> str | None:
@@ -155,6 +153,10 @@ class Ledger(Protocol):
         """The process that opened a chain."""
         ...
 
+    def lease(self, chain: str) -> int | None:
+        """How often the process of a chain said that it still lives; None when it never did."""
+        ...
+
     def chain_of(self, envelope: str, sequence: int) -> str | None:
         """The chain that holds one event of an envelope."""
         ...
@@ -167,33 +169,91 @@ class Ledger(Protocol):
         """Attempted requests, newest first."""
         ...
 
-    def rows(self, *, after: int = 0, envelope: str | None = None) -> Iterator[Row]:
-        """Entries as stored, in the order they were written; of all chains, or of one envelope."""
+    def keep_checkpoint(self, number: int, body: bytes) -> bool:
+        """Keep a copy of a checkpoint; False where the database's schema is too old to hold one.
+
+        Under its own number: keeping the same bytes again changes nothing. Raises `SequenceConflict` when other bytes
+        have the number, and `LedgerUnavailable`; nothing is kept then.
+        """
         ...
 
-    def envelopes(self) -> Iterator[tuple[str, bytes, str, str | None]]:
-        """Every envelope as stored: id, canonical bytes, digest, parent."""
+    def checkpoints(self, *, last: int | None = None) -> list[bytes]:
+        """The copies that were kept, in the order of their numbers; with `last` only the newest so many."""
+        ...
+
+    def chains(self) -> list[ChainHead]:
+        """Every chain, in the order in which they were opened; one that was dropped with its segment as it was then."""
+        ...
+
+    def rows(self, chain: str, *, after: int = -1, until: int | None = None) -> Iterator[Row]:
+        """The entries of a chain behind position `after`, up to and with `until`, in order."""
+        ...
+
+    def rows_of(self, envelope: str) -> Iterator[Row]:
+        """The entries of one envelope, in order, whatever chains they are in."""
+        ...
+
+    def steps(self, *, after: str = "", until: str | None = None) -> Iterator[Step]:
+        """Events by envelope and sequence, of envelopes behind `after` up to and with `until`, each one whole."""
+        ...
+
+    def events_of(self, envelopes: Sequence[str], types: Sequence[str]) -> Iterator[Step]:
+        """The steps of these envelopes, a thousand at most, whose type is one of these; in the order of `steps`."""
+        ...
+
+    def splits(self, size: int) -> list[str]:
+        """Ids, in order, that divide the envelopes into ranges of about `size` events each; whole ranges only."""
+        ...
+
+    def strays(self) -> list[tuple[int, int]]:
+        """(number, position) of entries under a number that no chain has, a hundred at most."""
+        ...
+
+    @property
+    def url(self) -> str | None:
+        """What `open_ledger` opens it by in another process, to read; None when only this one can."""
         ...
 
     def key_rows(self) -> Iterator[KeyRow]: ...
 
-    def references(self) -> Iterator[tuple[str, str, str]]:
-        """Every (kind, reference, envelope)."""
+    def references(self) -> Iterator[tuple[str, str, int, str]]:
+        """Every (kind, reference, ordinal, envelope), in order; ordinals count from 1 in the order of binding."""
         ...
 
-    def closings(self) -> Iterator[str]:
-        """Every envelope that the ledger takes for ended."""
+    def families(self) -> Iterator[tuple[str, str]]:
+        """Every (parent, child)."""
+        ...
+
+    def closings(self, *, after: str = "", until: str | None = None) -> Iterator[str]:
+        """Every envelope that the ledger takes for ended, in order; of a range as in `steps`."""
         ...
 
     def count(self) -> int:
         """How many entries there are, for progress."""
         ...
 
+    def migrate(self) -> tuple[int, int]:
+        """Bring the schema up to this version's: (the version before, the version now). Never done unasked.
+
+        Raises `LedgerUnavailable` for one that cannot be migrated.
+        """
+        ...
+
+    def segments(self) -> Segments | None:
+        """The segments that the log is in, and what became of older ones; None for a ledger that has none."""
+        ...
+
     def tampered_schema(self) -> list[str]:
         """Where the database's own guards, such as triggers, are not those that this version made."""
         ...
 
-    def close(self) -> None: ...
+    def projection(self) -> Projection:
+        """What is looked for and added up, behind the log; the same one at every call, closed with the ledger."""
+        ...
+
+    def close(self) -> None:
+        """Store what is pending, and let go of the database; a later call opens it again, with a new chain."""
+        ...
 
 
 class Standing(Protocol):
@@ -213,7 +273,7 @@ class Standing(Protocol):
 
 
 def check(commit: Commit, stored: Standing) -> None:
-    """What every ledger checks before it stores a commit. Raises what `Ledger.commit` raises."""
+    """What every ledger checks before it stores a commit. Raises what `Ledger.commit` raises, and `Damaged`."""
     key = commit.key_row
     taken = None if key is None else stored.key(key.digest)
     if taken is not None:
@@ -235,7 +295,11 @@ def _check_reference(fact: Bound, commit: Commit, stored: Standing) -> None:
     if holder in (None, commit.envelope):
         return
     body = commit.sealed.body if commit.sealed is not None else stored.body(commit.envelope)
-    if decode_envelope(body).correlation.supersedes != holder:
+    try:
+        supersedes = decode_envelope(body).correlation.supersedes
+    except DAMAGED as error:
+        raise Damaged(commit.envelope) from error
+    if supersedes != holder:
         raise ReferenceTaken(f"expected {fact.kind}:{fact.reference} to be free or superseded, it leads to {holder}")
 
 

@@ -3,135 +3,40 @@
 WAL with synchronous=FULL: a commit returns after the log was flushed to disk. Several processes may share the file;
 each writes a chain of its own. What is acknowledged survives the process and the machine.
 
-Reading has a connection of its own and never waits for a writer. No call waits for longer than `BUSY_TIMEOUT`.
+One thread writes, with a connection of its own, what all others submit. Reading has another connection and never waits
+for a writer. No call waits for longer than `BUSY_TIMEOUT` for its turn, and for as long again for the file.
 """
 
 from __future__ import annotations
 
+import json
 import os
-import re
 import sqlite3
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, Final
 
-import uuid_utils
-
-from execution_envelope.envelope import timestamp
 from execution_envelope.errors import LedgerUnavailable
 from execution_envelope.ledger import chain as chains
-from execution_envelope.ledger.contract import (
-    MAX_ATTEMPTED,
-    AttemptedRequest,
-    Commit,
-    KeyRow,
-    Row,
-    Stored,
-    check,
-)
-from execution_envelope.lifecycle import TERMINAL, Bound, Event
-from execution_envelope.process import Process, current
-from execution_envelope.version import __version__
+from execution_envelope.ledger import projection_sqlite, schema, sqlite_database
+from execution_envelope.ledger.commit import Commit, KeyRow, SequenceConflict, Stored
+from execution_envelope.ledger.contract import MAX_ATTEMPTED, AttemptedRequest, ChainHead, Conservation, Row, Step
+from execution_envelope.ledger.projection import Projection
+from execution_envelope.ledger.sqlite_database import Database, open_read_only, open_to_write, unavailable
+from execution_envelope.ledger.sqlite_segments import SqliteSegments
+from execution_envelope.ledger.sqlite_store import Store
+from execution_envelope.ledger.submission import Submission
+from execution_envelope.ledger.writer import Writer
+from execution_envelope.lifecycle import Event
+from execution_envelope.process import Process
 
-SCHEMA_VERSION: Final = 1
-#: How long a call waits, for other threads and other processes together, before it says that the ledger is
-#: unavailable, in seconds.
-BUSY_TIMEOUT: Final = 5.0
 _PAGE: Final = 1000
-
-_PACKAGE: Final = files("execution_envelope.ledger")
-_SECTION: Final = re.compile(r"^-- name: (\w+)\n(.*?)(?=^-- name:|\Z)", re.M | re.S)
-
-
-def _queries() -> dict[str, str]:
-    text = (_PACKAGE / "sqlite_queries.sql").read_text()
-    return {name: query.strip() for name, query in _SECTION.findall(text)}
-
-
-class _Database:
-    """One connection to the file, asked by the names of `sqlite_queries.sql`."""
-
-    def __init__(self, path: Path, sql: dict[str, str], options: str, deadline: float) -> None:
-        self._path = path
-        self._sql = sql
-        self.connection = sqlite3.connect(
-            f"{path.as_uri()}?{options}", uri=True, timeout=0, isolation_level=None, check_same_thread=False
-        )
-        self._file = self._found()
-        self.wait(deadline)
-
-    def wait(self, deadline: float) -> None:
-        """What comes next waits for other connections until then: SQLite starts anew for each statement."""
-        left = max(0, int((deadline - time.monotonic()) * 1000))
-        self.connection.execute(f"PRAGMA busy_timeout = {left}")
-
-    def begin(self, deadline: float) -> None:
-        self.wait(deadline)
-        self.connection.execute("BEGIN IMMEDIATE")
-
-    def check(self) -> None:
-        """Raises `LedgerUnavailable` when the file is no ledger of this version."""
-        tables = self.tables()
-        if "ledger_schema" not in tables:
-            other = "another" if tables else "an empty"
-            raise LedgerUnavailable(f"expected a ledger, `{self._path}` is {other} database", retryable=False)
-        versions = [version for (version,) in self.all("schema_version")]
-        if versions != [SCHEMA_VERSION]:
-            got = ", ".join(map(str, versions)) or "none"
-            raise LedgerUnavailable(
-                f"expected ledger schema {SCHEMA_VERSION}, `{self._path}` has {got}", retryable=False
-            )
-
-    def check_place(self) -> None:
-        """What is written to a file that nobody finds any more must not be acknowledged."""
-        if self._found() != self._file:
-            raise LedgerUnavailable(f"expected the ledger `{self._path}` to stay, it was removed or replaced")
-
-    def _found(self) -> tuple[int, int] | None:
-        try:
-            status = self._path.stat()
-        except OSError:
-            return None
-        return status.st_dev, status.st_ino
-
-    def tables(self) -> set[str]:
-        return {name.removeprefix("table ") for name, _ in self.all("schema") if name.startswith("table ")}
-
-    def run(self, query: str, *values: Any) -> None:
-        self.connection.execute(self._sql[query], values)
-
-    def one(self, query: str, *values: Any) -> Any:
-        found = self.connection.execute(self._sql[query], values).fetchone()
-        return None if found is None else found[0]
-
-    def all(self, query: str, *values: Any) -> list[Any]:
-        return self.connection.execute(self._sql[query], values).fetchall()
-
-    # What a commit is checked against
-
-    def key(self, digest: str) -> KeyRow | None:
-        rows = self.all("key", digest)
-        return KeyRow(*rows[0]) if rows else None
-
-    def find(self, kind: str, reference: str) -> str | None:
-        found: str | None = self.one("find", kind, reference)
-        return found
-
-    def children(self, envelope: str) -> list[str]:
-        return [id for (id,) in self.all("children", envelope)]
-
-    def next_sequence(self, envelope: str) -> int:
-        return int(self.one("next_sequence", envelope))
-
-    def body(self, envelope: str) -> bytes:
-        found: bytes = self.one("body", envelope)
-        return found
+_TEXT_END: Final = "\U0010ffff"
 
 
 class SqliteLedger:
@@ -153,59 +58,38 @@ class SqliteLedger:
         self._path = Path(path).absolute()
         self._clock = clock
         self._read_only = read_only
-        self._sql = _queries()
         self._forget()
         _open_ledgers.add(self)
 
     def _forget(self) -> None:
         """Start afresh: at first, and in a forked child, which must use neither its parent's handles nor its chain."""
-        self._writing, self._reading = threading.Lock(), threading.Lock()
-        self._writer: _Database | None = None
-        self._reader: _Database | None = None
-        self._chain: chains.Chain | None = None
+        self._reading = threading.Lock()
+        self._reader: Database | None = None
+        self._noting = threading.Lock()
+        self._store = Store(self._path, self._clock)
+        self._writer = Writer(self._store)
+        log = projection_sqlite.SqliteLog(self, self._reader_of_log, self._translated)
+        self._projection = projection_sqlite.beside(self._path, log)
 
     # Writing
 
     def commit(self, *commits: Commit) -> list[list[Event]]:
-        with self._transaction() as database:
-            for commit in commits:
-                check(commit, database)
-            chain, opening = self._chain, []
-            if chain is None:
-                chain = chains.Chain(str(uuid_utils.uuid7()))
-                opening = [chain.opening(timestamp(self._clock()), current(), __version__)]
-                chain.advance(opening)
-            written = [self._store(database, commit) for commit in commits]
-            links = chain.link([event for events in written for event in events])
-            for link in [*opening, *links]:
-                e = link.entry
-                tag = str(e.data.__struct_config__.tag)
-                database.run("insert_event", e.chain, e.position, e.envelope, e.sequence, tag, link.body, link.hash)
-            self._end(database)
-            chain.advance(links)
-            self._chain = chain
-            return written
+        self._check_writable()
+        return self._writer.commit(commits, sqlite_database.BUSY_TIMEOUT)
 
-    def _store(self, database: _Database, commit: Commit) -> list[Event]:
-        key = commit.key_row
-        if key is not None:
-            database.run("insert_key", key.digest, key.request, key.envelope)
-        if commit.sealed is not None:
-            sealed = commit.sealed
-            parent = sealed.envelope.correlation.part_of
-            database.run("insert_envelope", commit.envelope, sealed.body, sealed.digest, parent)
-        for fact in commit.facts:
-            if isinstance(fact, Bound):
-                database.run("insert_binding", fact.kind, fact.reference, commit.envelope)
-            if fact.type in TERMINAL:
-                database.run("insert_closing", commit.envelope)
-        return [
-            Event(commit.envelope, commit.sequence + offset, commit.at, commit.by, fact)
-            for offset, fact in enumerate(commit.facts)
-        ]
+    def submit(self, submission: Submission) -> None:
+        self._check_writable()
+        self._writer.submit(submission)
+
+    def flush(self) -> None:
+        if self._writer.pending:
+            self._writer.commit((), sqlite_database.BUSY_TIMEOUT)
+
+    def conservation(self) -> Conservation:
+        return self._writer.conservation()
 
     def note(self, request: AttemptedRequest) -> None:
-        with self._transaction() as database:
+        with self._beside() as database:
             database.run(
                 "insert_attempted",
                 request.at,
@@ -217,32 +101,61 @@ class SqliteLedger:
                 request.dropped,
             )
             database.run("trim_attempted", MAX_ATTEMPTED)
-            self._end(database)
 
-    # Reading
+    def keep_checkpoint(self, number: int, body: bytes) -> bool:
+        with self._beside() as database:
+            if database.version < 3:
+                return False
+            kept = database.one("checkpoint", number)
+            if kept is None:
+                database.run("insert_checkpoint", number, body)
+            elif kept != body:
+                raise SequenceConflict
+        return True
+
+    @contextmanager
+    def _beside(self) -> Iterator[Database]:
+        """A transaction for what stands beside the log, and is rare: with a connection for itself."""
+        self._check_writable()
+        deadline = time.monotonic() + sqlite_database.BUSY_TIMEOUT
+        with self._held(self._noting, deadline), self._translated():
+            database = open_to_write(self._path, deadline)
+            try:
+                database.begin(deadline)
+                yield database
+                database.check_place()
+                database.connection.execute("COMMIT")
+            finally:
+                database.connection.close()
+
+    def _check_writable(self) -> None:
+        if self._read_only:
+            raise LedgerUnavailable(f"expected a ledger to write to, `{self._path}` is open read-only", retryable=False)
+
+    # Reading one's own writes
 
     def read(self, envelope: str) -> Stored | None:
+        self.flush()
         with self._read() as database:
-            found = database.one("body", envelope)
-            bodies = database.all("events_of", envelope)
-        if found is None:
-            return None
-        return Stored(found, tuple(chains.decode(body).event() for (body,) in bodies))
+            return database.stored(envelope)
 
     def find(self, kind: str, reference: str) -> str | None:
-        with self._read() as database:
-            return database.find(kind, reference)
+        self.flush()
+        found: str | None = self._one("find", kind, reference)
+        return found
 
     def key(self, digest: str) -> KeyRow | None:
         with self._read() as database:
             return database.key(digest)
 
     def children(self, envelope: str) -> list[str]:
-        with self._read() as database:
-            return database.children(envelope)
+        self.flush()
+        return [id for (id,) in self._all("children", envelope)]
+
+    # Looking around
 
     def newest(self, limit: int, *, before: str | None = None) -> list[str]:
-        return [id for (id,) in self._all("newest", before or "~", limit)]
+        return [id for (id,) in self._all("newest", before or _TEXT_END, limit)]
 
     def unfinished(self) -> list[str]:
         return [id for (id,) in self._all("unfinished")]
@@ -258,105 +171,175 @@ class SqliteLedger:
         found: str | None = self._one("chain_of", envelope, sequence)
         return found
 
+    def lease(self, chain: str) -> int | None:
+        """How often the process of a chain said that it still lives; None when it never did."""
+        with self._read() as database:
+            return database.one("lease", chain) if database.version >= 3 else None
+
     def attempted(self, limit: int) -> list[AttemptedRequest]:
         return [AttemptedRequest(*row) for row in self._all("attempted", limit)]
 
-    def rows(self, *, after: int = 0, envelope: str | None = None) -> Iterator[Row]:
-        while True:
-            query, arguments = ("rows", ()) if envelope is None else ("rows_of", (envelope,))
-            page = self._all(query, after, *arguments, _PAGE)
-            for row in page:
-                yield Row(*row)
-                after = row[0]
-            if len(page) < _PAGE:
-                return
+    def checkpoints(self, *, last: int | None = None) -> list[bytes]:
+        with self._read() as database:
+            kept = database.all("checkpoints", -1 if last is None else last) if database.version >= 3 else []
+        return [body for (body,) in kept]
 
-    def envelopes(self) -> Iterator[tuple[str, bytes, str, str | None]]:
-        yield from self._pages("envelopes", "")
+    def chains(self) -> list[ChainHead]:
+        with self._read() as database:
+            heads = []
+            for number, id in database.all("chains"):
+                found = database.of_chain(number, "head", number)
+                if not found and (gone := database.exports().chains.get(number)) is not None:
+                    found = [(gone.length - 1, bytes.fromhex(gone.head))]
+                position, hash = (found or [(-1, chains.GENESIS)])[0]
+                heads.append(ChainHead(number, id, position + 1, hash))
+            return heads
+
+    def rows(self, chain: str, *, after: int = -1, until: int | None = None) -> Iterator[Row]:
+        number = self._one("chain_number", chain)
+        if number is None:
+            return
+        last = schema.MAX_POSITION if until is None else until
+        place, end = (number << 32) + after, (number << 32) + last + 1
+        while True:
+            with self._read() as database:
+                page = database.of_chain(number, "rows", place, end, _PAGE)
+            if not page:
+                return
+            for row in page:
+                yield Row(chain, *row)
+            place = (number << 32) + page[-1][0]
+
+    def rows_of(self, envelope: str) -> Iterator[Row]:
+        for row in self._all("rows_of", envelope):
+            yield Row(*row)
+
+    def steps(self, *, after: str = "", until: str | None = None) -> Iterator[Step]:
+        names: dict[int, str] = {}
+        start: tuple[str, int] = (after, schema.MAX_POSITION)
+        while page := self._all("steps", *start, until or _TEXT_END, _PAGE):
+            yield from self._as_steps(page, names)
+            start = (page[-1][0], page[-1][1])
+
+    def events_of(self, envelopes: Sequence[str], types: Sequence[str]) -> Iterator[Step]:
+        page = self._all("events_of_many", json.dumps(envelopes), json.dumps(types))
+        yield from self._as_steps(page, {})
+
+    def _as_steps(self, page: Sequence[Any], names: dict[int, str]) -> list[Step]:
+        if not names.keys() >= {row[3] for row in page}:
+            # Opened meanwhile, or never.
+            names.update(self._all("chains"))
+        return [
+            Step(
+                envelope,
+                sequence,
+                type,
+                number,
+                position,
+                closed == 1,
+                None if body is None else Row(names.get(number, ""), position, body, hash, sealed),
+                before,
+            )
+            for envelope, sequence, type, number, position, closed, body, hash, sealed, before in page
+        ]
+
+    def splits(self, size: int) -> list[str]:
+        found, last = list[str](), ""
+        while (last := self._one("split", last, size - 1)) is not None:
+            found.append(last)
+        return [id for id in found if isinstance(id, str)]
+
+    def strays(self) -> list[tuple[int, int]]:
+        return self._all("strays")
+
+    @property
+    def url(self) -> str | None:
+        return f"sqlite:///{self._path}"
 
     def key_rows(self) -> Iterator[KeyRow]:
-        for row in self._pages("keys", ""):
+        for row in self._pages("keys", 1, ""):
             yield KeyRow(*row)
 
-    def references(self) -> Iterator[tuple[str, str, str]]:
-        for _, kind, reference, envelope in self._pages("bindings", 0):
-            yield kind, reference, envelope
+    def references(self) -> Iterator[tuple[str, str, int, str]]:
+        yield from self._pages("bindings", 3, "", "", -1)
 
-    def closings(self) -> Iterator[str]:
-        for (envelope,) in self._pages("closings", ""):
-            yield envelope
+    def families(self) -> Iterator[tuple[str, str]]:
+        yield from self._pages("families", 2, "", "")
+
+    def closings(self, *, after: str = "", until: str | None = None) -> Iterator[str]:
+        while page := self._all("closings", after, until, _PAGE):
+            for (after,) in page:
+                yield after
 
     def count(self) -> int:
         return int(self._one("count"))
 
+    def migrate(self) -> tuple[int, int]:
+        self._check_writable()
+        with self._translated():
+            deadline = time.monotonic() + sqlite_database.BUSY_TIMEOUT
+            database = open_to_write(self._path, deadline)
+            try:
+                database.begin(deadline)
+                database.check()
+                before = database.version
+                for version, script in schema.migrations("sqlite").items():
+                    if version > before:
+                        database.script(script)
+                database.connection.execute("COMMIT")
+            finally:
+                database.connection.close()
+        self.close()  # what was opened before knows the old version
+        return before, max(before, schema.VERSION)
+
+    def segments(self) -> SqliteSegments:
+        return SqliteSegments(self._path, self._read, self._beside)
+
     def tampered_schema(self) -> list[str]:
-        with closing(sqlite3.connect(":memory:")) as shipped:
-            shipped.executescript(_schema())
-            expected = dict(shipped.execute(self._sql["schema"]).fetchall())
-        found = dict(self._all("schema"))
-        return [
-            *(f"expected the {name} of a ledger, it is missing" for name in sorted(expected.keys() - found.keys())),
-            *(f"expected no {name}, a ledger has none" for name in sorted(found.keys() - expected.keys())),
-            *(
-                f"expected the {name} of a ledger, it was changed"
-                for name in sorted(expected.keys() & found.keys())
-                if expected[name] != found[name]
-            ),
-        ]
+        with self._read() as database:
+            return database.tampered()
+
+    def projection(self) -> Projection:
+        return self._projection
+
+    def _reader_of_log(self) -> Database:
+        return self._opened_reader(time.monotonic() + sqlite_database.BUSY_TIMEOUT)
 
     def close(self) -> None:
-        """Let go of the file; a later call opens it again, with a new chain."""
-        # One after the other: who opens the file for reading may need to hold both.
-        with self._writing:
-            self._drop_writer()
+        """Store what is pending, end the chain and let go of the file; a later call opens it again."""
+        self._writer.close()
+        self._projection.close()
         with self._reading:
             self._drop_reader()
 
-    # The connections
+    # The reading connection
 
     @contextmanager
-    def _read(self) -> Iterator[_Database]:
-        deadline = time.monotonic() + BUSY_TIMEOUT
+    def _read(self) -> Iterator[Database]:
+        deadline = time.monotonic() + sqlite_database.BUSY_TIMEOUT
         with self._held(self._reading, deadline):
             try:
-                if self._reader is None:
-                    self._reader = self._open_read_only(deadline) if self._read_only else self._open_reader(deadline)
-                self._reader.check_place()
-                self._reader.wait(deadline)
-                yield self._reader
-            except sqlite3.Error as error:
-                self._drop_reader()
-                raise self._unavailable(error) from error
+                with self._translated():
+                    if self._reader is None:
+                        self._reader = self._opened_reader(deadline)
+                    self._reader.check_place()
+                    self._reader.wait(deadline)
+                    yield self._reader
             except LedgerUnavailable:
                 self._drop_reader()
                 raise
 
-    @contextmanager
-    def _transaction(self) -> Iterator[_Database]:
-        """A transaction that is ended by `_end`, or rolled back."""
+    def _opened_reader(self, deadline: float) -> Database:
         if self._read_only:
-            raise LedgerUnavailable(f"expected a ledger to write to, `{self._path}` is open read-only", retryable=False)
-        deadline = time.monotonic() + BUSY_TIMEOUT
-        with self._held(self._writing, deadline):
-            try:
-                database = self._opened_writer(deadline)
-                database.begin(deadline)
-                yield database
-            except sqlite3.Error as error:
-                # Whether a failed COMMIT reached the disk is not known: a new chain makes both answers right.
-                self._drop_writer()
-                raise self._unavailable(error) from error
-            except LedgerUnavailable:
-                self._drop_writer()
-                raise
-            except BaseException:
-                if self._writer is not None and self._writer.connection.in_transaction:
-                    self._writer.connection.execute("ROLLBACK")
-                raise
+            return open_read_only(self._path)
+        database = open_to_write(self._path, deadline)
+        database.connection.execute("PRAGMA query_only = ON")
+        return database
 
-    def _end(self, database: _Database) -> None:
-        database.check_place()
-        database.connection.execute("COMMIT")
+    def _drop_reader(self) -> None:
+        if self._reader is not None:
+            self._reader.connection.close()
+        self._reader = None
 
     @contextmanager
     def _held(self, lock: threading.Lock, deadline: float) -> Iterator[None]:
@@ -367,80 +350,12 @@ class SqliteLedger:
         finally:
             lock.release()
 
-    def _opened_writer(self, deadline: float) -> _Database:
-        if self._writer is None:
-            with self._opening("mode=rwc", deadline) as database:
-                if not database.tables():
-                    database.begin(deadline)
-                    # Another process may have been first.
-                    if not database.tables():
-                        for statement in _statements(_schema()):
-                            database.connection.execute(statement)
-                    database.connection.execute("COMMIT")
-                database.check()
-                # Only now: another application's file must stay as it was.
-                database.wait(deadline)
-                database.connection.execute("PRAGMA journal_mode = WAL")
-                database.connection.execute("PRAGMA synchronous = FULL")
-            self._writer = database
-        return self._writer
-
-    def _open_reader(self, deadline: float) -> _Database:
-        with self._opening("mode=rwc", deadline) as database:
-            if not database.tables():
-                with self._held(self._writing, deadline):
-                    self._opened_writer(deadline)
-            database.check()
-            database.connection.execute("PRAGMA query_only = ON")
-        return database
-
-    def _open_read_only(self, deadline: float) -> _Database:
-        if not self._path.is_file():
-            problem = f"`{self._path}` is not a file" if self._path.exists() else f"there is no file `{self._path}`"
-            raise LedgerUnavailable(f"expected a ledger, {problem}", retryable=False)
-        try:
-            with self._opening("mode=ro", deadline) as database:
-                database.check()
-        except sqlite3.OperationalError as error:
-            # On a read-only medium SQLite cannot make the files that readers and writers share. Nobody writes there:
-            # the file can be taken as it is, unless a log beside it holds what the file does not.
-            if _code(error) not in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY) or self._has_log():
-                raise
-            with self._opening("mode=ro&immutable=1", deadline) as database:
-                database.check()
-        return database
-
-    def _has_log(self) -> bool:
-        try:
-            return Path(f"{self._path}-wal").stat().st_size > 0
-        except OSError:
-            return False
-
     @contextmanager
-    def _opening(self, options: str, deadline: float) -> Iterator[_Database]:
-        """A new connection, which stays open unless the block fails."""
-        database = _Database(self._path, self._sql, options, deadline)
+    def _translated(self) -> Iterator[None]:
         try:
-            yield database
-        except BaseException:
-            database.connection.close()
-            raise
-
-    def _drop_writer(self) -> None:
-        if self._writer is not None:
-            self._writer.connection.close()
-        self._writer = None
-        self._chain = None
-
-    def _drop_reader(self) -> None:
-        if self._reader is not None:
-            self._reader.connection.close()
-        self._reader = None
-
-    def _unavailable(self, error: sqlite3.Error) -> LedgerUnavailable:
-        if _code(error) == sqlite3.SQLITE_NOTADB:
-            return LedgerUnavailable(f"expected a ledger, `{self._path}` is not an SQLite database", retryable=False)
-        return LedgerUnavailable(f"expected the ledger `{self._path}` to answer: {error}")
+            yield
+        except sqlite3.Error as error:
+            raise unavailable(self._path, error) from error
 
     def _one(self, query: str, *values: Any) -> Any:
         with self._read() as database:
@@ -450,42 +365,39 @@ class SqliteLedger:
         with self._read() as database:
             return database.all(query, *values)
 
-    def _pages(self, query: str, start: str | int) -> Iterator[Any]:
-        """Rows in pages keyed by their first column, so that nothing is locked while the caller works."""
-        while page := self._all(query, start, _PAGE):
+    def _pages(self, query: str, width: int, *start: str | int) -> Iterator[Any]:
+        """Rows in pages keyed by their first columns, so that nothing is locked while the caller works."""
+        while page := self._all(query, *start, _PAGE):
             yield from page
-            start = page[-1][0]
-
-
-def _code(error: sqlite3.Error) -> int:
-    """SQLite's primary result code; -1 where Python itself raised the error."""
-    code = getattr(error, "sqlite_errorcode", None)
-    return -1 if code is None else code & 0xFF
-
-
-def _schema() -> str:
-    return (_PACKAGE / "sqlite_schema.sql").read_text()
-
-
-def _statements(script: str) -> Iterator[str]:
-    """The statements of a script; `executescript` would commit the transaction that is open."""
-    statement = ""
-    for line in script.splitlines(keepends=True):
-        statement += line
-        if sqlite3.complete_statement(statement):
-            yield statement
-            statement = ""
+            start = page[-1][:width]
 
 
 _open_ledgers: weakref.WeakSet[SqliteLedger] = weakref.WeakSet()
 #: Connections inherited over a fork are kept, unused and unclosed: closing one would drop the parent's file locks.
-_inherited: list[_Database | None] = []
+_inherited: list[object] = []
+
+
+#: Taken before a fork, so that no connection is in the middle of anything that a child would take for its own.
+_quiet: list[threading.Lock] = []
+
+
+def _before_fork() -> None:
+    for ledger in _open_ledgers:
+        for lock in (ledger._writer.working, ledger._reading, ledger._noting):
+            lock.acquire()
+            _quiet.append(lock)
+
+
+def _after_fork_in_parent() -> None:
+    while _quiet:
+        _quiet.pop().release()
 
 
 def _after_fork() -> None:
+    _quiet.clear()
     for ledger in _open_ledgers:
-        _inherited.extend((ledger._writer, ledger._reader))
+        _inherited.extend((ledger._store._database, ledger._reader, ledger._projection))
         ledger._forget()
 
 
-os.register_at_fork(after_in_child=_after_fork)
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork)

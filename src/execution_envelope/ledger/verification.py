@@ -1,24 +1,48 @@
 """Verification recomputes everything: it trusts no column that it can derive.
 
-What it finds: a changed, missing, swapped or forked entry, a chain that was taken out, an envelope that does not match
-its digest, a history that the lifecycle table does not allow, rows beside the log (keys, bindings, closings) that the
-log does not bear out, and a database whose guards were removed.
+What it finds, and names: a changed, missing, swapped or forked entry, a chain that was taken out, an envelope that does
+not match its digest, a history that the lifecycle table does not allow, rows beside the log (keys, bindings, children,
+closings) that the log does not bear out or that it misses, a count that is not conserved, and a database whose guards
+were removed.
 What it cannot know from the ledger alone: whether entries or whole chains were cut off from the end with everything
-that speaks of them, or a whole older copy was put back.
+that speaks of them, a chain was written anew from some entry on, or a whole older copy was put back.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+import os
+from collections.abc import Callable, Iterable, Iterator
+from typing import Final
 
 import msgspec
 
-from execution_envelope.envelope import canonical, sha256
-from execution_envelope.envelope import decode as decode_envelope
+from execution_envelope.errors import LedgerUnavailable
 from execution_envelope.ledger import chain as chains
 from execution_envelope.ledger.contract import Ledger, Row
-from execution_envelope.lifecycle import ASKED, TERMINAL, Bound, Sealed, next_state
+from execution_envelope.ledger.exports import Exports, exports_of
+from execution_envelope.ledger.recomputation import (
+    BESIDE,
+    LOG,
+    MAX_FINDINGS,
+    MISSING,
+    NO_BYTES,
+    UNLINKED,
+    Head,
+    Mark,
+    Part,
+    Tally,
+    recompute,
+    unmatched,
+)
+from execution_envelope.ledger.schema import CHAINS_PER_SEGMENT
+from execution_envelope.ledger.workers import Workers
+
+#: Beyond so many entries all cores take part.
+MANY: Final = 50_000
+#: Events in the range of one worker, at least and at most.
+RANGE: Final = (2_000, 50_000)
+#: Of how many envelopes a walk along a damaged chain remembers the places.
+_REMEMBERED: Final = 256
 
 
 class Finding(msgspec.Struct, frozen=True):
@@ -29,170 +53,269 @@ class Finding(msgspec.Struct, frozen=True):
 
 
 class Verification(msgspec.Struct, frozen=True):
-    """What was recomputed, and what was found. `sound` when nothing was."""
+    """What was recomputed, and what was found, the first bad entry first. `sound` when nothing was.
+
+    `more` counts findings beyond those that are kept.
+    """
 
     envelopes: int
     entries: int
     chains: int
     findings: tuple[Finding, ...]
+    more: int = 0
 
     @property
     def sound(self) -> bool:
         return not self.findings
 
 
-class _Seen:
-    """What the log says, gathered in one pass over the entries in the order of writing."""
+def verify(
+    ledger: Ledger, *, progress: Callable[[int], None] = lambda entries: None, jobs: int | None = None
+) -> Verification:
+    """Recompute the whole ledger. `progress` is called with the number of entries done so far.
+
+    `jobs` processes share the work; by default as many as there are cores when the ledger is large and can be opened by
+    another process. Others may write meanwhile: what they add is not missed. Raises `LedgerUnavailable`.
+    """
+    schema = ledger.tampered_schema()
+    try:
+        while True:
+            gone = exports_of(ledger)
+            found = _verified(ledger, schema, gone, progress, jobs)
+            if exports_of(ledger).rows == gone.rows:
+                return found
+            # A segment was dropped meanwhile: what was there at the start is not any more.
+            schema = ledger.tampered_schema()
+    except LedgerUnavailable as error:
+        if not schema:
+            raise
+        problems = (*schema, f"expected a ledger that can be read: {error}")
+        return Verification(0, 0, 0, tuple(Finding("schema", problem) for problem in problems))
+
+
+def _verified(
+    ledger: Ledger, schema: list[str], gone: Exports, progress: Callable[[int], None], jobs: int | None
+) -> Verification:
+    listed = ledger.chains()
+    heads = {head.number: Head(head.id, head.length) for head in listed}
+    entries = sum(head.length for head in listed if head.number not in gone)
+    total, kept = Tally(), _Kept()
+    done = 0
+
+    def move(count: int) -> None:
+        nonlocal done
+        done += count
+        progress(min(done, entries))
+
+    for tally in _tallies(ledger, heads, entries, jobs, move):
+        total.add(tally)
+        kept.add(tally.marks)
+    kept.add(Mark((0, number, 0), "schema", problem) for number, problem in enumerate(schema))
+    kept.add(_chains(ledger, heads, total.placed, gone))
+    kept.add(_dropped(heads, total.dropped, gone))
+    short = [table for table, asked in total.asked.items() if asked != total.borne.get(table, 0)]
+    if short:
+        kept.add(Mark((BESIDE, 0, 0), *found) for found in unmatched(ledger, short, Part("steps")))
+    progress(entries)
+    findings, more = kept.findings()
+    return Verification(total.envelopes, entries, len(heads), findings, more + total.more)
+
+
+def _tallies(
+    ledger: Ledger, heads: dict[int, Head], entries: int, jobs: int | None, move: Callable[[int], None]
+) -> Iterator[Tally]:
+    tables = [Part("keys"), Part("families"), Part("references")]
+    if jobs is None:
+        jobs = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        jobs = jobs if entries > MANY else 1
+    if jobs <= 1 or ledger.url is None:
+        for part in [Part("steps"), *tables]:
+            yield recompute(ledger, heads, part, move)
+        return
+    least, most = RANGE
+    splits: list[str | None] = list(ledger.splits(min(most, max(least, entries // (jobs * 8)))))
+    ranges = [Part("steps", after or "", until) for after, until in zip(["", *splits], [*splits, None], strict=True)]
+    with Workers(jobs, ledger.url, heads) as workers:
+        for tally in workers.run([*tables, *ranges]):
+            move(tally.entries)
+            yield tally
+
+
+class _Kept:
+    """The first findings, in order, and how many there are beyond."""
 
     def __init__(self) -> None:
-        self.heads: dict[str, tuple[int, bytes]] = {}
-        self.state: dict[str, str] = {}
-        self.next: dict[str, int] = {}
-        self.sealed: dict[str, Sealed] = {}
-        self.bindings: dict[tuple[str, str, str], None] = {}
-        self.entries = 0
-        self.cursor = 0
+        self._found: dict[tuple[str, str], tuple[int, int, int]] = {}
+        self._more = 0
 
-    def beside(self) -> _Beside:
-        """What the tables beside the log have to hold by now."""
-        keys = {(s.key, s.request, id) for id, s in self.sealed.items() if s.key is not None}
-        ended = {id for id, state in self.state.items() if state in TERMINAL}
-        lines: dict[tuple[str, str], list[str]] = {}
-        for kind, reference, id in self.bindings:
-            lines.setdefault((kind, reference), []).append(id)
-        return _Beside(set(self.next), keys, ended, lines)
+    def add(self, marks: Iterable[Mark]) -> None:
+        for mark in marks:
+            self._found.setdefault((mark.row, mark.problem), mark.order)
+            if len(self._found) >= 2 * MAX_FINDINGS:
+                self._trim()
 
+    def _trim(self) -> None:
+        ordered = sorted(self._found.items(), key=lambda item: (item[1], item[0]))
+        self._more += len(ordered[MAX_FINDINGS:])
+        self._found = dict(ordered[:MAX_FINDINGS])
 
-class _Beside(NamedTuple):
-    """Envelopes, keys, ends, and the envelopes of each reference in the order they were bound to it."""
-
-    envelopes: set[str]
-    keys: set[tuple[str, str, str]]
-    ended: set[str]
-    lines: dict[tuple[str, str], list[str]]
+    def findings(self) -> tuple[tuple[Finding, ...], int]:
+        self._trim()
+        return tuple(Finding(*found) for found in self._found), self._more
 
 
-def verify(ledger: Ledger, *, progress: Callable[[int], None] = lambda entries: None) -> Verification:
-    """Recompute the whole ledger. `progress` is called with the number of entries read so far."""
-    seen = _Seen()
-    expected = ledger.count()
-    findings = [Finding("schema", problem) for problem in ledger.tampered_schema()]
-    findings += _log(ledger, seen, progress)
-    if seen.entries < expected:
-        findings.append(Finding("ledger", f"expected {expected} entries in the order of writing, got {seen.entries}"))
-    # Others may write meanwhile: what stands beside the log is at least what the log said before it was read, and at
-    # most what the log says afterwards.
-    least = seen.beside()
-    envelopes: dict[str, str] = {}
-    for id, body, digest, parent in ledger.envelopes():
-        findings += [Finding(f"envelope {id}", problem) for problem in _envelope(id, body, digest, parent)]
-        envelopes[id] = sha256(body) if isinstance(body, bytes) else ""
-    keys = {(row.digest, row.request, row.envelope) for row in ledger.key_rows()}
-    lines: dict[tuple[str, str], list[str]] = {}
-    for kind, reference, id in ledger.references():
-        lines.setdefault((kind, reference), []).append(id)
-    ended = set(ledger.closings())
-    findings += _log(ledger, seen, progress)
-    most = seen.beside()
-    for id, digest in envelopes.items():
-        sealed = seen.sealed.get(id)
-        if sealed is None:
-            findings.append(Finding(f"envelope {id}", "expected a `sealed` event, there is none"))
-        elif sealed.digest != digest:
-            findings.append(Finding(f"envelope {id}", "its bytes are not those that were sealed"))
-    for id in sorted(least.envelopes - envelopes.keys()):
-        findings.append(Finding(f"envelope {id}", "expected the sealed part, it is missing"))
-    for key, _, id in sorted((least.keys - keys) | (keys - most.keys), key=repr):
-        findings.append(Finding(f"key {key}", f"the key row of envelope {id} does not match what was sealed"))
-    for kind, reference in sorted(least.lines.keys() | lines.keys(), key=repr):
-        line, longest = lines.get((kind, reference), []), most.lines.get((kind, reference), [])
-        shortest = least.lines.get((kind, reference), [])
-        if line != longest[: len(line)] or len(line) < len(shortest):
-            problem = "the envelopes bound to it, in order, do not match their events"
-            findings.append(Finding(f"binding {kind}:{reference}", problem))
-    for id in sorted((least.ended - ended) | (ended - most.ended), key=repr):
-        findings.append(Finding(f"closing {id}", "it does not match the envelope's events"))
-    progress(seen.entries)
-    return Verification(len(envelopes), seen.entries, len(seen.heads), tuple(findings))
-
-
-def _log(ledger: Ledger, seen: _Seen, progress: Callable[[int], None]) -> Iterator[Finding]:
-    """Every entry that was not seen yet."""
-    for row in ledger.rows(after=seen.cursor):
-        if row.cursor != seen.cursor + 1:
-            missing = f"{seen.cursor + 1} to {row.cursor - 1}"
-            yield Finding("ledger", f"expected no gap in the order of writing, entries {missing} are missing")
-        for problem in _entry(row, seen):
-            yield Finding(f"event {row.chain}/{row.position}", problem)
-        seen.cursor = row.cursor
-        seen.entries += 1
-        if seen.entries % 1000 == 0:
-            progress(seen.entries)
-
-
-def _entry(row: Row, seen: _Seen) -> Iterator[str]:
-    position, head = seen.heads.get(row.chain, (0, chains.GENESIS))
-    if row.position != position:
-        yield f"expected position {position} of its chain, got {row.position}"
-    if not (isinstance(row.body, bytes) and isinstance(row.hash, bytes) and isinstance(row.position, int)):
-        seen.heads[row.chain] = (position + 1, chains.GENESIS)
-        yield "expected bytes with a hash at a whole position"
+def _dropped(heads: dict[int, Head], found: dict[str, int], gone: Exports) -> Iterator[Mark]:
+    """What the manifests of dropped segments say, and what the ledger still has of them."""
+    listed: dict[int, set[int]] = {}
+    for number in heads:
+        listed.setdefault(number // CHAINS_PER_SEGMENT, set()).add(number)
+    said = {"sealed": 0, "keys": 0, "families": 0}
+    for segment, manifest in gone.manifests.items():
+        order = (LOG, segment * CHAINS_PER_SEGMENT, 0)
+        if manifest is None:
+            yield Mark(order, f"export {segment}", "expected a readable manifest of the segment that was dropped")
+            continue
+        borne = manifest.borne
+        for table, count in (("sealed", borne.sealed), ("keys", borne.keys), ("families", borne.children)):
+            said[table] += count
+        for chain in manifest.chains:
+            if chain.number not in heads or heads[chain.number].id != chain.id:
+                problem = f"expected it as chain {chain.number} of dropped segment {segment}"
+                yield Mark((LOG, chain.number, 0), f"chain {chain.id}", problem)
+        for number in sorted(listed.get(segment, set()) - {chain.number for chain in manifest.chains}):
+            problem = f"expected it in the manifest of dropped segment {segment}"
+            yield Mark((LOG, number, 0), f"chain {heads[number].id}", problem)
+    if None in gone.manifests.values():
         return
-    if chains.link_hash(head, row.body) != row.hash:
-        yield "its hash does not follow from the entry before it and its bytes"
-    seen.heads[row.chain] = (row.position + 1, row.hash)
+    for table, expected in said.items():
+        got = found.get(table, 0)
+        if got != expected:
+            name = {"sealed": "closings or places", "families": "children"}.get(table, table)
+            yield Mark((BESIDE, 0, 0), name, f"expected {expected} of dropped envelopes, got {got}")
+
+
+def _chains(ledger: Ledger, heads: dict[int, Head], placed: dict[int, int], gone: Exports) -> Iterator[Mark]:
+    """How chains begin and end, and that every entry between is accounted for."""
+    expected = 0
+    for number in sorted(heads):
+        expected = max(expected, number // CHAINS_PER_SEGMENT * CHAINS_PER_SEGMENT)
+        if number != expected:
+            missing = f"{expected}" if number == expected + 1 else f"{expected} to {number - 1}"
+            yield Mark((LOG, expected, 0), f"chain {missing}", f"expected a chain before chain {number}, it is missing")
+        expected = number + 1
+    for number, position in ledger.strays():
+        yield Mark((LOG, number, position), f"event {number}/{position}", "expected an entry of a chain that is listed")
+    for number, head in heads.items():
+        if number in gone:
+            continue
+        count, marks = _ends(ledger, number, head)
+        yield from marks
+        if placed.get(number, 0) + count != head.length:
+            yield from _walk(ledger, number, head)
+
+
+def _ends(ledger: Ledger, number: int, head: Head) -> tuple[int, list[Mark]]:
+    """How many of its first and last entry are there and no events, and what is wrong with them."""
+    count, marks = 0, []
+
+    def mark(position: int, problem: str) -> None:
+        marks.append(Mark((LOG, number, position), f"event {head.id}/{position}", problem))
+
+    first = next(ledger.rows(head.id, until=0), None)
+    if first is None:
+        mark(0, "expected the entry that opens the chain, it is missing")
+    else:
+        entry = _checked(head.id, first, chains.GENESIS, lambda problem: mark(0, problem))
+        if entry is not None and not isinstance(entry.data, chains.Opened):
+            mark(0, "expected a chain to start with the process that opened it")
+        count += entry is not None and isinstance(entry.data, chains.Opened)
+    last = list(ledger.rows(head.id, after=head.length - 3, until=head.length - 1)) if head.length > 1 else []
     try:
+        closed = chains.decode(last[-1].body) if last else None
+    except (msgspec.MsgspecError, UnicodeError, TypeError):
+        closed = None  # an event, as far as anybody knows
+    if closed is not None and isinstance(closed.data, chains.Closed):
+        before = last[-2].hash if len(last) > 1 else b""
+        _checked(head.id, last[-1], before, lambda problem: mark(last[-1].position, problem))
+        said = closed.data
+        if (said.emitted, said.stored) != (said.stored + said.dropped, head.length - 2):
+            mark(
+                last[-1].position,
+                f"expected emitted = stored + dropped with {head.length - 2} stored, got "
+                f"{said.emitted} = {said.stored} + {said.dropped}",
+            )
+        count += 1
+    return count, marks
+
+
+def _checked(id: str, row: Row, before: bytes, say: Callable[[str], None]) -> chains.Entry | None:
+    """The entry of a row; None when it cannot be read."""
+    try:
+        if chains.link_hash(before, row.body) != row.hash:
+            say(UNLINKED)
         entry = chains.decode(row.body)
+    except TypeError:
+        say(NO_BYTES)
+        return None
     except (msgspec.MsgspecError, UnicodeError) as error:
-        yield f"expected a readable entry: {error}"
-        return
-    columns = (row.chain, row.position, row.envelope, row.sequence, row.type)
-    tag = str(entry.data.__struct_config__.tag)
-    if columns != (entry.chain, entry.position, entry.envelope, entry.sequence, tag):
-        yield "its columns do not match its bytes"
-    if canonical(entry) != row.body:
-        yield "expected canonical bytes"
-    if isinstance(entry.data, chains.Opened):
-        if row.position != 0:
-            yield "expected a chain to be opened at position 0 only"
-        return
-    if row.position == 0:
-        yield "expected a chain to start with the process that opened it"
-    yield from _history(entry, seen)
+        say(f"expected a readable entry: {error}")
+        return None
+    if (entry.chain, entry.position) != (id, row.position):
+        say("its columns do not match its bytes")
+    if entry.envelope is None and row.sealed is not None:
+        say("expected sealed bytes with a `sealed` event only")
+    return entry
 
 
-def _history(entry: chains.Entry, seen: _Seen) -> Iterator[str]:
-    if entry.envelope is None or entry.sequence is None or isinstance(entry.data, chains.Opened):
-        yield "expected the event of an envelope"
-        return
+def _walk(ledger: Ledger, number: int, head: Head) -> Iterator[Mark]:
+    """Along a chain whose entries do not add up, to name which."""
+    before, expected = chains.GENESIS, 0
+    places: dict[str, set[tuple[str, int]]] = {}
+    problems: list[str] = []
+    for row in ledger.rows(head.id, until=head.length - 1):
+        for position in range(expected, min(row.position, expected + MAX_FINDINGS)):
+            yield Mark((LOG, number, position), f"event {head.id}/{position}", MISSING)
+        entry = _checked(head.id, row, before if row.position == expected else b"", problems.append)
+        if entry is None:
+            pass
+        elif isinstance(entry.data, chains.Opened):
+            if row.position != 0:
+                problems.append("expected a chain to be opened at position 0 only")
+        elif isinstance(entry.data, chains.Closed):
+            if row.position != head.length - 1:
+                problems.append("expected nothing behind the entry that closes a chain")
+        elif not _has_place(ledger, entry, head.id, row.position, places):
+            problems.append(f"expected a place as event {entry.sequence} of envelope {entry.envelope}, it has none")
+        for problem in problems:
+            yield Mark((LOG, number, row.position), f"event {head.id}/{row.position}", problem)
+        problems.clear()
+        before, expected = row.hash, row.position + 1
+
+
+def _has_place(
+    ledger: Ledger, entry: chains.Entry, chain: str, position: int, places: dict[str, set[tuple[str, int]]]
+) -> bool:
     id = entry.envelope
-    expected = seen.next.get(id, 0)
-    if entry.sequence != expected:
-        yield f"expected sequence {expected} of envelope {id}, got {entry.sequence}"
-    seen.next[id] = entry.sequence + 1
-    before = seen.state.get(id, ASKED)
-    after = next_state(before, entry.data)
-    if after is None:
-        yield f"`{entry.data.type}` may not happen in state {before}"
-    seen.state[id] = after or before
-    if isinstance(entry.data, Sealed):
-        seen.sealed[id] = entry.data
-    if isinstance(entry.data, Bound):
-        seen.bindings[entry.data.kind, entry.data.reference, id] = None
+    if id is None:
+        return False
+    if id not in places:
+        if len(places) >= _REMEMBERED:
+            places.clear()
+        places[id] = {(row.chain, row.position) for row in ledger.rows_of(id)}
+    return (chain, position) in places[id]
 
 
-def _envelope(id: str, body: bytes, digest: str, parent: str | None) -> Iterator[str]:
-    if not isinstance(body, bytes):
-        yield "expected bytes"
-        return
-    if sha256(body) != digest:
-        yield "its digest does not match its bytes"
-    try:
-        envelope = decode_envelope(body)
-    except (msgspec.MsgspecError, UnicodeError) as error:
-        yield f"expected a readable envelope: {error}"
-        return
-    if envelope.id != id or envelope.correlation.part_of != parent:
-        yield "its columns do not match its bytes"
-    if canonical(envelope) != body:
-        yield "expected canonical bytes"
+def of_envelope(ledger: Ledger, id: str) -> list[Finding]:
+    """What is wrong with one envelope: its entries, the links that they hang on, its end, its key, its parent."""
+    heads = {head.number: Head(head.id, head.length) for head in ledger.chains()}
+    part = Part("steps", _before(id), id)
+    findings = [Finding(mark.row, mark.problem) for mark in recompute(ledger, heads, part).marks]
+    return findings + [Finding(*found) for found in unmatched(ledger, ("keys", "families"), part)]
+
+
+def _before(id: str) -> str:
+    """An id that is before this one in the order of text, with hardly another between."""
+    if not id or ord(id[-1]) == 0:
+        return ""
+    last = ord(id[-1]) - 1
+    return id[:-1] + chr(0xD7FF if 0xD800 <= last <= 0xDFFF else last) + "\U0010ffff"

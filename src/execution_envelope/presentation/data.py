@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from execution_envelope.ledger import AttemptedRequest
-from execution_envelope.ledger.chain import Opened
+from execution_envelope.ledger.chain import Closed, Opened
 from execution_envelope.lifecycle import Admitted, EventData, Late
 from execution_envelope.presentation import facts
 from execution_envelope.presentation.sentences import sentence
@@ -78,7 +78,7 @@ def details(
     }
 
 
-def entry_data(data: EventData | Opened) -> dict[str, Any]:
+def entry_data(data: EventData | Opened | Closed) -> dict[str, Any]:
     """The type, the sentence and the fact of one entry."""
     stored = _stored(data)
     return {"type": stored["type"], "sentence": sentence(data), "data": stored}
@@ -150,10 +150,8 @@ def _part(part: facts.Part) -> dict[str, Any]:
 
 def _chain(chain: facts.ChainStatus) -> dict[str, Any]:
     return {
-        "checked": chain.findings is not None,
-        "sound": None if chain.findings is None else not chain.findings,
+        "sound": not chain.findings,
         "entries": chain.entries,
         "chains": chain.chains,
-        "findings": whole(chain.findings or ()),
-        "findings_elsewhere": chain.elsewhere,
+        "findings": whole(chain.findings),
     }

@@ -48,12 +48,11 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class ChainStatus:
-    """What recomputing the hash chains says of one envelope; `findings` is None when it was not recomputed."""
+    """What recomputing one envelope's entries says, in the chains that they are in."""
 
     entries: int
     chains: tuple[str, ...]
-    findings: tuple[Finding, ...] | None
-    elsewhere: int = 0
+    findings: tuple[Finding, ...]
 
 
 def resource_lines(record: Record) -> list[Line]:

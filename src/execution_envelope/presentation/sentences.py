@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-from execution_envelope.ledger.chain import Opened
+from execution_envelope.ledger.chain import Closed, Opened
 from execution_envelope.lifecycle import EventData
-from execution_envelope.presentation.text import amounts, because, pairs, when
+from execution_envelope.presentation.text import amounts, because, counted, pairs, when
 
 
-def sentence(data: EventData | Opened) -> str:
+def sentence(data: EventData | Opened | Closed) -> str:
     """What happened."""
     if isinstance(data, Opened):
         return f"a chain was opened by {data.process}, version {data.version}"
+    if isinstance(data, Closed):
+        lost = f"; {counted(data.dropped, 'event')} of {data.emitted} acknowledged were dropped" if data.dropped else ""
+        return f"the chain was closed in order, {counted(data.stored, 'event')} stored in it{lost}"
     return SENTENCES[data.type](data)
 
 

@@ -1,109 +1,31 @@
-"""The public kit for tests: a clock, an ask, a ledger that fails on purpose, and the contract every ledger keeps.
-
-::
-
-    from execution_envelope.testing import LedgerContract
-
-    class TestMyLedger(LedgerContract):
-        def make_ledger(self, folder):
-            return MyLedger(folder / "ledger")
-"""
+"""The contract that every ledger keeps, as tests to inherit."""
 
 from __future__ import annotations
 
+import queue
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import uuid_utils
 
 from execution_envelope import lifecycle
-from execution_envelope.envelope import Ask, SealedEnvelope, Subject, Target, seal, timestamp
-from execution_envelope.errors import LedgerUnavailable, ReferenceTaken
-from execution_envelope.ledger import AttemptedRequest, Ledger, MemoryLedger, verify
+from execution_envelope.envelope import SealedEnvelope, seal, timestamp
+from execution_envelope.errors import ReferenceTaken
+from execution_envelope.ledger import AttemptedRequest, Ledger, verify
 from execution_envelope.ledger import chain as chains
-from execution_envelope.ledger.contract import Commit, KeyRow, KeyTaken, SequenceConflict, Siblings, Stored
-from execution_envelope.lifecycle import EventData
+from execution_envelope.ledger.commit import Commit, KeyRow, KeyTaken, SequenceConflict, Siblings, Stored
+from execution_envelope.ledger.contract import Conservation
+from execution_envelope.ledger.submission import Outcome, Submission
+from execution_envelope.lifecycle import Event, EventData
 from execution_envelope.process import current
+from execution_envelope.testing.kit import START, ask
 
 T = TypeVar("T")
-
-#: When `FakeClock` starts.
-START = datetime(2026, 5, 1, 12, 0, tzinfo=UTC)
-
-
-class FakeClock:
-    """A clock that stands still until it is told: ``AdmissionController(ledger, clock=FakeClock())``."""
-
-    def __init__(self, now: datetime = START) -> None:
-        self.now = now
-
-    def __call__(self) -> datetime:
-        return self.now
-
-    def advance(self, **amount: float) -> None:
-        """Move on by what `timedelta` takes: ``advance(minutes=5)``."""
-        self.now += timedelta(**amount)
-
-
-def ask(**overrides: Any) -> Ask:
-    """An ask to deploy a small model; any field of `Ask` may be given in place of its own."""
-    default = Ask(
-        kind="model.deploy",
-        operation="serving.deploy_model",
-        target=Target("model", "smollm2-135m", "q4"),
-        subject=Subject("user", "dana", tenant="acme", roles=("operator",)),
-        scope={"project": "research", "environment": "test"},
-        requested={"gpu": 1, "memory": "2GiB"},
-        constraints={"engine": "llama.cpp"},
-        entrypoint="POST /serving/deploy_model",
-    )
-    return replace(default, **overrides)
-
-
-if TYPE_CHECKING:
-    # It answers to every method of a ledger, but type checkers do not see what `__getattr__` answers to.
-    _Delegating = MemoryLedger
-else:
-    _Delegating = object
-
-
-class FaultyLedger(_Delegating):
-    """A ledger whose `fail_at`-th call, counted from 1, raises `LedgerUnavailable`; it works again afterwards.
-
-    With `after` the call takes effect first and only its answer is lost, as when a connection breaks in a COMMIT.
-    `calls` counts what was called so far; `fail_at` None fails nothing.
-    """
-
-    def __init__(self, ledger: Ledger, fail_at: int | None = None, *, after: bool = False) -> None:
-        self.inline = ledger.inline
-        self.fail_at = fail_at
-        self.calls = 0
-        self._ledger = ledger
-        self._after = after
-
-    def __getattr__(self, name: str) -> Any:
-        method = getattr(self._ledger, name)
-
-        def call(*arguments: Any, **options: Any) -> Any:
-            self.calls += 1
-            fail = self.calls == self.fail_at
-            if fail and not self._after:
-                raise LedgerUnavailable(f"call {self.calls} was made to fail")
-            answer = method(*arguments, **options)
-            if fail:
-                raise LedgerUnavailable(f"the answer to call {self.calls} was made to be lost")
-            return answer
-
-        return call
-
-    def close(self) -> None:
-        """Let go of the wrapped ledger; never fails on purpose."""
-        self._ledger.close()
 
 
 class LedgerContract:
@@ -136,7 +58,12 @@ class LedgerContract:
                 [],
                 [],
             )
-            assert (list(ledger.rows()), list(ledger.envelopes()), ledger.count()) == ([], [], 0)
+            assert (ledger.chains(), list(ledger.steps()), ledger.count()) == ([], [], 0)
+            assert (list(ledger.rows("x")), list(ledger.rows_of("x"))) == ([], [])
+            for beside in (ledger.key_rows(), ledger.references(), ledger.families(), ledger.closings()):
+                assert list(beside) == []
+            assert ledger.conservation() == Conservation()
+            ledger.flush()
 
     def test_what_was_committed_is_read_back(self, tmp_path: Path) -> None:
         with self.opened(tmp_path) as ledger:
@@ -145,7 +72,7 @@ class LedgerContract:
             [more] = ledger.commit(_commit(sealed, len(events), lifecycle.Ready("0"), lifecycle.Ready("1")))
             assert ledger.read(sealed.envelope.id) == Stored(sealed.body, (*events, *more))
             assert [event.sequence for event in (*events, *more)] == [0, 1, 2, 3]
-            assert list(ledger.envelopes()) == [(sealed.envelope.id, sealed.body, sealed.digest, None)]
+            assert [row.sealed for row in ledger.rows_of(sealed.envelope.id)] == [sealed.body, None, None, None]
 
     def test_a_sequence_is_taken_once(self, tmp_path: Path) -> None:
         with self.opened(tmp_path) as ledger:
@@ -200,8 +127,8 @@ class LedgerContract:
                 ledger.commit(_commit(first, 4, bound))
             assert ledger.find("deployment", "d1") == newer.envelope.id
             assert list(ledger.references()) == [
-                ("deployment", "d1", first.envelope.id),
-                ("deployment", "d1", newer.envelope.id),
+                ("deployment", "d1", 1, first.envelope.id),
+                ("deployment", "d1", 2, newer.envelope.id),
             ]
 
     def test_a_reference_stays_when_its_superseder_gets_nothing(self, tmp_path: Path) -> None:
@@ -271,8 +198,7 @@ class LedgerContract:
             with _raises(SequenceConflict):
                 ledger.commit(second)
 
-    def test_entries_are_numbered_without_gaps(self, tmp_path: Path) -> None:
-        """Even after something was taken back."""
+    def test_what_was_refused_leaves_no_gap(self, tmp_path: Path) -> None:
         with self.opened(tmp_path) as ledger:
             first = _sealed(idempotency_key="k")
             ledger.commit(_admission(first))
@@ -285,7 +211,12 @@ class LedgerContract:
                     ledger.commit(_admission(_sealed()), refused)
             ledger.close()
             ledger.commit(_commit(first, 2, lifecycle.Ready()))
-            assert [row.cursor for row in ledger.rows()] == list(range(1, ledger.count() + 1))
+            for head in ledger.chains():
+                rows = list(ledger.rows(head.id))
+                assert [row.position for row in rows] == list(range(head.length))
+                assert [row.chain for row in rows] == [head.id] * head.length
+                assert rows[-1].hash == head.head
+            assert _types(ledger) == [["opened", "sealed", "admitted", "closed"], ["opened", "ready"]]
             assert ledger.tampered_schema() == []
 
     def test_an_envelope_may_be_bound_as_it_is_admitted(self, tmp_path: Path) -> None:
@@ -307,22 +238,62 @@ class LedgerContract:
             ledger.commit(_commit(children[1], 2, lifecycle.Cancelled()))
             ids = [sealed.envelope.id for sealed in (parent, *children)]
             assert ledger.children(parent.envelope.id) == ids[1:]
+            assert list(ledger.families()) == [(ids[0], child) for child in ids[1:]]
+            assert list(ledger.closings()) == [ids[2]]
             assert ledger.newest(2) == [ids[3], ids[2]]
             assert ledger.newest(9, before=ids[2]) == [ids[1], ids[0]]
             assert ledger.unfinished() == [ids[0], ids[1], ids[3]]
 
-    def test_entries_come_in_the_order_of_writing(self, tmp_path: Path) -> None:
+    def test_entries_of_a_chain_come_in_the_order_of_writing(self, tmp_path: Path) -> None:
         with self.opened(tmp_path) as ledger:
             first, second = _sealed(), _sealed()
             ledger.commit(_admission(first))
             ledger.commit(_admission(second))
             ledger.commit(_commit(first, 2, lifecycle.Ready()))
-            rows = list(ledger.rows())
-            assert [row.type for row in rows] == ["opened", "sealed", "admitted", "sealed", "admitted", "ready"]
+            assert _types(ledger) == [["opened", "sealed", "admitted", "sealed", "admitted", "ready"]]
+            [head] = ledger.chains()
+            rows = list(ledger.rows(head.id))
             assert [row.position for row in rows] == list(range(6))
-            assert ledger.count() == 6
-            assert list(ledger.rows(after=rows[3].cursor)) == rows[4:]
-            assert [row.type for row in ledger.rows(envelope=first.envelope.id)] == ["sealed", "admitted", "ready"]
+            assert (head.length, head.head, ledger.count()) == (6, rows[-1].hash, 6)
+            assert list(ledger.rows(head.id, after=3)) == rows[4:]
+            assert list(ledger.rows(head.id, after=1, until=3)) == rows[2:4]
+            assert list(ledger.rows_of(first.envelope.id)) == [rows[1], rows[2], rows[5]]
+            before = chains.GENESIS
+            for row in rows:
+                assert chains.link_hash(before, row.body) == row.hash
+                before = row.hash
+
+    def test_steps_come_in_the_order_of_envelopes(self, tmp_path: Path) -> None:
+        with self.opened(tmp_path) as ledger:
+            sealed = [_sealed() for _ in range(4)]
+            ids = [one.envelope.id for one in sealed]
+            for one in reversed(sealed):
+                ledger.commit(_admission(one))
+            ledger.close()
+            ledger.commit(_commit(sealed[1], 2, lifecycle.Cancelled()))
+            heads = ledger.chains()
+            assert [head.number for head in heads] == [heads[0].number, heads[0].number + 1]
+            steps = list(ledger.steps())
+            assert [(step.envelope, step.sequence) for step in steps] == [
+                (id, n) for id in ids for n in range(3 if id == ids[1] else 2)
+            ]
+            assert [step.type for step in steps[2:5]] == ["sealed", "admitted", "cancelled"]
+            assert [step.envelope for step in steps if step.closed] == [ids[1]] * 3
+            for step in steps:
+                assert step.row is not None and step.before is not None
+                assert chains.link_hash(step.before, step.row.body) == step.row.hash
+                assert (step.row.chain, step.row.position) == (heads[step.chain - heads[0].number].id, step.position)
+                assert (step.row.sealed is not None) is (step.sequence == 0)
+            assert list(ledger.steps(after=ids[0], until=ids[2])) == steps[2:7]
+            assert list(ledger.steps(after=ids[3])) == []
+            assert list(ledger.events_of([ids[1], ids[3], "x"], ["sealed", "cancelled"])) == [
+                steps[2],
+                steps[4],
+                steps[7],
+            ]
+            splits = ledger.splits(4)
+            assert splits == sorted(splits) and set(splits) <= set(ids) and 1 <= len(splits) <= 3
+            assert ledger.splits(100) == [] and ledger.strays() == []
 
     def test_a_chain_names_the_process_that_writes_it(self, tmp_path: Path) -> None:
         with self.opened(tmp_path) as ledger:
@@ -331,8 +302,132 @@ class LedgerContract:
             chain = ledger.chain_of(sealed.envelope.id, 1)
             assert chain is not None and ledger.chain_of(sealed.envelope.id, 2) is None
             assert ledger.writer(chain) == current()
-            opened = chains.decode(next(ledger.rows()).body).data
+            opened = chains.decode(next(ledger.rows(chain)).body).data
             assert isinstance(opened, chains.Opened) and opened.process == current()
+
+    # Submitted, not waited for
+
+    def test_a_submission_is_told_what_became_of_it(self, tmp_path: Path) -> None:
+        with self.opened(tmp_path) as ledger:
+            first, second = _sealed(idempotency_key="k"), _sealed(idempotency_key="k")
+            assert _told(ledger, _admission(first)) == [_admission(first).events()]
+            taken = _told(ledger, _admission(second))
+            assert isinstance(taken, KeyTaken) and taken.row.envelope == first.envelope.id
+            assert isinstance(_told(ledger, _commit(first, 1, lifecycle.Ready())), SequenceConflict)
+            both = _commit(first, 2, lifecycle.Ready()), _admission(_sealed())
+            assert _told(ledger, *both) == [commit.events() for commit in both]
+            assert ledger.conservation() == Conservation(5, 5)
+
+    def test_a_refused_submission_disturbs_no_other(self, tmp_path: Path) -> None:
+        bound = lifecycle.Bound("deployment", "d1", "node", timestamp(START))
+        with self.opened(tmp_path) as ledger:
+            first = _sealed(idempotency_key="k")
+            ledger.commit(_admission(first, bound))
+            told: list[queue.SimpleQueue[Outcome]] = [queue.SimpleQueue() for _ in range(40)]
+            good = [_admission(_sealed(idempotency_key=str(n))) for n in range(20)]
+            bad = [
+                _admission(_sealed(idempotency_key="k")),
+                _commit(first, 2, lifecycle.Ready()),
+                _admission(_sealed(), bound),
+                _commit(_sealed(), 0, lifecycle.Ready()),
+            ] * 5
+            for number in range(20):
+                ledger.submit(Submission([good[number]], told[number].put))
+                ledger.submit(Submission([bad[number]], told[20 + number].put))
+            outcomes = [one.get(timeout=10) for one in told]
+            assert outcomes[:20] == [[commit.events()] for commit in good]
+            assert [type(outcome) for outcome in outcomes[20:]] == [
+                KeyTaken,
+                SequenceConflict,
+                ReferenceTaken,
+                SequenceConflict,
+            ] * 5
+            assert ledger.conservation() == Conservation(43, 43)
+
+    def test_one_of_many_takes_a_key(self, tmp_path: Path) -> None:
+        with self.opened(tmp_path) as ledger:
+            outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
+            ready = threading.Barrier(16)
+
+            def submit() -> None:
+                commit = _admission(_sealed(idempotency_key="k"))
+                ready.wait(10)
+                ledger.submit(Submission([commit], outcomes.put))
+
+            threads = [threading.Thread(target=submit) for _ in range(16)]
+            for thread in threads:
+                thread.start()
+            told = [outcomes.get(timeout=10) for _ in threads]
+            for thread in threads:
+                thread.join()
+            [admitted] = [outcome for outcome in told if not isinstance(outcome, Exception)]
+            [winner] = ledger.newest(9)
+            assert admitted[0][0].envelope == winner
+            taken = [outcome.row.envelope for outcome in told if isinstance(outcome, KeyTaken)]
+            assert taken == [winner] * 15
+
+    def test_within_a_window_it_is_read_back_at_once_and_stored(self, tmp_path: Path) -> None:
+        with self.opened(tmp_path) as ledger:
+            sealed, other = _sealed(), _sealed()
+            told: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
+            began = time.monotonic()
+            ledger.submit(Submission([_admission(sealed)], told.put, window=30))
+            stored = ledger.read(sealed.envelope.id)
+            assert stored is not None and len(stored.events) == 2
+            assert ledger.conservation() == Conservation(2, 2)
+            ledger.submit(Submission([_admission(other)], told.put, window=30))
+            ledger.flush()
+            assert ledger.conservation() == Conservation(4, 4)
+            assert time.monotonic() - began < 15
+            # Nobody flushes: its window ends.
+            ledger.submit(Submission([_commit(other, 2, lifecycle.Ready())], told.put, window=0.2))
+            outcomes = [told.get(timeout=10) for _ in range(3)]
+            assert [type(outcome) for outcome in outcomes] == [list] * 3
+            assert ledger.newest(9) == [other.envelope.id, sealed.envelope.id]
+
+    def test_within_a_window_it_is_recorded_behind_what_others_recorded_first(self, tmp_path: Path) -> None:
+        with self.opened(tmp_path) as ledger:
+            open_, ended = _sealed(), _sealed()
+            for sealed in (open_, ended):
+                ledger.commit(_admission(sealed))
+            ledger.commit(_commit(open_, 2, lifecycle.Ready("0")))
+            ledger.commit(_commit(ended, 2, lifecycle.Completed()))
+            told: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
+            stale = [
+                _commit(open_, 2, lifecycle.Ready("1"), lifecycle.Ready("2")),
+                _commit(ended, 2, lifecycle.Ready("1"), lifecycle.Cancelled()),
+                _commit(_sealed(), 2, lifecycle.Ready()),
+                _commit(open_, 3, lifecycle.Expired()),
+                _commit(open_, 3, lifecycle.Ready("3")),
+            ]
+            for commit in stale:
+                ledger.submit(Submission([commit], told.put, window=0.05))
+            outcomes = [told.get(timeout=10) for _ in stale]
+            assert [isinstance(outcome, SequenceConflict) for outcome in outcomes] == [False, False, True, True, False]
+            parts = [event.data for event in _events(ledger, open_)[2:]]
+            assert parts == [lifecycle.Ready(str(n)) for n in range(4)]
+            late = [event.data for event in _events(ledger, ended)[3:]]
+            assert late == [lifecycle.Late(lifecycle.Ready("1")), lifecycle.Late(lifecycle.Cancelled())]
+            assert ledger.conservation() == Conservation(emitted=13, stored=11, dropped=2)
+
+    def test_what_was_submitted_is_conserved(self, tmp_path: Path) -> None:
+        with self.opened(tmp_path) as ledger:
+            for round in range(1, 3):
+                for _ in range(10):
+                    sealed = _sealed()
+                    ledger.submit(Submission([_admission(sealed)], lambda outcome: None, window=20))
+                    ledger.submit(
+                        Submission([_commit(sealed, 9, lifecycle.Expired())], lambda outcome: None, window=20)
+                    )
+                counts = ledger.conservation()
+                assert counts.emitted == 30 * round and counts.pending >= 0
+                ledger.close()
+                assert ledger.conservation() == Conservation(30 * round, 20 * round, 10 * round)
+                assert _closed(ledger)[-1] == chains.Closed(30, 20, 10)
+            ledger.commit(_admission(_sealed()))
+            ledger.close()
+            assert _closed(ledger)[-1] == chains.Closed(2, 2, 0)
+            assert ledger.conservation() == Conservation(62, 42, 20)
 
     def test_it_goes_on_after_it_was_closed(self, tmp_path: Path) -> None:
         with self.opened(tmp_path) as ledger:
@@ -341,7 +436,9 @@ class LedgerContract:
             ledger.close()
             ledger.commit(_admission(second))
             ledger.close()
+            ledger.close()
             assert ledger.newest(9) == [second.envelope.id, first.envelope.id]
+            assert _types(ledger) == [["opened", "sealed", "admitted", "closed"]] * 2
 
     def test_attempted_requests_come_newest_first(self, tmp_path: Path) -> None:
         with self.opened(tmp_path) as ledger:
@@ -394,6 +491,31 @@ def _raises(kind: type[T]) -> Iterator[list[T]]:
         caught.append(error)
     else:
         raise AssertionError(f"expected {kind.__name__}, nothing was raised")
+
+
+def _told(ledger: Ledger, *commits: Commit) -> Outcome:
+    told: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
+    ledger.submit(Submission(commits, told.put))
+    return told.get(timeout=10)
+
+
+def _types(ledger: Ledger) -> list[list[str]]:
+    """What each chain holds."""
+    return [
+        [str(chains.decode(row.body).data.__struct_config__.tag) for row in ledger.rows(head.id)]
+        for head in ledger.chains()
+    ]
+
+
+def _closed(ledger: Ledger) -> list[chains.Closed]:
+    entries = (chains.decode(row.body).data for head in ledger.chains() for row in ledger.rows(head.id))
+    return [data for data in entries if isinstance(data, chains.Closed)]
+
+
+def _events(ledger: Ledger, sealed: SealedEnvelope) -> tuple[Event, ...]:
+    stored = ledger.read(sealed.envelope.id)
+    assert stored is not None
+    return stored.events
 
 
 def _sealed(**overrides: Any) -> SealedEnvelope:

@@ -1,0 +1,119 @@
+"""What is recorded for one envelope at once, what is read back of it, and why it may be refused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import msgspec
+
+from execution_envelope.envelope import SealedEnvelope
+from execution_envelope.envelope import decode as decode_envelope
+from execution_envelope.errors import Damaged, IllegalTransition
+from execution_envelope.ledger.chain import decode as decode_entry
+from execution_envelope.lifecycle import Event, EventData, Sealed
+from execution_envelope.record import Record
+
+#: What reading rows that somebody changed can raise.
+DAMAGED: Final = (
+    msgspec.MsgspecError,
+    IllegalTransition,
+    AssertionError,
+    KeyError,
+    TypeError,
+    ValueError,
+    AttributeError,
+)
+
+
+class SequenceConflict(Exception):
+    """Another writer recorded an event for this envelope first: read again, check again, try again."""
+
+
+class KeyTaken(Exception):
+    """The idempotency key belongs to an envelope already."""
+
+    def __init__(self, row: KeyRow) -> None:
+        super().__init__(row.envelope)
+        self.row = row
+
+
+@dataclass(frozen=True, slots=True)
+class KeyRow:
+    """An idempotency key in its scope: digest of the key, of the request it came with, and the envelope's id."""
+
+    digest: str
+    request: str
+    envelope: str
+
+
+@dataclass(frozen=True, slots=True)
+class Siblings:
+    """A parent and its children without the committed envelope, each with its next sequence, as the writer saw them.
+
+    What the children hold together is bounded by the parent: a writer that read less than is stored has to read again.
+    """
+
+    parent: str
+    sequences: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """What is recorded for one envelope: facts from `sequence` on; with `sealed` at its admission."""
+
+    envelope: str
+    sequence: int
+    at: str
+    by: str
+    facts: Sequence[EventData]
+    sealed: SealedEnvelope | None = None
+    siblings: Siblings | None = None
+
+    def events(self) -> list[Event]:
+        """Its facts as the events that they become."""
+        return [
+            Event(self.envelope, sequence, self.at, self.by, fact)
+            for sequence, fact in enumerate(self.facts, start=self.sequence)
+        ]
+
+    @property
+    def key_row(self) -> KeyRow | None:
+        """The idempotency key that the envelope is sealed with."""
+        for fact in self.facts:
+            if isinstance(fact, Sealed) and fact.key is not None:
+                return KeyRow(fact.key, fact.request, self.envelope)
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """An envelope's canonical bytes and its events, in order."""
+
+    body: bytes
+    events: tuple[Event, ...]
+
+    @classmethod
+    def decoded(cls, envelope: str, rows: Sequence[tuple[bytes | None, bytes | None]]) -> Stored | None:
+        """From the `body` and `sealed` of its entries, in order. Raises `Damaged`."""
+        if not rows:
+            return None
+        try:
+            events = tuple(decode_entry(body or b"").event() for body, _ in rows)
+        except DAMAGED as error:
+            raise Damaged(envelope) from error
+        sealed = rows[0][1]
+        if not isinstance(sealed, bytes) or any(
+            (e.envelope, e.sequence) != (envelope, n) for n, e in enumerate(events)
+        ):
+            raise Damaged(envelope)
+        return cls(sealed, events)
+
+    def record(self) -> Record:
+        """What the two make together. Raises `Damaged`."""
+        id = self.events[0].envelope
+        try:
+            return Record(decode_envelope(self.body), self.events)
+        except DAMAGED as error:
+            raise Damaged(id) from error

@@ -1,0 +1,379 @@
+"""Projections: what is looked for and added up, behind the log that is acknowledged.
+
+A row is a pure function of an envelope's `Record`; roll-ups are the sum of what each row contributes. They follow the
+log with a position for each chain, which moves in the same transaction as the rows. They can be dropped and made
+again at any time, and hold nothing that the log does not.
+
+What a process wrote itself, `Ledger.read` shows at once, whatever a projection lags behind. Catching up takes the
+interpreter for itself: beside a server it belongs into a process of its own, ``envelope project --follow``.
+
+Of segments that were exported and dropped from the ledger a projection keeps what it took in before. Made again, it
+knows only of what is still there.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final, Literal, NamedTuple, Protocol, TypeAlias
+
+import msgspec
+
+from execution_envelope.delta import granted_totals
+from execution_envelope.envelope import Envelope, Scoped
+from execution_envelope.lifecycle import OPEN, TERMINAL, Granted, Late, ended
+from execution_envelope.record import Record
+from execution_envelope.resources import UNKNOWN, VOCABULARY, Amount
+
+#: Of the rows, the roll-ups and the tables. A projection of another version is dropped and made again.
+VERSION: Final = 1
+#: The state of an envelope whose entries cannot be read as a record.
+DAMAGED: Final = "damaged"
+
+#: What coverage counts, and what it means.
+COVERAGE: Final[Mapping[str, str]] = {
+    "open": "without an outcome yet",
+    "ungranted": "open or completed, and nobody ever granted anything",
+    "unstated": "granted other than asked, and nobody said why",
+    "violations": "granted beyond a bound",
+    "undecided": "admitted while no decider covered the kind",
+    "damaged": "whose entries in the ledger cannot be read as a record",
+}
+#: States that envelopes can be found by beside what coverage counts: all ends but the most frequent one.
+RARE: Final = TERMINAL - {"completed"}
+#: Not even for different executions does a sum of it mean anything.
+_NOT_ADDED: Final = frozenset(name for name in VOCABULARY if name == "context")
+
+By: TypeAlias = Literal["day", "tenant", "project", "kind"]
+Side: TypeAlias = Literal["requested", "granted", "used"]
+#: Told how many more entries were taken in.
+Progress: TypeAlias = Callable[[int], None]
+
+
+class ProjectedEnvelope(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One envelope as it is looked for. Amounts are totals in base units, with *unknown* and *unlimited* as they are.
+
+    `events` is how many events it is made of. `ungranted`: nobody granted, and it is open or completed; `unstated`:
+    how many differences nobody explained. Of a damaged one there is only the id.
+    """
+
+    id: str
+    state: str
+    events: int = 0
+    tenant: str | None = None
+    subject: str = ""
+    kind: str = ""
+    operation: str = ""
+    target: str = ""
+    project: str | None = None
+    environment: str | None = None
+    purpose: str | None = None
+    created_at: str = ""
+    ended_at: str | None = None
+    owner: str | None = None
+    check_by: str | None = None
+    undecided: bool = False
+    ungranted: bool = False
+    unstated: int = 0
+    violations: int = 0
+    late: int = 0
+    requested: Mapping[str, Amount] = {}
+    granted: Mapping[str, Amount] = {}
+    used: Mapping[str, Amount] = {}
+
+    @property
+    def damaged(self) -> bool:
+        return self.state == DAMAGED
+
+    @property
+    def is_open(self) -> bool:
+        return self.state in OPEN
+
+    @property
+    def day(self) -> str:
+        """The UTC day of its admission."""
+        return self.created_at[:10]
+
+
+def project(record: Record) -> ProjectedEnvelope:
+    """The row of a record."""
+    envelope, bound, has_grants = record.envelope, record.bound, bool(record.grants)
+    execution, scope, subject = envelope.execution, envelope.scope, envelope.identity.subject
+    version = execution.target.version
+    return ProjectedEnvelope(
+        id=record.id,
+        state=record.state,
+        events=record.next_sequence,
+        tenant=envelope.identity.tenant,
+        subject=f"{subject.type}:{subject.id}",
+        kind=execution.kind,
+        operation=execution.operation,
+        target=f"{execution.target.type}:{execution.target.id}{f'@{version}' if version else ''}",
+        project=_text(scope.project),
+        environment=_text(scope.environment),
+        purpose=_text(scope.purpose),
+        created_at=envelope.correlation.created_at,
+        ended_at=next((event.at for event in record.events if ended(event.data)), None),
+        owner=None if bound is None else bound.owner,
+        check_by=None if bound is None else bound.check_by,
+        undecided=record.undecided,
+        ungranted=not has_grants and (record.is_open or record.state == "completed"),
+        unstated=sum(difference.unstated for difference in record.differences) if has_grants else 0,
+        violations=len(record.violations),
+        late=sum(type(event.data) is Late for event in record.events),
+        requested=_requested(envelope),
+        granted=record.granted if has_grants else {},
+        used={name: usage.amount for name, usage in record.used.items()},
+    )
+
+
+def _text(scoped: Scoped | None) -> str | None:
+    value = None if scoped is None else scoped.value
+    return value if value is None or isinstance(value, str) else msgspec.json.encode(value).decode()
+
+
+def _requested(envelope: Envelope) -> Mapping[str, Amount]:
+    """What was asked for in all, counted as a grant of the same is."""
+    resources = envelope.requested.resources
+    if all(quantity.per == "total" for quantity in resources.values()):
+        return {name: quantity.amount for name, quantity in resources.items()}
+    return granted_totals([Granted(resources, "reserved")])
+
+
+def damaged(id: str) -> ProjectedEnvelope:
+    """The row of an envelope that cannot be read."""
+    return ProjectedEnvelope(id, DAMAGED)
+
+
+def terms(row: ProjectedEnvelope) -> frozenset[str]:
+    """What the envelope is found by, and counted under, beside its tenant: of `COVERAGE` and `RARE`."""
+    if row.damaged:
+        return frozenset({DAMAGED})
+    found = {name for name in ("ungranted", "unstated", "violations", "undecided") if getattr(row, name)}
+    if row.state in OPEN:
+        found.add("open")
+    elif row.state in RARE:
+        found.add(row.state)
+    return frozenset(found)
+
+
+# Roll-ups
+
+
+class CountKey(NamedTuple):
+    """Of which envelopes a count is; no tenant and no project are empty."""
+
+    day: str
+    tenant: str
+    project: str
+    kind: str
+    state: str
+
+
+class AmountKey(NamedTuple):
+    """Of which amounts a sum is; no tenant and no project are empty."""
+
+    day: str
+    tenant: str
+    project: str
+    kind: str
+    resource: str
+    side: Side
+
+
+class Sum(msgspec.Struct, frozen=True):
+    """Amounts of so many envelopes. Those that are unknown or unlimited are counted apart, never as zero."""
+
+    known: int = 0
+    total: int = 0
+    unknown: int = 0
+    unlimited: int = 0
+
+    def __add__(self, other: Sum) -> Sum:
+        return Sum(
+            self.known + other.known,
+            self.total + other.total,
+            self.unknown + other.unknown,
+            self.unlimited + other.unlimited,
+        )
+
+
+def searchable(text: str | None) -> str:
+    """A text as it is searched for and added up under: not every database keeps the character zero."""
+    return "" if text is None else text.replace("\0", "\ufffd")
+
+
+@dataclass(slots=True)
+class Changes:
+    """What rows make of the rows before them: the rows, and what that adds to each roll-up and takes away from it."""
+
+    rows: list[ProjectedEnvelope] = field(default_factory=list)
+    found: list[tuple[str, str]] = field(default_factory=list)
+    lost: list[tuple[str, str]] = field(default_factory=list)
+    coverage: Counter[str] = field(default_factory=Counter)
+    counts: Counter[CountKey] = field(default_factory=Counter)
+    #: By what `AmountKey` and `Sum` name: known, total, unknown, unlimited.
+    amounts: dict[tuple[str, ...], list[int]] = field(default_factory=dict)
+
+    def add(self, old: ProjectedEnvelope | None, new: ProjectedEnvelope) -> None:
+        """One row in place of another; nothing at all when they are the same."""
+        if old == new:
+            return
+        self.rows.append(new)
+        before, after = frozenset[str]() if old is None else terms(old), terms(new)
+        self.found += [(term, new.id) for term in after - before]
+        self.lost += [(term, new.id) for term in before - after]
+        if old is not None:
+            self._contribute(old, -1)
+        self._contribute(new, 1)
+
+    def _contribute(self, row: ProjectedEnvelope, sign: Literal[1, -1]) -> None:
+        self.coverage["envelopes"] += sign
+        for term in terms(row):
+            self.coverage[term] += sign
+        if row.damaged:
+            return
+        where = (row.day, searchable(row.tenant), searchable(row.project), row.kind)
+        self.counts[CountKey(*where, row.state)] += sign
+        for side, amounts in (("requested", row.requested), ("granted", row.granted), ("used", row.used)):
+            for resource, amount in amounts.items():
+                if resource in _NOT_ADDED:
+                    continue
+                cell = self.amounts.setdefault((*where, resource, side), [0, 0, 0, 0])
+                if isinstance(amount, int):
+                    cell[0] += sign
+                    cell[1] += sign * amount
+                else:
+                    cell[2 if amount == UNKNOWN else 3] += sign
+
+
+# What is asked of a projection
+
+
+@dataclass(frozen=True, slots=True)
+class Lag:
+    """How far a projection is behind the log: entries that it has not taken in, of so many chains."""
+
+    entries: int
+    chains: int
+
+
+@dataclass(frozen=True, slots=True)
+class Covered:
+    """How many envelopes there are of one sort, and the newest of them."""
+
+    count: int
+    newest: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Coverage:
+    """What is there, and of what how many; `of` has a name of `COVERAGE` -> envelopes.
+
+    `unreadable` counts entries that no envelope can be told of, gaps included. `attempted` and `unsealed` count the
+    attempted requests that are kept, `unsealed` those of guarded routes that were answered without an admission;
+    `attempted_dropped` counts those that came too fast to be kept.
+    """
+
+    envelopes: int
+    of: Mapping[str, Covered]
+    unreadable: int
+    attempted: int
+    unsealed: int
+    attempted_dropped: int
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """Roll-ups of one group: envelopes by state, and amounts by resource and side."""
+
+    group: Mapping[By, str]
+    states: Mapping[str, int]
+    amounts: Mapping[str, Mapping[Side, Sum]]
+
+
+class Projection(Protocol):
+    """The one face of a projection. May be shared by threads. All raise `LedgerUnavailable`.
+
+    A read catches up first, as far as the log is when it begins, so that it is exact as of its start. With `fresh`
+    false it reads what is there: at once, and behind by `lag()`.
+    """
+
+    def catch_up(self, limit: int | None = None, *, progress: Progress | None = None) -> Lag:
+        """Take in what the log holds now, of it at most `limit` entries; what is left of that then."""
+        ...
+
+    def lag(self) -> Lag:
+        """How far it is behind."""
+        ...
+
+    def rebuild(self, *, progress: Progress | None = None) -> None:
+        """Drop it, and make it again from the log. Meanwhile it shows what is there so far."""
+        ...
+
+    def drop(self) -> None:
+        """Forget everything; the next call that catches up begins from the start."""
+        ...
+
+    def get(self, id: str, *, fresh: bool = True) -> ProjectedEnvelope | None:
+        """One envelope."""
+        ...
+
+    def newest(
+        self,
+        limit: int,
+        *,
+        before: str | None = None,
+        tenant: str | None = None,
+        kind: str | None = None,
+        states: Sequence[str] = (),
+        project: str | None = None,
+        fresh: bool = True,
+    ) -> list[ProjectedEnvelope]:
+        """Envelopes, newest first, from just before `before` on.
+
+        Fast by tenant, project or kind, and by state but for *completed*; what is rare in the combination of several
+        is looked for among all of the first of these.
+        """
+        ...
+
+    def open(self, *, fresh: bool = True) -> list[str]:
+        """The ids of envelopes without an end, oldest first; not of damaged ones."""
+        ...
+
+    def coverage(self, limit: int = 5, *, fresh: bool = True) -> Coverage:
+        """What has no outcome, no grant, no reason, no decider; each with the newest ids, so many of them."""
+        ...
+
+    def totals(
+        self, day_from: str, day_to: str, *, by: Sequence[By] = (), tenant: str | None = None, fresh: bool = True
+    ) -> list[Totals]:
+        """Roll-ups over the UTC days of admission from one to the other (``2026-05-01``), both included."""
+        ...
+
+    @property
+    def temporary(self) -> bool:
+        """Whether it is kept in memory only."""
+        ...
+
+    def close(self) -> None:
+        """Let go of what it holds; a later call opens it again."""
+        ...
+
+
+def grouped(
+    counts: Iterable[tuple[CountKey, int]], amounts: Iterable[tuple[AmountKey, Sum]], by: Sequence[By]
+) -> list[Totals]:
+    """Roll-ups added up by group, in the order of the groups."""
+    states: dict[tuple[str, ...], Counter[str]] = {}
+    sums: dict[tuple[str, ...], dict[str, dict[Side, Sum]]] = {}
+    for count, number in counts:
+        states.setdefault(tuple(getattr(count, name) for name in by), Counter())[count.state] += number
+    for key, amount in amounts:
+        sides = sums.setdefault(tuple(getattr(key, name) for name in by), {}).setdefault(key.resource, {})
+        sides[key.side] = sides.get(key.side, Sum()) + amount
+    return [
+        Totals(dict(zip(by, group, strict=True)), dict(states.get(group, {})), sums.get(group, {}))
+        for group in sorted(states.keys() | sums.keys())
+    ]
