@@ -14,8 +14,14 @@ from execution_envelope.controller import ATTEMPTED_BURST, ATTEMPTED_PER_SECOND,
 from execution_envelope.hooks import CODES
 from execution_envelope.ledger.chain import Entry
 from execution_envelope.ledger.contract import MAX_ATTEMPTED
-from execution_envelope.ledger.sqlite_database import BUSY_TIMEOUT
-from execution_envelope.reconciliation import PROBE_TIMEOUT
+from execution_envelope.ledger.postgres_database import TIMEOUT
+from execution_envelope.ledger.projection_sqlite import MAX_IN_MEMORY
+from execution_envelope.ledger.recomputation import MAX_FINDINGS
+from execution_envelope.ledger.segments import PATIENCE as SEGMENT_PATIENCE
+from execution_envelope.ledger.spool import MAX_SPOOLED
+from execution_envelope.ledger.sqlite_database import BUSY_TIMEOUT, MAX_SEGMENTS
+from execution_envelope.ledger.writer import MAX_GROUP, MAX_WAITING
+from execution_envelope.reconciliation import PATIENCE, PROBE_TIMEOUT
 
 HERE = Path(__file__).parent / "reference"
 
@@ -109,6 +115,16 @@ def _limits() -> str:
         ("a reference", "200 characters, with its kind", "refused, the field is named"),
         ("all deciders of one request", f"{deadline:g} s unless set", "each one's failure mode, on the record"),
         ("one call of a ledger that others write", f"{BUSY_TIMEOUT:g} s", "`LedgerUnavailable`: 503, nothing started"),
+        ("one call of a ledger in PostgreSQL", f"{TIMEOUT:g} s", "`LedgerUnavailable`: 503, nothing started"),
+        ("writes that are committed as one group", str(MAX_GROUP), "the next ones are the next group"),
+        ("writes of a process that wait for the ledger", str(MAX_WAITING), "`LedgerUnavailable`: 503, nothing started"),
+        ("window of a relaxed write", f"1 to {journal.MAX_WINDOW_MS} ms", "`write_modes` are refused"),
+        (
+            "relaxed writes that wait for longer than their window",
+            "none is added",
+            "`LedgerUnavailable` for the next ones until those are stored",
+        ),
+        ("writes in a spool", str(MAX_SPOOLED), "as if there were no spool: `LedgerUnavailable`"),
         ("one fact that other writers come before", f"{MAX_CONFLICTS} tries", "`LedgerUnavailable`, nothing recorded"),
         ("calls of a ledger at once in a process", str(journal.MAX_CALLS), "the next ones wait their turn"),
         ("waiting for such a turn", f"{journal.MAX_WAIT:g} s", "`LedgerUnavailable`: 503, nothing started"),
@@ -119,6 +135,19 @@ def _limits() -> str:
             "left out and counted: `dropped` of the next one, `attempted_dropped` of the process",
         ),
         ("answer of an owner to reconciliation", f"{PROBE_TIMEOUT:g} s", "*unknown*: nothing is ended"),
+        (
+            "lease of a process that cannot be looked at from here",
+            f"{PATIENCE:g} s without being renewed",
+            "*gone*: what it admitted and did not bind is abandoned",
+        ),
+        (
+            "lease of a chain in a segment that is exported",
+            f"{SEGMENT_PATIENCE:g} s without being renewed",
+            "its process is taken to have left it",
+        ),
+        ("segments of an SQLite ledger that are not dropped", str(MAX_SEGMENTS), "the next one is refused"),
+        ("envelopes of a projection in memory", str(MAX_IN_MEMORY), "`LedgerUnavailable`: make the folder writable"),
+        ("findings of a verification", str(MAX_FINDINGS), "counted, not listed"),
     ]
     return "# Limits\n\n" + _table(("what", "limit", "beyond it"), rows)
 

@@ -22,12 +22,29 @@ import anyio
 import pytest
 from click.testing import CliRunner, Result
 
-from execution_envelope import AdmissionController, Ask, Decision, Denied, Grant, Rule, Subject, Target, cli
+from execution_envelope import (
+    AdmissionController,
+    Ask,
+    Decision,
+    Denied,
+    Grant,
+    Rule,
+    Subject,
+    Target,
+    cli,
+    cli_shared,
+    cli_upkeep,
+)
 from execution_envelope.ledger import SqliteLedger, open_ledger
 from execution_envelope.testing import FakeClock
 
 PAGE = Path(__file__).parent.parent / "docs" / "reference" / "cli.md"
-COMMANDS = ("", "list", "show", "verify", "tail")
+COMMANDS = (
+    *("", "list", "show", "verify", "tail"),
+    *("keygen", "checkpoint", "prove", "check"),
+    *("project", "rebuild", "coverage"),
+    *("migrate", "segment", "segment new", "segment list", "segment export", "segment check", "segment drop"),
+)
 
 
 @dataclass
@@ -84,7 +101,7 @@ def sample(tmp_path: Path) -> Sample:
 
 def run(*arguments: str, env: dict[str, str | None] | None = None) -> Result:
     return CliRunner().invoke(
-        cli.cli, arguments, prog_name="envelope", env={cli.ENV: None, "COLUMNS": "100"} | (env or {})
+        cli.cli, arguments, prog_name="envelope", env={cli_shared.ENV: None, "COLUMNS": "100"} | (env or {})
     )
 
 
@@ -130,7 +147,7 @@ def spawn(*arguments: str, url: str, prelude: str = "") -> subprocess.Popen[str]
     code = f"{prelude}\nfrom execution_envelope.cli import main\nmain()"
     return subprocess.Popen(
         [sys.executable, "-c", code, *arguments],
-        env={**os.environ, cli.ENV: url, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        env={**os.environ, cli_shared.ENV: url, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -143,11 +160,15 @@ def spawn(*arguments: str, url: str, prelude: str = "") -> subprocess.Popen[str]
 def test_the_ledger_is_named_before_or_after_the_command_or_by_the_environment(sample: Sample) -> None:
     assert run("--ledger", sample.url, "list").exit_code == 0
     assert run("list", "--ledger", sample.url).exit_code == 0
-    assert run("list", env={cli.ENV: sample.url}).exit_code == 0
+    assert run("list", env={cli_shared.ENV: sample.url}).exit_code == 0
     assert run("--ledger", "sqlite:////nowhere.db", "list", "--ledger", sample.url).exit_code == 0
 
 
-@pytest.mark.parametrize("command", [["list"], ["list", "--attempted"], ["show", "x" * 8], ["verify"], ["tail"]])
+MISSED = [["list"], ["list", "--attempted"], ["show", "x" * 8], ["verify"], ["tail"], ["project"], ["rebuild"]]
+MISSED += [["coverage"], ["migrate"], ["segment", "new"], ["segment", "list"], ["segment", "export", "1", "--out", "."]]
+
+
+@pytest.mark.parametrize("command", MISSED, ids=" ".join)
 def test_a_missing_ledger_is_named_and_never_created(tmp_path: Path, command: Sequence[str]) -> None:
     path = tmp_path / "missing.db"
     complains(run(*command, "--ledger", f"sqlite:///{path}"), f"there is no file `{path}`")
@@ -185,7 +206,7 @@ def test_it_reads_while_somebody_holds_the_write_lock(sample: Sample, command: S
 
 
 def test_bad_input_is_one_line(sample: Sample) -> None:
-    complains(run("list"), "expected a ledger, none is named", cli.ENV)
+    complains(run("list"), "expected a ledger, none is named", cli_shared.ENV)
     complains(run("list", "--ledger", "memory://"), "memory://")
     complains(run("list", "--ledger", "mysql://dana:s3cret@db/x"), "expected `sqlite:///path`")
     assert "s3cret" not in run("list", "--ledger", "mysql://dana:s3cret@db/x").stderr
@@ -195,6 +216,25 @@ def test_bad_input_is_one_line(sample: Sample) -> None:
     complains(in_order("list", "--attempted", "--tenant", "acme", sample=sample), "--attempted without")
     complains(in_order("show", sample=sample), "missing argument")
     complains(in_order("show", "deployment:\x1b[31mnone", sample=sample), "none is bound to `deployment:[31mnone`")
+
+
+def test_bad_input_for_upkeep_and_projections_is_one_line(sample: Sample, tmp_path: Path) -> None:
+    out = ("--out", str(tmp_path))
+    complains(in_order("coverage", "--limit", "-1", sample=sample), "--limit")
+    complains(in_order("project", "--bogus", sample=sample), "no such option")
+    complains(in_order("rebuild", "now", sample=sample), "unexpected extra argument")
+    complains(in_order("migrate", "4", sample=sample), "unexpected extra argument")
+    complains(in_order("segment", "bogus", sample=sample), "no such command 'bogus'")
+    complains(in_order("segment", "new", "2", sample=sample), "unexpected extra argument")
+    complains(in_order("segment", "export", "one", *out, sample=sample), "'one'")
+    complains(in_order("segment", "export", "7", *out, sample=sample), "expected a segment of 1, there is no 7")
+    complains(in_order("segment", "export", "1", *out, sample=sample), "expected segment 1 to be ready to go")
+    complains(in_order("segment", "export", "1", "--out", str(sample.path), sample=sample), "is a file")
+    complains(in_order("segment", "check", str(tmp_path / "none"), sample=sample), "expected a manifest to read")
+    complains(in_order("segment", "check", str(sample.path), sample=sample), "expected a manifest")
+    complains(in_order("segment", "check", "x", "--against", "x", sample=sample), "--against and --public-key together")
+    complains(in_order("segment", "drop", "1", sample=sample), "missing option")
+    assert [file.name for file in tmp_path.iterdir() if file.name.startswith("events")] == []
 
 
 def test_without_a_command_it_says_what_it_can() -> None:
@@ -212,6 +252,25 @@ def test_without_the_extra_it_says_which_to_install(module: str) -> None:
         "",
         "expected the extra: pip install 'execution-envelope[cli]'\n",
     )
+
+
+@pytest.mark.parametrize(
+    ("module", "extra", "command"),
+    [
+        ("cryptography", "signing", ["keygen", "--out", "."]),
+        ("pyarrow", "parquet", ["segment", "export", "1", "--out", "."]),
+        ("psycopg", "postgres", ["list", "--ledger", "postgresql://nobody@localhost/nothing"]),
+    ],
+)
+def test_without_another_extra_only_what_needs_it_says_so(
+    sample: Sample, module: str, extra: str, command: list[str]
+) -> None:
+    for arguments, status in ((["list"], 0), (["verify"], 0), (command, 2)):
+        process = spawn(*arguments, url=sample.url, prelude=f"import sys; sys.modules[{module!r}] = None")
+        _, error = process.communicate(timeout=30)
+        assert process.returncode == status, error
+        assert error == "" if status == 0 else f"execution-envelope[{extra}]" in error
+        assert len(error.splitlines()) == bool(status)
 
 
 # list
@@ -240,6 +299,30 @@ def test_list_is_newest_first(sample: Sample) -> None:
 def test_list_filters(sample: Sample, filters: list[str], names: list[str]) -> None:
     found = json_lines(in_order("list", "--json", *filters, sample=sample))
     assert [item["id"] for item in found] == [getattr(sample, name) for name in names]
+
+
+def test_list_names_what_is_damaged_whatever_is_looked_for(sample: Sample) -> None:
+    assert in_order("list", sample=sample).exit_code == 0
+    # What the projection knows already, and what it finds damaged.
+    for again in (False, True):
+        if again:
+            sample.path.with_name(f"{sample.path.name}-projection").unlink()
+        else:
+            tamper(sample.path, f"UPDATE events_1 SET sealed = x'7b' WHERE place = {place(sample, sample.denied, 0)}")
+        found = in_order("list", "--json", "--tenant", "acme", sample=sample)
+        complains(found, sample.denied, "run `envelope verify`")
+        assert [json.loads(line)["id"] for line in found.stdout.splitlines()] == [sample.granted]
+
+
+def test_list_writes_beside_the_ledger_or_nowhere(sample: Sample) -> None:
+    file = sample.path.with_name(f"{sample.path.name}-projection")
+    file.mkdir()
+    assert len(json_lines(in_order("list", "--json", sample=sample))) == 3
+    file.rmdir()
+    assert len(json_lines(in_order("list", "--json", sample=sample))) == 3
+    assert file.is_file()
+    file.write_text("somebody else's" * 1000)
+    complains(in_order("list", sample=sample), str(file))
 
 
 def test_list_attempted(sample: Sample) -> None:
@@ -348,7 +431,10 @@ def test_verify_a_sound_ledger(sample: Sample) -> None:
         "chains": 1,
         "findings": [],
         "more": 0,
+        "against": None,
+        "copy": None,
         "unknowable": list(cli.UNKNOWABLE),
+        "unknowable_after": None,
     }
 
 
@@ -478,17 +564,19 @@ def test_a_terminal_without_unicode_gets_escapes(tmp_path: Path) -> None:
 # The page
 
 
+MORE = ("migrate", "segment list")
+
+
 def help_of(command: str) -> str:
-    arguments = [command, "--help"] if command else ["--help"]
-    result = CliRunner().invoke(cli.cli, arguments, prog_name="envelope", terminal_width=100)
+    result = CliRunner().invoke(cli.cli, [*command.split(), "--help"], prog_name="envelope", terminal_width=100)
     assert result.exit_code == 0
     return result.stdout
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_page_shows_the_real_help(command: str) -> None:
-    assert set(COMMANDS) == {"", *cli.cli.commands}
-    blocks = re.findall(r"```console\n\$ (envelope(?: \w+)?) --help\n(.*?)```", PAGE.read_text(), re.S)
+    assert set(COMMANDS) == {"", *cli.cli.commands, *(f"segment {name}" for name in cli_upkeep.segment.commands)}
+    blocks = re.findall(r"```console\n\$ (envelope(?: \w+)*) --help\n(.*?)```", PAGE.read_text(), re.S)
     assert dict(blocks)[f"envelope {command}".strip()] == help_of(command)
 
 
@@ -500,5 +588,8 @@ def test_the_page_names_every_key_of_the_json(sample: Sample) -> None:
     entry = json_lines(in_order("tail", "--no-follow", "--json", "--since", "1", sample=sample))[0]
     verified = json_lines(in_order("verify", "--json", sample=sample))[0]
     nested = [*shown["resources"], *shown["parts"], *shown["verdicts"], *shown["timeline"], shown["chain"]]
+    covered = json.loads(in_order("coverage", "--json", sample=sample).stdout)
+    migrated, segment = (json_lines(in_order(*name.split(), "--json", sample=sample))[0] for name in MORE)
+    nested += [covered, covered["open"], migrated, segment]
     keys = {key for data in (shown, listed, attempted, entry, verified, *nested) for key in data}
     assert {key for key in keys if f"`{key}`" not in page} == set()

@@ -14,7 +14,7 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 
-from execution_envelope import cli, cli_proof
+from execution_envelope import cli, cli_proof, cli_shared
 from execution_envelope.envelope import canonical
 from execution_envelope.errors import NotFound
 from execution_envelope.ledger import SqliteLedger, schema
@@ -61,19 +61,9 @@ class Place:
             return admit(ledger)
 
 
-@click.group(cls=cli._Command)
-@click.option("--ledger", "url")
-@click.pass_context
-def group(context: click.Context, url: str | None) -> None:
-    context.obj = url
-
-
-cli_proof.add_to(group)
-
-
 def run(*arguments: str | Path) -> Result:
-    env = {cli_proof.ENV: None, "COLUMNS": "100"}
-    return CliRunner().invoke(group, [str(argument) for argument in arguments], prog_name="envelope", env=env)
+    env = {cli_shared.ENV: None, "COLUMNS": "100"}
+    return CliRunner().invoke(cli.cli, [str(argument) for argument in arguments], prog_name="envelope", env=env)
 
 
 @pytest.fixture
@@ -346,8 +336,78 @@ def test_what_verify_is_told(place: Place) -> None:
         assert finding.row == f"chain {id}" and "it was cut off from position 3 on" in finding.problem
 
 
+def test_verify_holds_the_ledger_against_a_checkpoint(place: Place) -> None:
+    alone = "cannot be known from the ledger alone: "
+    assert alone in fine(place.run("verify")) and "copy inside" not in fine(place.run("verify"))
+    fine(place.checkpoint())
+    said = fine(place.run("verify"))
+    assert "copy inside: checkpoint 1 of " in said and "nothing behind it" in said and alone in said
+    assert "a copy inside the ledger proves nothing by itself" in said
+    place.write()
+    copy = json.loads(fine(place.run("verify", "--json")))["copy"]
+    assert (copy["checkpoint"], copy["after"]) == (1, 4)
+    against = ("--against", place.kept, "--public-key", place.public)
+    said = fine(place.run("verify", *against))
+    assert "held against checkpoint 1 of " in said and "4 entries behind it" in said and "copy inside" not in said
+    assert alone not in said and "cannot be known of what came after checkpoint 1: " in said
+    data = json.loads(fine(place.run("verify", "--json", *against)))
+    assert data["sound"] and data["unknowable_after"] == data["against"]["checkpoint"] == 1 and data["copy"] is None
+    page = (Path(__file__).parent.parent / "docs" / "reference" / "cli.md").read_text()
+    checkpoint, checked = json.loads(place.checkpoint("--json").stdout), place.root / "p"
+    fine(place.prove(checked))
+    proven = json.loads(fine(run("check", checked, "--public-key", place.public, "--json")))
+    assert [key for key in {*data["against"], *checkpoint, *proven} if f"`{key}`" not in page] == []
+
+
+def test_verify_finds_what_the_ledger_alone_cannot_know(place: Place) -> None:
+    older = place.path.read_bytes()
+    place.write()
+    fine(place.checkpoint())
+    against = ("--against", place.kept, "--public-key", place.public)
+    place.path.write_bytes(older)
+    for file in place.path.parent.glob("l.db-*"):
+        file.unlink()
+    fine(place.run("verify"))
+    result = place.run("verify", *against)
+    assert (result.exit_code, result.stderr) == (1, "") and "1 finding" in result.stdout
+    assert "chain " in result.stdout and "cannot be known from the ledger alone" in result.stdout
+    result = place.run("verify", "--json", *against)
+    data = json.loads(result.stdout)
+    assert (result.exit_code, data["sound"], len(data["findings"]), data["unknowable_after"]) == (1, False, 1, None)
+
+
+def test_what_both_find_is_said_once_and_a_ledger_that_cannot_be_compared_is_said(place: Place) -> None:
+    fine(place.checkpoint())
+    against = ("--against", place.kept, "--public-key", place.public, "--json")
+    edit(place.path, lambda c: c.execute("UPDATE events_1 SET hash = x'00' WHERE place & 4294967295 = 3") and None)
+    findings = json.loads(place.run("verify", *against).stdout)["findings"]
+    rows = [(finding["row"], finding["problem"]) for finding in findings]
+    assert len(rows) == len(set(rows)) >= 2
+    with closing(sqlite3.connect(place.path, isolation_level=None)) as connection:
+        connection.execute("DROP TABLE chains")
+    result = place.run("verify", *against)
+    data = json.loads(result.stdout)
+    assert result.exit_code == 1 and data["against"] is None
+    assert [finding["row"] for finding in data["findings"]][0 :: len(data["findings"]) - 1] == ["schema", "checkpoint"]
+
+
+def test_verify_against_nothing_usable_is_one_line(place: Place) -> None:
+    fine(place.checkpoint())
+    for half in (("--against", place.kept), ("--public-key", place.public)):
+        complains(place.run("verify", *half), "expected --against and --public-key together")
+    complains(place.run("verify", "--against", place.keys, "--public-key", place.public), "has none")
+    complains(place.run("verify", "--against", place.kept, "--public-key", place.key), "expected an Ed25519 public key")
+    fine(run("keygen", "--out", place.root))
+    other = place.root / "public-key.pem"
+    complains(place.run("verify", "--against", place.kept, "--public-key", other), "expected key")
+    with closing(SqliteLedger(place.path)) as ledger:
+        ledger.keep_checkpoint(2, b"{}")
+    result = place.run("verify")
+    assert result.exit_code == 0 and "expected a readable copy of the newest checkpoint" in result.stderr
+
+
 def test_every_command_and_option_says_what_it_is() -> None:
-    for name, command in group.commands.items():
+    for name, command in cli.cli.commands.items():
         assert name == command.name
         text = fine(run(name, "--help"))
         assert command.help and text.splitlines()[2].strip()

@@ -17,8 +17,8 @@ CORE = "execution_envelope"
 #: A module may import only from those before it; a name stands for the module or for everything in the folder.
 ORDER = """
 version errors credentials resources values envelope lifecycle delta record process hooks grant ledger reconciliation
-journal admission blocking controller adapters integrations review presentation cli_proof cli_projection cli_upkeep cli
-testing
+mailbox journal admission blocking controller adapters integrations review presentation cli_shared cli_proof
+cli_projection cli_upkeep cli testing
 """
 LEDGER_ORDER = """
 merkle chain projection schema exports commit submission contract writer spool sqlite_database sqlite_segments
@@ -32,6 +32,7 @@ OPTIONAL = {
     "presentation",
     "review",
     "cli",
+    "cli_shared",
     "cli_proof",
     "cli_projection",
     "cli_upkeep",

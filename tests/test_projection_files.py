@@ -16,11 +16,10 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import click
 import pytest
 from click.testing import CliRunner
 
-from execution_envelope import cli_projection
+from execution_envelope.cli import cli
 from execution_envelope.errors import LedgerUnavailable
 from execution_envelope.ledger import Ledger, SqliteLedger, projection_sqlite, projector
 from execution_envelope.ledger.projection import Lag
@@ -220,22 +219,15 @@ def test_many_chains_of_which_most_are_over(path: Path, ledger: Ledger) -> None:
 # The commands
 
 
-@click.group()
-@click.pass_context
-def envelope(context: click.Context) -> None:
-    """As `cli` has them."""
-
-
-cli_projection.add_to(envelope)
 RUN = """
 import sys
-from tests.test_projection_files import envelope
-envelope(["project", "--follow", "--ledger", sys.argv[1]])
+from execution_envelope.cli import cli
+cli(["project", "--follow", "--ledger", sys.argv[1]])
 """
 
 
 def run(*arguments: str) -> Any:
-    return CliRunner().invoke(envelope, arguments)
+    return CliRunner().invoke(cli, arguments)
 
 
 def test_the_commands(path: Path, ledger: Ledger) -> None:

@@ -597,20 +597,15 @@ def test_what_stays_of_dropped_envelopes_is_counted(aged: Aged, statement: str, 
 
 
 def test_the_commands(aged: Aged, monkeypatch: pytest.MonkeyPatch) -> None:
-    import click
-
-    from execution_envelope import cli_upkeep
-
-    group = click.Group("envelope")
-    cli_upkeep.add_to(group)
+    from execution_envelope import cli, cli_shared
 
     def call(*arguments: str, status: int = 0) -> str:
-        done = CliRunner().invoke(group, arguments, catch_exceptions=True)
+        done = CliRunner().invoke(cli.cli, arguments, catch_exceptions=True)
         if done.exit_code != status:
             raise AssertionError(f"{arguments}: {done.exit_code}, {done.output}") from done.exception
         return str(done.output)
 
-    monkeypatch.setenv(cli_upkeep.ENV, aged.url)
+    monkeypatch.setenv(cli_shared.ENV, aged.url)
     keys, out = aged.folder / "keys", aged.folder / "out"
     keys.mkdir()
     out.mkdir()
@@ -618,6 +613,8 @@ def test_the_commands(aged: Aged, monkeypatch: pytest.MonkeyPatch) -> None:
     write_checkpoint(out, aged.checkpoint())
     proof = ("--against", str(out), "--public-key", str(keys / "public.pem"))
     assert json.loads(call("migrate", "--json")) == {"before": 3, "after": 3}
+    assert len(call("list", "--json").splitlines()) == 12
+    assert "Begin the next segment" in call("segment")
     assert [json.loads(line)["may_go"] for line in call("segment", "list", "--json").splitlines()] == [False, False]
     assert "did" not in call("segment", "list") and json.loads(call("segment", "new", "--json")) == {"segment": 3}
     assert "events-1.json" in call("segment", "export", "1", "--out", str(out))
@@ -628,10 +625,23 @@ def test_the_commands(aged: Aged, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "was dropped" in call("segment", "drop", "1", "--manifest", manifest, *proof)
     assert json.loads(call("segment", "list", "--json").splitlines()[0])["dropped"] is True
     assert "dropped, checkpoint 1" in call("segment", "list")
+    refused = call("segment", "drop", "3", "--manifest", manifest, *proof, status=2)
+    assert "expected segment 3 to be ready to go: new chains are opened in it" in refused
+    # What is gone: left out, and where it went.
+    listed, left_out = call("list", "--json").splitlines()
+    assert json.loads(listed)["id"] not in (*aged.ids, aged.over)
+    assert left_out == "envelope: left out 11 envelopes, exported and dropped with a segment"
+    monkeypatch.setattr(cli, "MAX_EXPORTED", 2)
+    assert "left out 2 envelopes, exported and dropped with a segment; looked no further" in call("list")
+    went = "it was exported with segment 1 (`events-1.json`)"
+    for name in (aged.ids[0], aged.over, "job:j1"):
+        assert went in call("show", name, status=2)
+        assert went in call("prove", name, *proof[:2], "--out", str(out / "proof"), status=2)
+    assert went in call("tail", "--no-follow", aged.ids[0], status=2)
     (out / "events-1.parquet").write_bytes(b"x")
     assert json.loads(call("segment", "check", manifest, "--json", status=1).splitlines()[0])["fits"] is False
-    monkeypatch.setenv(cli_upkeep.ENV, f"sqlite:///{aged.folder / 'none.db'}")
-    call("migrate", status=1)  # `LedgerUnavailable`, which the group of `envelope` says in one line
+    monkeypatch.setenv(cli_shared.ENV, f"sqlite:///{aged.folder / 'none.db'}")
+    assert "there is no file" in call("migrate", status=2)
     assert not (aged.folder / "none.db").exists()
 
 

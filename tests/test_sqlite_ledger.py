@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import queue
 import shutil
 import sqlite3
@@ -17,11 +18,20 @@ from pathlib import Path
 import pytest
 
 from execution_envelope.errors import Damaged, InvalidField, LedgerUnavailable
-from execution_envelope.ledger import AttemptedRequest, SqliteLedger, open_ledger, sqlite_database, verify
+from execution_envelope.ledger import (
+    AttemptedRequest,
+    SqliteLedger,
+    open_ledger,
+    sqlite_database,
+    sqlite_store,
+    verify,
+)
 from execution_envelope.ledger.chain import Chain
 from execution_envelope.ledger.commit import Commit, SequenceConflict
+from execution_envelope.ledger.contract import Conservation
 from execution_envelope.ledger.sqlite_store import Store
 from execution_envelope.ledger.submission import Outcome, Submission
+from execution_envelope.ledger.writer import Writer
 from execution_envelope.lifecycle import Ready
 from tests.test_ledgers import admission
 
@@ -321,3 +331,106 @@ def test_a_process_that_forks_while_its_writer_is_at_work_gives_the_child_nothin
         [sys.executable, "-c", script, str(tmp_path / "l.db")], capture_output=True, text=True, timeout=60
     )
     assert (done.returncode, done.stdout.strip()) == (0, "2"), done.stderr
+
+
+FORK_AND_CLOSE = """
+    import os, sys
+    from pathlib import Path
+    from execution_envelope.ledger import SqliteLedger
+    from execution_envelope.ledger.spool import Spool
+    from execution_envelope.testing.contract import _admission as admission, _sealed as sealed
+
+    away = SqliteLedger(Path(sys.argv[1]).parent / "missing" / "l.db")
+    ledger = SqliteLedger(sys.argv[1])
+    spool = Spool(sys.argv[1] + ".spool", away)
+    ledger.commit(admission(sealed()))
+    ledger.read(ledger.newest(1)[0])
+    ledger.projection().catch_up()
+    spool.append([admission(sealed())])
+    told, closed = os.pipe(), os.pipe()
+    child = os.fork()
+    if child == 0:
+        if sys.argv[2] == "opened":
+            ledger.commit(admission(sealed()))
+            ledger.projection().catch_up()
+            spool.append([admission(sealed())])
+        os.write(told[1], b"!")
+        os.read(closed[0], 1)
+        for _ in range(5):
+            ledger.commit(admission(sealed()))
+            spool.append([admission(sealed())])
+        assert len(ledger.projection().newest(9)) == len(ledger.newest(9))
+        os._exit(0)
+    os.read(told[0], 1)
+    ledger.commit(admission(sealed()))
+    ledger.close()
+    spool.close()
+    os.write(closed[1], b"!")
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+"""
+
+
+@pytest.mark.parametrize("child", ["opened", "idle"])
+def test_what_a_forked_child_stores_outlives_its_parent_letting_go(tmp_path: Path, child: str) -> None:
+    """A child that inherits connections takes SQLite's word for locks that only its parent has; whoever closes last
+    deletes the log, and all that the child acknowledges from then on."""
+    path = tmp_path / "l.db"
+    command = [sys.executable, "-c", textwrap.dedent(FORK_AND_CLOSE), str(path), child]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    more = child == "opened"
+    with closing(SqliteLedger(path)) as ledger:
+        assert len(ledger.newest(99)) == 2 + 5 + more
+        assert len(ledger.projection().newest(99)) == 2 + 5 + more
+        assert verify(ledger).sound
+        # The parent goes on in the chain that it had.
+        assert len(ledger.chains()) == 2
+    with closing(sqlite3.connect(f"{path}.spool")) as spool:
+        assert spool.execute("SELECT count(*) FROM spooled").fetchone() == (1 + 5 + more,)
+
+
+def test_a_process_that_forked_ends_its_chain_and_renews_its_lease(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sqlite_store, "RENEW", 0.05)
+    with closing(SqliteLedger(tmp_path / "l.db")) as ledger:
+        ledger.commit(admission())
+        [head] = ledger.chains()
+        child = os.fork()
+        if child == 0:
+            os._exit(0)
+        os.waitpid(child, 0)
+        before, deadline = ledger.lease(head.id), time.monotonic() + 10
+        while ledger.lease(head.id) == before and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert ledger.lease(head.id) != before
+        ledger.close()
+        assert [(head.length, verify(ledger).sound) for head in ledger.chains()] == [(4, True)]
+
+
+def test_what_is_acknowledged_while_a_chain_is_ended_is_counted_where_it_is_stored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted, outcomes = Writer.conservation, list[Outcome]()
+    late: list[threading.Thread] = []
+    with closing(SqliteLedger(tmp_path / "l.db")) as ledger:
+        ledger.commit(admission())
+
+        def conservation(writer: Writer) -> Conservation:
+            if not late and threading.current_thread().name == "ledger-writer":
+                late.append(
+                    threading.Thread(target=ledger.submit, args=(Submission([admission()], outcomes.append, 1),))
+                )
+                late[0].start()
+                while not counted(writer).pending:
+                    time.sleep(0.001)
+            return counted(writer)
+
+        monkeypatch.setattr(Writer, "conservation", conservation)
+        ledger.close()
+        late[0].join()
+        ledger.close()
+        assert [isinstance(outcome, list) for outcome in outcomes] == [True]
+        assert ledger.conservation() == Conservation(emitted=4, stored=4)
+        assert len(ledger.chains()) == 2
+        assert verify(ledger).sound

@@ -48,6 +48,7 @@ from execution_envelope.errors import Damaged, EnvelopeError, Exported, LedgerUn
 from execution_envelope.ledger import Finding, Ledger, Verification
 from execution_envelope.ledger import chain as chains
 from execution_envelope.ledger import verify as verify_ledger
+from execution_envelope.ledger.checkpoint import NotProven
 from execution_envelope.ledger.commit import DAMAGED
 from execution_envelope.ledger.contract import Row
 from execution_envelope.ledger.projection import DAMAGED as DAMAGED_STATE
@@ -177,15 +178,15 @@ def list_(
     if not as_json:
         console.print(presentation.list_table(rows, width=console.width))
     if exported:
-        further = ", and looked no further" if exported == MAX_EXPORTED else ""
-        say(f"left out {presentation.counted(exported, 'envelope')} exported and dropped with a segment{further}")
+        further = "; looked no further" if exported == MAX_EXPORTED else ""
+        say(f"left out {presentation.counted(exported, 'envelope')}, exported and dropped with a segment{further}")
     for id in damaged:
         say(str(Damaged(id)))
     if damaged:
         context.exit(2)
 
 
-@cli.command()
+@cli.command(short_help="Show one envelope: who asked for what, and what was granted.")
 @ledger_option
 @json_option
 @click.argument("id", metavar="ID|KIND:REFERENCE")
@@ -254,14 +255,15 @@ def verify(
             # Before an hour of work, not after it.
             signed_checkpoint(against, key_file)
         try:
-            with progress_bar("verifying", sum(head.length for head in ledger.chains())) as progress:
+            with progress_bar("verifying", _total(ledger)) as progress:
                 result = verify_ledger(ledger, progress=progress, jobs=jobs)
             if against is not None and key_file is not None:
                 known, result = _compared(ledger, result, against, key_file)
             elif result.sound:
-                copy = cli_proof.kept_inside(ledger)
+                copy = _copy(ledger)
         except DAMAGED as error:
             raise Problem(f"expected rows that verification can read: {type(error).__name__}: {error}") from error
+    vouched = None if known is None or known.findings else known.statement.number
     if as_json:
         print_json(
             {
@@ -274,10 +276,11 @@ def verify(
                 "against": None if known is None else known.data(),
                 "copy": None if copy is None else copy.data(),
                 "unknowable": list(UNKNOWABLE),
+                "unknowable_after": vouched,
             }
         )
     else:
-        _print_verification(result, known, copy)
+        _print_verification(result, known, copy, vouched)
     context.exit(0 if result.sound else 1)
 
 
@@ -399,6 +402,13 @@ def _chain_status(ledger: Ledger, id: str) -> presentation.ChainStatus:
     return presentation.ChainStatus(len(rows), named, tuple(of_envelope(ledger, id)))
 
 
+def _total(ledger: Ledger) -> int | None:
+    # A ledger whose tables are gone: verification says so.
+    with suppress(LedgerUnavailable):
+        return sum(head.length for head in ledger.chains())
+    return None
+
+
 def _compared(ledger: Ledger, result: Verification, file: Path, key_file: Path) -> tuple[Against | None, Verification]:
     """What the checkpoint says, and the verification with its findings."""
     known = None
@@ -410,6 +420,14 @@ def _compared(ledger: Ledger, result: Verification, file: Path, key_file: Path) 
             raise
         findings = [Finding("checkpoint", f"expected to hold the ledger against it: {error}")]
     return known, msgspec.structs.replace(result, findings=(*result.findings, *findings))
+
+
+def _copy(ledger: Ledger) -> Against | None:
+    try:
+        return cli_proof.kept_inside(ledger)
+    except NotProven as error:
+        say(str(error))
+        return None
 
 
 class _Chains:
@@ -506,7 +524,7 @@ def _print_entry(row: Row, as_json: bool) -> bool:
     return True
 
 
-def _print_verification(result: Verification, known: Against | None, copy: Against | None) -> None:
+def _print_verification(result: Verification, known: Against | None, copy: Against | None, vouched: int | None) -> None:
     console = new_console()
     counts = (
         f"{presentation.counted(result.envelopes, 'envelope')}, {presentation.counted(result.entries, 'entry')} "
@@ -526,14 +544,10 @@ def _print_verification(result: Verification, known: Against | None, copy: Again
     if known is not None:
         lines.append(f"held against {known.sentence()}")
     if copy is not None:
-        lines.append(
-            f"the ledger keeps a copy of {copy.sentence()}; inside the ledger it proves nothing by itself: "
-            "use --against with one that is kept outside"
-        )
-    of = "from the ledger alone"
-    if known is not None and not known.findings:
-        of = f"of what came after checkpoint {known.statement.number}"
-    lines.append(f"cannot be known {of}: {'; '.join(UNKNOWABLE)}")
+        lines.append(f"copy inside: {copy.sentence()}")
+        lines.append("a copy inside the ledger proves nothing by itself: use --against with one that is kept outside")
+    about = "from the ledger alone" if vouched is None else f"of what came after checkpoint {vouched}"
+    lines.append(f"cannot be known {about}: {'; '.join(UNKNOWABLE)}")
     console.print(Text("\n".join(lines), style="dim"))
 
 

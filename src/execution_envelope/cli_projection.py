@@ -94,7 +94,7 @@ def rebuild(context: click.Context, url: str | None) -> None:
         catch_up(projection, "rebuilding")
 
 
-@click.command()
+@click.command(short_help="Show what the ledger does not know.")
 @ledger_option
 @json_option
 @click.option("--limit", type=click.IntRange(min=0), default=3, show_default=True, help="Newest ids of each sort.")

@@ -70,7 +70,7 @@ def add_to(group: click.Group) -> None:
         group.add_command(command)
 
 
-@click.command()
+@click.command(short_help="Make a key to sign checkpoints with.")
 @click.option("--out", "folder", type=FOLDER, required=True, metavar="DIR", help="An existing folder of its own.")
 @click.pass_context
 def keygen(context: click.Context, folder: Path) -> None:
@@ -90,7 +90,7 @@ def keygen(context: click.Context, folder: Path) -> None:
     print_text(f"key {key.public.id}\nsigns with {private}\nis checked with {public}")
 
 
-@click.command()
+@click.command(short_help="Sign how far the ledger has come.")
 @ledger_option
 @json_option
 @click.option(
@@ -151,7 +151,7 @@ def checkpoint(
         print_text(f"{_told(taken.statement)}\n{path}")
 
 
-@click.command("prove")
+@click.command("prove", short_help="Write a proof of one envelope, to check without the ledger.")
 @ledger_option
 @click.option(
     "--against",
@@ -174,6 +174,10 @@ def prove_(context: click.Context, url: str | None, against: Path, file: Path, i
         try:
             with progress_bar("reading", known.statement.entries) as progress:
                 proven = prove(ledger, envelope, known, progress=progress)
+        except (NotFound, NotProven):
+            # Says where an exported one is, or a part of it.
+            ledger.read(envelope)
+            raise
         except Contradicted as contradicted:
             say(f"nothing was proven: {contradicted}")
             context.exit(1)
@@ -193,7 +197,7 @@ def prove_(context: click.Context, url: str | None, against: Path, file: Path, i
     print_text(f"{events} of envelope {envelope} in checkpoint {known.statement.number}{left}")
 
 
-@click.command()
+@click.command(short_help="Check a proof with nothing but the public key.")
 @json_option
 @click.option("--public-key", "key_file", type=FILE, required=True, metavar="FILE", help="The key to check with.")
 @click.argument("proof", type=FILE, metavar="PROOF")
@@ -236,9 +240,8 @@ class Against(NamedTuple):
 
     def sentence(self) -> str:
         """For `envelope verify`."""
-        return (
-            f"{_told(self.statement)}; {presentation.counted(self.after, 'entry')} behind it, for which it says nothing"
-        )
+        behind = f"{presentation.counted(self.after, 'entry')} behind it, for which it says nothing"
+        return f"{_told(self.statement)}; {behind if self.after else 'nothing behind it'}"
 
 
 def compare_against(ledger: Ledger, file: Path, key_file: Path) -> Against:

@@ -61,13 +61,16 @@ def migrate(context: click.Context, url: str | None, as_json: bool) -> None:
         print_text(f"schema {after}" if before == after else f"schema {before} -> {after}")
 
 
-@click.group()
-def segment() -> None:
+@click.group(short_help="Begin, list, export, check and drop segments of the log.", invoke_without_command=True)
+@click.pass_context
+def segment(context: click.Context) -> None:
     """Let a ledger grow old: begin, export, check and drop segments of its log.
 
     A segment may be dropped once its envelopes have ended, its export was checked, and a checkpoint kept outside
     covers its chains. docs/growing.md says how.
     """
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
 
 
 @segment.command("new")
@@ -84,7 +87,7 @@ def new(context: click.Context, url: str | None, as_json: bool) -> None:
         print_text(f"segment {number}")
 
 
-@segment.command("list")
+@segment.command("list", short_help="List the segments, and whether they may go.")
 @ledger_option
 @json_option
 @click.pass_context
@@ -105,7 +108,7 @@ def list_(context: click.Context, url: str | None, as_json: bool) -> None:
                 print_text(f"segment {status.number}: {reason}")
 
 
-@segment.command("export")
+@segment.command("export", short_help="Write a segment and its manifest to files.")
 @ledger_option
 @json_option
 @click.option("--out", "folder", type=FOLDER, required=True, metavar="DIR", help="An existing folder.")
@@ -146,7 +149,7 @@ def export(
         print_text(f"{presentation.counted(total, 'entry')} of segment {number}\n{file}\n{path}")
 
 
-@segment.command("check")
+@segment.command("check", short_help="Recompute an export from its files alone.")
 @json_option
 @click.option("--against", type=FILE, metavar="CHECKPOINT", help="A checkpoint, or a folder for the newest in it.")
 @click.option("--public-key", "key_file", type=FILE, metavar="FILE", help="The key that signed the checkpoint.")
@@ -175,7 +178,7 @@ def check(context: click.Context, as_json: bool, against: Path | None, key_file:
     context.exit(1 if checked.findings else 0)
 
 
-@segment.command("drop")
+@segment.command("drop", short_help="Drop a segment that was exported and checked.")
 @ledger_option
 @json_option
 @click.option("--manifest", type=FILE, required=True, metavar="FILE", help="The manifest of the export.")

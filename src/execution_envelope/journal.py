@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
@@ -15,7 +14,7 @@ from weakref import WeakValueDictionary
 import anyio
 import anyio.lowlevel
 import anyio.to_thread
-from anyio.lowlevel import RunVar, current_token
+from anyio.lowlevel import RunVar
 
 from execution_envelope.credentials import shown
 from execution_envelope.envelope import KINDS, Envelope, SealedEnvelope, timestamp
@@ -27,6 +26,7 @@ from execution_envelope.ledger.contract import Conservation
 from execution_envelope.ledger.spool import Spool
 from execution_envelope.ledger.submission import Outcome, Submission
 from execution_envelope.lifecycle import Bound, Event, EventData, Sealed
+from execution_envelope.mailbox import mailbox
 from execution_envelope.record import Record, check
 
 T = TypeVar("T")
@@ -67,7 +67,6 @@ _LOOK_AGAIN: Final = 0.005
 MAX_WINDOW_MS: Final = 60_000
 
 _turns: RunVar[anyio.CapacityLimiter] = RunVar("execution_envelope.ledger_calls")
-_mailboxes: RunVar[_Mailbox] = RunVar("execution_envelope.mailbox")
 _keepers: RunVar[anyio.Lock] = RunVar("execution_envelope.keepers")
 _parents: RunVar[WeakValueDictionary[str, anyio.Lock]] = RunVar("execution_envelope.parents")
 
@@ -297,17 +296,17 @@ class Journal:
     async def _stored(self, commits: Sequence[Commit], landed: list[list[list[Event]]]) -> None:
         """Submit and wait. A submission that has begun is waited for even when the caller is cancelled, by whatever
         means: nobody may believe that nothing was recorded while it still is."""
-        mailbox, outcomes = _mailbox(), list[Outcome]()
-        told = mailbox.event()
+        post, outcomes = mailbox(), list[Outcome]()
+        told = post.expect()
 
         def hear(outcome: Outcome) -> None:
             outcomes.append(outcome)
-            mailbox.post(told)
+            post.post(told)
 
         submission = Submission(commits, hear)
         self.ledger.submit(submission)
         try:
-            await mailbox.wait(told, MAX_WAIT)
+            await post.wait(told, MAX_WAIT)
         except anyio.get_cancelled_exc_class():
             if not submission.claim():
                 await _shielded(outcomes)
@@ -403,56 +402,6 @@ def _limiter() -> anyio.CapacityLimiter:
     except LookupError:
         _turns.set(anyio.CapacityLimiter(MAX_CALLS))
         return _turns.get()
-
-
-class _Mailbox:
-    """Wakes tasks of one event loop from other threads: once for all that were told meanwhile."""
-
-    def __init__(self) -> None:
-        token: Any = current_token()
-        native = getattr(token, "native_token", token)
-        # asyncio's loop, or trio's token.
-        self._soon: Callable[..., Any] = getattr(native, "call_soon_threadsafe", None) or native.run_sync_soon
-        self._later: Callable[..., Any] | None = getattr(native, "call_later", None)
-        #: Makes an event of this loop, without asking each time which loop that is.
-        self.event: type[anyio.Event] = type(anyio.Event())
-        self._told: deque[anyio.Event] = deque()
-        self._called = False
-
-    def post(self, told: anyio.Event) -> None:
-        """From any thread; in vain when the loop is gone."""
-        self._told.append(told)
-        if not self._called:
-            self._called = True
-            with suppress(RuntimeError):
-                self._soon(self._deliver)
-
-    async def wait(self, told: anyio.Event, seconds: float) -> None:
-        """Until it is told, or for so long."""
-        if self._later is None:
-            with anyio.move_on_after(seconds):
-                await told.wait()
-            return
-        # What AnyIO's deadlines are made of, at a tenth of their price: every write waits here.
-        expiry = self._later(seconds, told.set)
-        try:
-            await told.wait()
-        finally:
-            expiry.cancel()
-
-    def _deliver(self) -> None:
-        # First: whoever posts from now on calls once more.
-        self._called = False
-        while self._told:
-            self._told.popleft().set()
-
-
-def _mailbox() -> _Mailbox:
-    try:
-        return _mailboxes.get()
-    except LookupError:
-        _mailboxes.set(_Mailbox())
-        return _mailboxes.get()
 
 
 #: Names are few, and each is looked through for credentials.

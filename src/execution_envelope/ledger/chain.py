@@ -107,10 +107,13 @@ class Chain:
             self.position += len(links)
             self.head = links[-1].hash
 
-    def closing(self, at: str, *, dropped: int, pending: int = 0) -> Link:
-        """The last entry, which says what became of the events: all but the first entry are stored events."""
+    def closing(self, at: str, *, dropped: int) -> Link:
+        """The last entry, which says what became of the events: all but the first entry are stored events.
+
+        What is acknowledged and not stored yet is counted in the chain where it is stored.
+        """
         stored = self.position - 1
-        closed = Closed(stored + dropped + pending, stored, dropped)
+        closed = Closed(stored + dropped, stored, dropped)
         return self._link(Entry(self.id, self.position, at, "ledger", closed), self.head)
 
     @staticmethod

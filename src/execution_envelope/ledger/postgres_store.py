@@ -305,7 +305,7 @@ class Store:
                 return None
             if database.one("newest_segment") > self._number // schema.CHAINS_PER_SEGMENT:
                 # What is acknowledged and not stored yet is counted where it is stored.
-                self._end_chain(conservation.dropped, 0, deadline)
+                self._end_chain(conservation.dropped, deadline)
                 return None
             database.run("renew", self._number)
         except (psycopg.Error, LedgerUnavailable):
@@ -317,18 +317,18 @@ class Store:
         """End the chain, and let go of the database."""
         try:
             deadline = time.monotonic() + databases.TIMEOUT
-            self._end_chain(conservation.dropped, conservation.pending, deadline)
+            self._end_chain(conservation.dropped, deadline)
         except (psycopg.Error, LedgerUnavailable):
             pass  # it is found as a chain that was not closed
         finally:
             self._drop()
 
-    def _end_chain(self, dropped: int, pending: int, deadline: float) -> None:
+    def _end_chain(self, dropped: int, deadline: float) -> None:
         """Store the entry that ends the chain; `dropped` is all that was dropped so far."""
         stored = False
         while not stored and self._chain is not None:
             database, chain = self._ready(deadline)
-            link = chain.closing(timestamp(self._clock()), dropped=dropped - self._dropped_before, pending=pending)
+            link = chain.closing(timestamp(self._clock()), dropped=dropped - self._dropped_before)
             rows = Rows()
             rows.add(link.body, link.hash)
             try:

@@ -196,6 +196,18 @@ class Projector:
             self._records.clear()
 
     @property
+    def locks(self) -> tuple[threading.RLock, threading.RLock]:
+        """Held, in this order, nothing of it is under way."""
+        return self._moving, self._looking
+
+    def rest(self) -> None:
+        """Let go of files, with both locks; the next call opens them again, and goes on."""
+        for store in self._stores or ():
+            if not store.temporary:
+                store.close()
+        self._log.close()
+
+    @property
     def temporary(self) -> bool:
         return self._opened()[1].temporary
 

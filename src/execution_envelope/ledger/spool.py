@@ -347,17 +347,36 @@ def _commit(kept: _Spooled) -> Commit:
 
 
 _spools: weakref.WeakSet[Spool] = weakref.WeakSet()
-#: Connections inherited over a fork are kept, unused and unclosed: closing one would drop the parent's file locks.
-_inherited: list[sqlite3.Connection | None] = []
+#: Held from before a fork until after it: two threads may fork at once.
+_forking = threading.Lock()
+_quiet: list[threading.Lock] = []
+
+
+def _before_fork() -> None:
+    """Let go of the files: a child would inherit what SQLite knows of its locks, and not the locks."""
+    _forking.acquire()
+    for spool in list(_spools):
+        spool._lock.acquire()
+        _quiet.append(spool._lock)
+        if spool._connection is not None:
+            spool._connection.close()
+        spool._connection = None
+
+
+def _after_fork_in_parent() -> None:
+    while _quiet:
+        _quiet.pop().release()
+    _forking.release()
 
 
 def _after_fork() -> None:
+    _quiet.clear()
     for spool in _spools:
-        _inherited.append(spool._connection)
         if spool._alone_by is not None:
             # Or the child would keep everybody from draining when its parent is gone.
             os.close(spool._alone_by.fileno())
         spool._forget()
+    _forking.release()
 
 
-os.register_at_fork(after_in_child=_after_fork)
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork)

@@ -276,8 +276,8 @@ class SqliteLedger:
 
     def migrate(self) -> tuple[int, int]:
         self._check_writable()
-        with self._translated():
-            deadline = time.monotonic() + sqlite_database.BUSY_TIMEOUT
+        deadline = time.monotonic() + sqlite_database.BUSY_TIMEOUT
+        with self._held(self._noting, deadline), self._translated():
             database = open_to_write(self._path, deadline)
             try:
                 database.begin(deadline)
@@ -373,31 +373,45 @@ class SqliteLedger:
 
 
 _open_ledgers: weakref.WeakSet[SqliteLedger] = weakref.WeakSet()
-#: Connections inherited over a fork are kept, unused and unclosed: closing one would drop the parent's file locks.
-_inherited: list[object] = []
-
-
-#: Taken before a fork, so that no connection is in the middle of anything that a child would take for its own.
-_quiet: list[threading.Lock] = []
+#: Held from before a fork until after it: two threads may fork at once.
+_forking = threading.Lock()
+#: Taken before a fork, so that nothing is in the middle of anything that a child would take for its own.
+_quiet: list[threading.Lock | threading.RLock] = []
 
 
 def _before_fork() -> None:
-    for ledger in _open_ledgers:
-        for lock in (ledger._writer.working, ledger._reading, ledger._noting):
-            lock.acquire()
-            _quiet.append(lock)
+    """Let go of the files. SQLite knows in each process which locks it holds there, and a child inherits what it knows
+    but not the locks: what a child wrote would be lost with the log that the last to close deletes. Each opens them
+    again, the parent in its chain."""
+    _forking.acquire()
+    ledgers = list(_open_ledgers)
+    # Of projections first: with one of their locks the others are asked for.
+    for ledger in ledgers:
+        _quieten(*ledger._projection.locks)
+    for ledger in ledgers:
+        _quieten(ledger._writer.working, ledger._reading, ledger._noting)
+        ledger._projection.rest()
+        ledger._store.rest()
+        ledger._drop_reader()
+
+
+def _quieten(*locks: threading.Lock | threading.RLock) -> None:
+    for lock in locks:
+        lock.acquire()
+        _quiet.append(lock)
 
 
 def _after_fork_in_parent() -> None:
     while _quiet:
         _quiet.pop().release()
+    _forking.release()
 
 
 def _after_fork() -> None:
     _quiet.clear()
     for ledger in _open_ledgers:
-        _inherited.extend((ledger._store._database, ledger._reader, ledger._projection))
         ledger._forget()
+    _forking.release()
 
 
 os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork)

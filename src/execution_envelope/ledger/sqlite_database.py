@@ -55,6 +55,7 @@ class Database:
     def wait(self, deadline: float) -> None:
         """What comes next waits for other connections until then: SQLite starts anew for each statement."""
         left = max(0, int((deadline - time.monotonic()) * 1000))
+        self._timeout = left
         self.connection.execute(f"PRAGMA busy_timeout = {left}")
 
     def begin(self, deadline: float) -> None:
@@ -62,7 +63,9 @@ class Database:
 
         Asked for by ourselves: SQLite waits up to a tenth of a second between two looks, and others go first meanwhile.
         """
-        self.connection.execute("PRAGMA busy_timeout = 0")
+        if self._timeout != 0:
+            self._timeout = 0
+            self.connection.execute("PRAGMA busy_timeout = 0")
         while True:
             try:
                 self.connection.execute("BEGIN IMMEDIATE")
@@ -71,7 +74,6 @@ class Database:
                 if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() >= deadline:
                     raise
             time.sleep(POLL)
-        self.wait(deadline)
 
     def check(self) -> None:
         """Raises `LedgerUnavailable` when the file is no ledger that this version works with."""
@@ -187,13 +189,11 @@ class Database:
         return self._exports
 
     def insert(self, table: str, rows: Sequence[Sequence[Any]]) -> None:
-        """Insert rows, many in each statement."""
-        start = 0
-        while start < len(rows):
-            size = min(MAX_ROWS, 1 << (len(rows) - start).bit_length() - 1)
-            values = [value for row in rows[start : start + size] for value in row]
-            self.connection.execute(_insertion(table, len(rows[start]), size), values)
-            start += size
+        """Insert rows, as many as there are in one statement."""
+        for start in range(0, len(rows), MAX_ROWS):
+            part = rows[start : start + MAX_ROWS]
+            values = [value for row in part for value in row]
+            self.connection.execute(_insertion(table, len(part[0]), len(part)), values)
 
     def stored(self, envelope: str) -> Stored | None:
         """One envelope with its events. Raises `Damaged` and `Exported`."""

@@ -204,11 +204,15 @@ class Store:
 
     def tend(self, conservation: Conservation) -> float | None:
         """Say that this process still lives; or end the chain, when there is a newer segment for the next one."""
-        database, chain = self._database, self._chain
-        if database is None or chain is None or database.version < 3:
+        if self._chain is None:
             return None
         try:
-            database.begin(time.monotonic() + sqlite_database.BUSY_TIMEOUT)
+            deadline = time.monotonic() + sqlite_database.BUSY_TIMEOUT
+            database = self._opened(deadline)
+            chain = self._chain
+            if chain is None or database.version < 3:
+                return None
+            database.begin(deadline)
             newer = database.one("newest_segment") > self._number // schema.CHAINS_PER_SEGMENT
             if newer:
                 # What is acknowledged and not stored yet is counted where it is stored.
@@ -227,19 +231,21 @@ class Store:
             self._next.clear()
         return None if newer else RENEW
 
-    def _close_chain(self, database: Database, chain: chains.Chain, dropped: int, pending: int = 0) -> None:
+    def _close_chain(self, database: Database, chain: chains.Chain, dropped: int) -> None:
         """Insert the entry that ends the chain; `dropped` is all that was dropped so far."""
-        link = chain.closing(timestamp(self._clock()), dropped=dropped - self._dropped_before, pending=pending)
+        link = chain.closing(timestamp(self._clock()), dropped=dropped - self._dropped_before)
         row = (self._number << 32 | link.entry.position, link.body, link.hash, None)
         database.insert(f"events_{self._number // schema.CHAINS_PER_SEGMENT}", [row])
 
     def finish(self, conservation: Conservation) -> None:
         try:
-            if self._chain is not None and self._database is not None:
-                self._database.begin(time.monotonic() + sqlite_database.BUSY_TIMEOUT)
-                self._close_chain(self._database, self._chain, conservation.dropped, conservation.pending)
-                self._database.check_place()
-                self._database.connection.execute("COMMIT")
+            deadline = time.monotonic() + sqlite_database.BUSY_TIMEOUT
+            database = None if self._chain is None else self._opened(deadline)
+            if database is not None and self._chain is not None:
+                database.begin(deadline)
+                self._close_chain(database, self._chain, conservation.dropped)
+                database.check_place()
+                database.connection.execute("COMMIT")
         except (sqlite3.Error, LedgerUnavailable):
             pass  # it is found as a chain that was not closed
         else:
@@ -251,7 +257,19 @@ class Store:
         if self._database is None:
             self._database = open_to_write(self._path, deadline)
             self._next.clear()
+            chain = self._chain
+            if chain is not None:
+                # It was only let go of; but another file may stand there now.
+                tail = self._database.of_chain(self._number, "head", self._number)
+                if tail != [(chain.position - 1, chain.head)]:
+                    self._chain = None
         return self._database
+
+    def rest(self) -> None:
+        """Let go of the file, between two groups; the chain goes on when it is opened again."""
+        if self._database is not None:
+            self._database.connection.close()
+        self._database = None
 
     def _drop(self) -> None:
         if self._database is not None:
