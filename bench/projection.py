@@ -1,13 +1,16 @@
 """The projection of a ledger, followed in a process of its own: ``python -m bench.projection LEDGER``.
 
-It follows for ever. What it says: how many entries it took in, and ``caught up`` when it is there for the first time.
+It follows for ever, at the priority of `envelope project --follow`. What it says: how many entries it took in, and
+``caught up`` when it is there for the first time.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 
+from execution_envelope.cli_projection import NICE
 from execution_envelope.ledger import SqliteLedger
 
 #: How long it rests when it has caught up, in seconds.
@@ -28,6 +31,7 @@ def main() -> None:
 
     projection.catch_up(progress=progress)
     _say("caught up")
+    os.nice(NICE)
     while True:
         projection.catch_up()
         time.sleep(_REST)

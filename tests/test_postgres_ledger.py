@@ -33,7 +33,7 @@ from execution_envelope.ledger import postgres_database as databases  # noqa: E4
 from execution_envelope.ledger.commit import Commit, KeyTaken, SequenceConflict, Siblings  # noqa: E402
 from execution_envelope.ledger.contract import Conservation  # noqa: E402
 from execution_envelope.ledger.postgres import PostgresLedger  # noqa: E402
-from execution_envelope.ledger.postgres_database import Address, Database, bucket_of  # noqa: E402
+from execution_envelope.ledger.postgres_database import Address, Database, Texts, bucket_of  # noqa: E402
 from execution_envelope.ledger.submission import Outcome, Submission  # noqa: E402
 from execution_envelope.testing import START, LedgerContract, ask  # noqa: E402
 from tests.postgres import Proxy, Server, in_schema  # noqa: E402
@@ -800,7 +800,7 @@ def test_read_only_reads_and_changes_nothing(postgres: Server, url: str) -> None
             assert not refused.value.retryable
         assert isinstance(ledger, PostgresLedger)
         with pytest.raises(LedgerUnavailable, match="read-only transaction"):
-            ledger._readers.run(lambda database: database.run("renew", 1))
+            ledger._readers.run(lambda database: database.run("renew", Texts([ledger.chains()[0].id])))
 
 
 def test_sessions_are_durable_and_bounded_whatever_the_server_says(postgres: Server) -> None:

@@ -85,6 +85,36 @@ async def test_an_admission_of_another_host_is_abandoned_when_its_lease_runs_out
 
 
 @pytest.mark.anyio
+@pytest.mark.parametrize("how", ["moved over", "failed"])
+async def test_an_admission_in_a_chain_that_its_process_left_lives_as_long_as_the_process(
+    elsewhere: SqliteLedger, tmp_path: Path, how: str
+) -> None:
+    theirs, ours = AdmissionController(elsewhere), AdmissionController.open(f"sqlite:///{tmp_path}/l.db")
+    watch = Watch()
+    ours._leases = Leases(watch)
+    admission = await theirs.begin(ask())
+    elsewhere.commit()  # behind it the writer has renewed its lease
+    if how == "moved over":
+        elsewhere.segments().begin()
+        elsewhere._store.tend(elsewhere.conservation())
+        assert elsewhere._store._chain is None
+    else:
+        elsewhere._store._drop()
+    assert (await ours.reconcile({})).ids("unknown") == [admission.id]
+    # It has nothing to write, and lives.
+    watch.now += PATIENCE + 1
+    assert elsewhere._store.tend(elsewhere.conservation()) == sqlite_store.RENEW
+    assert (await ours.reconcile({})).ids("alive") == [admission.id]
+    # It goes on in another chain, and lives.
+    await theirs.begin(ask())
+    watch.now += PATIENCE + 1
+    elsewhere._store.tend(elsewhere.conservation())
+    assert admission.id in (await ours.reconcile({})).ids("alive")
+    await theirs.aclose()
+    await ours.aclose()
+
+
+@pytest.mark.anyio
 async def test_two_reconcilers_at_once_never_disagree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sqlite_store, "current", lambda: msgspec.structs.replace(current(), started=1))
     url = f"sqlite:///{tmp_path}/l.db"

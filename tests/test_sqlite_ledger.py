@@ -434,3 +434,30 @@ def test_what_is_acknowledged_while_a_chain_is_ended_is_counted_where_it_is_stor
         assert ledger.conservation() == Conservation(emitted=4, stored=4)
         assert len(ledger.chains()) == 2
         assert verify(ledger).sound
+
+
+def test_many_that_make_the_same_file_at_once_wait_for_each_other(tmp_path: Path) -> None:
+    problems: list[Exception] = []
+    for number in range(20):
+        ledgers = [SqliteLedger(tmp_path / f"{number}.db") for _ in range(4)]
+        ready = threading.Barrier(8)
+
+        def use(ledger: SqliteLedger, write: bool, ready: threading.Barrier = ready) -> None:
+            ready.wait(10)
+            try:
+                if write:
+                    ledger.commit(admission())
+                else:
+                    ledger.newest(9)
+            except Exception as problem:
+                problems.append(problem)
+
+        threads = [threading.Thread(target=use, args=(ledger, write)) for ledger in ledgers for write in (True, False)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(ledgers[0].newest(9)) == 4
+        for ledger in ledgers:
+            ledger.close()
+    assert problems == []

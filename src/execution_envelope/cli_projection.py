@@ -5,6 +5,7 @@ They never write to the ledger; the projection is derived from it, and kept besi
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections.abc import Sequence
@@ -29,6 +30,8 @@ from execution_envelope.cli_shared import (
 from execution_envelope.errors import LedgerUnavailable
 from execution_envelope.ledger.projection import COVERAGE, Coverage, Projection
 
+#: What `project --follow` adds to its niceness: who is admitted does not wait for who looks back.
+NICE: Final = 10
 #: How often `project --follow` looks for new entries, and tries a ledger again that does not answer, in seconds.
 POLL: Final = 0.1
 RETRY: Final = 2.0
@@ -60,7 +63,7 @@ def add_to(group: click.Group) -> None:
 
 @click.command()
 @ledger_option
-@click.option("--follow", is_flag=True, help="Go on until Ctrl-C.")
+@click.option("--follow", is_flag=True, help="Go on until Ctrl-C, at low priority.")
 @click.pass_context
 def project(context: click.Context, url: str | None, follow: bool) -> None:
     """Take into the projection what the ledger holds.
@@ -127,6 +130,8 @@ def catch_up(projection: Projection, doing: str = "catching up") -> None:
 
 
 def _follow(projection: Projection) -> None:
+    if hasattr(os, "nice"):
+        os.nice(NICE)
     silent = False
     while True:
         try:

@@ -123,7 +123,7 @@ class MemoryLedger:
                     return refusal
             self._emitted += submission.size
             try:
-                commits = settled(commits, self.read)
+                commits = settled(commits, self.read, again=False)
                 for commit in commits:
                     check(commit, self)
                 groups = self._append(commits)

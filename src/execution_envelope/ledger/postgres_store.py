@@ -46,6 +46,8 @@ from execution_envelope.version import __version__
 
 #: How often a process says that it still lives, in seconds.
 RENEW: Final = 10.0
+#: Of how many of its chains, the newest, a process renews the leases: what it admitted may be in any of them.
+MAX_LEASED: Final = 1000
 #: Of how many open envelopes a process remembers the next sequence; of others the database is asked.
 MAX_REMEMBERED: Final = 100_000
 #: Entries of a chain; the process opens another one then. Far below what a place has room for.
@@ -83,6 +85,8 @@ class Store:
         self._number = 0
         #: How many events were dropped before the last chain that was closed.
         self._dropped_before = 0
+        #: The chains of this process, whose leases it renews as long as it lives.
+        self._leased: list[str] = []
         self._known: dict[str, _Known] = {}
 
     def write(self, group: Sequence[Submission]) -> list[Outcome]:
@@ -254,6 +258,18 @@ class Store:
 
     def _ready(self, deadline: float) -> tuple[Database, chains.Chain]:
         """A session that holds the chain of this process; opened when there is none."""
+        database = self._session(deadline)
+        if self._chain is None or self._chain.position >= MAX_CHAIN:
+            chain = chains.Chain(str(uuid_utils.uuid7()))
+            opening = chain.opening(timestamp(self._clock()), current(), __version__)
+            self._number = database.open_chain(chain.id, opening.body, opening.hash)
+            chain.advance([opening])
+            self._chain = chain
+            self._leased = [*self._leased[1 - MAX_LEASED :], chain.id]
+        return database, self._chain
+
+    def _session(self, deadline: float) -> Database:
+        """A session that holds the chain of this process, if there is one."""
         if self.database is not None and self.database.lost:
             self._disconnect()
         if self.database is None and self._chain is not None:
@@ -261,13 +277,7 @@ class Store:
         if self.database is None:
             self.database = open_to_write(self._address, deadline)
         self.database.until(deadline)
-        if self._chain is None or self._chain.position >= MAX_CHAIN:
-            chain = chains.Chain(str(uuid_utils.uuid7()))
-            opening = chain.opening(timestamp(self._clock()), current(), __version__)
-            self._number = self.database.open_chain(chain.id, opening.body, opening.hash)
-            chain.advance([opening])
-            self._chain = chain
-        return self.database, self._chain
+        return self.database
 
     def _landed(self, links: Sequence[chains.Link], deadline: float) -> bool:
         """Whether these entries were stored when the session was lost; with a new session that holds the chain.
@@ -295,19 +305,19 @@ class Store:
         raise LedgerUnavailable(f"expected the ledger `{self._address.name}` to answer, the connection was lost")
 
     def tend(self, conservation: Conservation) -> float | None:
-        """Say that this process still lives; or end the chain, when there is a newer segment for the next one."""
-        if self._chain is None:
+        """Say that this process still lives, for each of its chains; and end the newest, when there is a newer segment
+        for the next one."""
+        if not self._leased:
             return None
         deadline = time.monotonic() + (databases.TIMEOUT if self.database is not None else 1.0)
         try:
-            database, _ = self._ready(deadline)
+            database = self._session(deadline)
             if database.version < 3:
                 return None
-            if database.one("newest_segment") > self._number // schema.CHAINS_PER_SEGMENT:
+            if self._chain is not None and database.one("newest_segment") > self._number // schema.CHAINS_PER_SEGMENT:
                 # What is acknowledged and not stored yet is counted where it is stored.
                 self._end_chain(conservation.dropped, deadline)
-                return None
-            database.run("renew", self._number)
+            self._session(deadline).run("renew", Texts(self._leased))
         except (psycopg.Error, LedgerUnavailable):
             # The chain goes on with the next session; what comes next finds out.
             self._disconnect()

@@ -233,7 +233,7 @@ class Spool:
                 return f"{type(refusal).__name__}: {refusal}"
             # Others recorded something meanwhile, and may again before this is stored behind it.
             try:
-                news = settled(commits, self._ledger.read)
+                news = settled(commits, self._ledger.read, again=True)
             except SequenceConflict:
                 return "expected its envelope, in a state that it may follow on"
             except LedgerUnavailable:

@@ -19,6 +19,10 @@ from execution_envelope.ledger.exports import Export, Exports, refuse
 #: How long a call waits, for other threads and other processes together, before it says that the ledger is
 #: unavailable, in seconds.
 BUSY_TIMEOUT: Final = 5.0
+#: Pages in the WAL before they are moved into the file, at the price of a longer recovery: pages that are written again
+#: and again are moved once. And how much of the file a connection keeps in memory: keys lie scattered over their tree.
+CHECKPOINT_PAGES: Final = 4000
+CACHE_KIB: Final = 32 * 1024
 #: Rows that one statement inserts at most: the interpreter lock changes hands at each statement, not at each row.
 MAX_ROWS: Final = 128
 #: Segments that are not dropped, at most: a query that joins them all twice has to stay below 64 tables.
@@ -310,6 +314,17 @@ def _statements(script: str) -> Iterator[str]:
 
 def open_to_write(path: Path, deadline: float) -> Database:
     """A connection to a ledger that is made when the file is new or empty. Raises `LedgerUnavailable`."""
+    while True:
+        try:
+            return _made(path, deadline)
+        except sqlite3.OperationalError as error:
+            # Where several make the file at once SQLite does not wait, but says so at once.
+            if _code(error) != sqlite3.SQLITE_BUSY or time.monotonic() >= deadline:
+                raise
+        time.sleep(POLL)
+
+
+def _made(path: Path, deadline: float) -> Database:
     database = Database(path, "mode=rwc", deadline)
     try:
         if not database.tables():
@@ -317,12 +332,16 @@ def open_to_write(path: Path, deadline: float) -> Database:
             # Another process may have been first.
             if not database.tables():
                 database.script(schema.schema("sqlite"))
+            # Not in WAL mode yet: it waits for those who read.
+            database.wait(deadline)
             database.connection.execute("COMMIT")
         database.check()
         # Only now: another application's file must stay as it was.
         database.wait(deadline)
         database.connection.execute("PRAGMA journal_mode = WAL")
         database.connection.execute("PRAGMA synchronous = FULL")
+        database.connection.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES}")
+        database.connection.execute(f"PRAGMA cache_size = -{CACHE_KIB}")
     except BaseException:
         database.connection.close()
         raise

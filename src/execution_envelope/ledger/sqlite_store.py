@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sqlite3
 import time
 from collections.abc import Callable, Sequence
@@ -25,6 +26,8 @@ from execution_envelope.version import __version__
 
 #: How often a process says that it still lives, in seconds.
 RENEW: Final = 10.0
+#: Of how many of its chains, the newest, a process renews the leases: what it admitted may be in any of them.
+MAX_LEASED: Final = 1000
 #: Of how many open envelopes a process remembers the next sequence; of others the database is asked.
 MAX_REMEMBERED: Final = 100_000
 #: Entries of a chain; the process opens another one then. Far below what a place has room for.
@@ -62,6 +65,8 @@ class Store:
         self._number = 0
         #: How many events were dropped before the last chain that was closed.
         self._dropped_before = 0
+        #: The chains of this process, whose leases it renews as long as it lives.
+        self._leased: list[str] = []
         #: The next sequence of envelopes that this process wrote last.
         self._next: dict[str, int] = {}
 
@@ -98,6 +103,8 @@ class Store:
         database.check_place()
         database.connection.execute("COMMIT")
         chain.advance(links)
+        if chain is not self._chain:
+            self._leased = [*self._leased[1 - MAX_LEASED :], chain.id]
         self._chain = chain
         if len(self._next) > MAX_REMEMBERED:
             self._next.clear()
@@ -203,33 +210,36 @@ class Store:
         return chain
 
     def tend(self, conservation: Conservation) -> float | None:
-        """Say that this process still lives; or end the chain, when there is a newer segment for the next one."""
-        if self._chain is None:
+        """Say that this process still lives, for each of its chains; and end the newest, when there is a newer segment
+        for the next one."""
+        # Only a write makes a ledger anew where it was taken away.
+        if not self._leased or not self._path.exists():
             return None
         try:
             deadline = time.monotonic() + sqlite_database.BUSY_TIMEOUT
             database = self._opened(deadline)
-            chain = self._chain
-            if chain is None or database.version < 3:
+            if database.version < 3:
                 return None
             database.begin(deadline)
-            newer = database.one("newest_segment") > self._number // schema.CHAINS_PER_SEGMENT
-            if newer:
+            chain = self._chain
+            if chain is not None and database.one("newest_segment") <= self._number // schema.CHAINS_PER_SEGMENT:
+                chain = None
+            if chain is not None:
                 # What is acknowledged and not stored yet is counted where it is stored.
                 self._close_chain(database, chain, conservation.dropped)
-            else:
-                database.run("renew", self._number)
+            database.run("renew", json.dumps(self._leased))
             database.check_place()
             database.connection.execute("COMMIT")
         except (sqlite3.Error, LedgerUnavailable):
-            self._drop()
-            return None
-        if newer:
+            # Whether it reached the disk is seen when it is opened again.
+            self.rest()
+            return RENEW
+        if chain is not None:
             self._dropped_before = conservation.dropped
             self._chain = None
             # What it remembers is in the old segment, which may go.
             self._next.clear()
-        return None if newer else RENEW
+        return RENEW
 
     def _close_chain(self, database: Database, chain: chains.Chain, dropped: int) -> None:
         """Insert the entry that ends the chain; `dropped` is all that was dropped so far."""
@@ -240,7 +250,7 @@ class Store:
     def finish(self, conservation: Conservation) -> None:
         try:
             deadline = time.monotonic() + sqlite_database.BUSY_TIMEOUT
-            database = None if self._chain is None else self._opened(deadline)
+            database = self._opened(deadline) if self._chain is not None and self._path.exists() else None
             if database is not None and self._chain is not None:
                 database.begin(deadline)
                 self._close_chain(database, self._chain, conservation.dropped)

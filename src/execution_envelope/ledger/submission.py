@@ -22,23 +22,26 @@ class Submission:
     seconds, nobody waits: it is stored within that time, and `told` hears of it afterwards.
     """
 
-    __slots__ = ("_claim", "_tried", "commits", "due", "told", "window")
+    __slots__ = ("_claim", "_tried", "commits", "doubtful", "due", "told", "window")
 
     def __init__(self, commits: Sequence[Commit], told: Callable[[Outcome], None], window: float | None = None) -> None:
         self.commits = commits
         self.told = told
         self.window = window
         self.due = 0.0 if window is None else time.monotonic() + window
+        #: Whether it was tried before, and it is not known whether that stored it.
+        self.doubtful = False
         self._claim = threading.Lock()
         self._tried: list[Commit] | None = None
 
     def settle(self, read: Callable[[str], Stored | None]) -> list[Commit]:
         """Its commits as they may be stored now, see `settled`; none when they are stored as they were settled before
         and only the answer to that was lost. Raises `SequenceConflict`."""
-        if self._tried is None or not all(_stands(commit, read(commit.envelope)) for commit in self._tried):
-            self._tried = settled(self.commits, read)
-            return self._tried
-        return []
+        tried = self._tried if self.doubtful else None
+        if tried is not None and all(_stands(commit, read(commit.envelope)) for commit in tried):
+            return []
+        self._tried = settled(self.commits, read, again=self.doubtful)
+        return self._tried
 
     def claim(self) -> bool:
         """Whoever gets it first, the writer or a caller who gives up, decides whether it is written at all."""
@@ -56,10 +59,11 @@ def _stands(commit: Commit, stored: Stored | None) -> bool:
     return stored is not None and list(stored.events[commit.sequence : end]) == commit.events()
 
 
-def settled(commits: Sequence[Commit], read: Callable[[str], Stored | None]) -> list[Commit]:
+def settled(commits: Sequence[Commit], read: Callable[[str], Stored | None], *, again: bool) -> list[Commit]:
     """What was acknowledged is recorded whatever others recorded meanwhile: behind that, and after the end as late.
 
-    What is stored already, because only the answer to that was lost, is left out. Raises `SequenceConflict` where an
+    When they come `again`, what is stored already, because only the answer to that was lost, is left out; else the same
+    fact of the same moment is another's. Raises `SequenceConflict` where an
     envelope is not there, or the table has no place for a fact.
     """
     found = []
@@ -67,7 +71,7 @@ def settled(commits: Sequence[Commit], read: Callable[[str], Stored | None]) -> 
         stored = read(commit.envelope)
         if stored is None:
             raise SequenceConflict
-        if _stands(commit, stored):
+        if again and _stands(commit, stored):
             continue
         if commit.sealed is not None:
             raise SequenceConflict

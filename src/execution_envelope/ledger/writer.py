@@ -122,8 +122,12 @@ class Writer:
             if group or self._relaxed:
                 self._write(group)
             if going and tend_at is not None and time.monotonic() >= tend_at:
-                with self.working:
-                    pause = self._store.tend(self.conservation())
+                try:
+                    with self.working:
+                        pause = self._store.tend(self.conservation())
+                except Exception:
+                    # Whatever it was: what is submitted has to be written all the same.
+                    pause = RETRY
                 tend_at = None if pause is None else time.monotonic() + pause
             elif tend_at is None and group:
                 tend_at = 0.0
@@ -176,6 +180,7 @@ class Writer:
                     stored += size
             elif isinstance(outcome, LedgerUnavailable):
                 # Acknowledged already: it stays until it can be stored.
+                submission.doubtful = True
                 self._relaxed.append(submission)
                 continue
             elif isinstance(outcome, Exception):

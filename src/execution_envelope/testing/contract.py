@@ -410,6 +410,17 @@ class LedgerContract:
             assert late == [lifecycle.Late(lifecycle.Ready("1")), lifecycle.Late(lifecycle.Cancelled())]
             assert ledger.conservation() == Conservation(emitted=13, stored=11, dropped=2)
 
+    def test_the_same_fact_of_the_same_moment_is_recorded_as_often_as_it_was_said(self, tmp_path: Path) -> None:
+        with self.opened(tmp_path) as ledger:
+            sealed, told = _sealed(), queue.SimpleQueue[Outcome]()
+            ledger.commit(_admission(sealed))
+            said = [_commit(sealed, 2, lifecycle.Used({"steps": 1}, "measured")) for _ in range(3)]
+            for commit in said:
+                ledger.submit(Submission([commit], told.put, window=0.05))
+            assert [type(told.get(timeout=10)) for _ in said] == [list] * 3
+            assert [event.data for event in _events(ledger, sealed)[2:]] == [said[0].facts[0]] * 3
+            assert ledger.conservation() == Conservation(5, 5)
+
     def test_what_was_submitted_is_conserved(self, tmp_path: Path) -> None:
         with self.opened(tmp_path) as ledger:
             for round in range(1, 3):

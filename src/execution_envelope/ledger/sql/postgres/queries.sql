@@ -262,7 +262,7 @@ SELECT envelope FROM closings WHERE envelope > %s::text AND envelope <= %s::text
 SELECT coalesce(sum((SELECT max(position) + 1 FROM events WHERE chain = c.number)), 0)::bigint FROM chains AS c
 
 -- name: renew
-INSERT INTO leases AS l (chain, renewals) VALUES (%s::bigint, 1)
+INSERT INTO leases AS l (chain, renewals) SELECT number, 1 FROM chains WHERE id = ANY (%s::text[])
 ON CONFLICT (chain) DO UPDATE SET renewals = l.renewals + 1
 
 -- name: lease

@@ -165,7 +165,8 @@ SELECT * FROM (
 SELECT count(*) FROM events
 
 -- name: renew
-INSERT INTO leases (chain, renewals) VALUES (?, 1) ON CONFLICT (chain) DO UPDATE SET renewals = renewals + 1
+INSERT INTO leases (chain, renewals) SELECT number, 1 FROM chains WHERE id IN (SELECT value FROM json_each(?))
+ON CONFLICT (chain) DO UPDATE SET renewals = renewals + 1
 
 -- name: lease
 SELECT renewals FROM leases WHERE chain = (SELECT number FROM chains WHERE id = ?)
