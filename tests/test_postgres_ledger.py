@@ -517,6 +517,18 @@ def test_a_large_group_takes_several_statements_and_one_transaction(
     assert ledger.count() == 41
 
 
+def test_what_did_not_end_is_looked_for_in_parts(ledger: PostgresLedger, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("execution_envelope.ledger.postgres._ENVELOPES", 3)
+    assert ledger.unfinished() == []
+    ids = []
+    for number in range(11):
+        ended = number % 4 == 0 or number > 7  # whole parts without any that is open
+        commit = admission(None, *([lifecycle.Cancelled()] if ended else []))
+        ledger.commit(commit)
+        ids += [] if ended else [commit.envelope]
+    assert ledger.unfinished() == ids
+
+
 def test_what_postgres_cannot_hold_disturbs_nobody(ledger: PostgresLedger) -> None:
     first = sealed()
     ledger.commit(admission(first))

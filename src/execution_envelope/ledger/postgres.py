@@ -37,6 +37,8 @@ T = TypeVar("T")
 #: Sessions that read at the same time at most.
 MAX_READERS: Final = 4
 _PAGE: Final = 1000
+#: Envelopes that one statement looks through for those without an end.
+_ENVELOPES: Final = 50_000
 _TEXT_END: Final = "\U0010ffff"
 
 
@@ -136,7 +138,13 @@ class PostgresLedger:
         return [id for (id,) in self._all("newest", before or _TEXT_END, limit)]
 
     def unfinished(self) -> list[str]:
-        return [id for (id,) in self._all("unfinished")]
+        # In parts: a statement is ended after a while, and millions of envelopes take longer than that.
+        found: list[str] = []
+        after: str | None = ""
+        while after is not None:
+            [(after, ids)] = self._all("unfinished", after, _ENVELOPES)
+            found += ids or ()
+        return found
 
     def writer(self, chain: str) -> Process | None:
         body = self._one("opening", chain)

@@ -163,9 +163,9 @@ SELECT envelope FROM children WHERE parent = %s::text ORDER BY envelope
 SELECT envelope FROM places WHERE envelope < %s::text AND sequence = 0 ORDER BY envelope DESC LIMIT %s::int
 
 -- name: unfinished
-SELECT p.envelope FROM places AS p
-WHERE p.sequence = 0 AND NOT EXISTS (SELECT 1 FROM closings AS c WHERE c.envelope = p.envelope)
-ORDER BY p.envelope
+SELECT max(p.envelope), array_agg(p.envelope ORDER BY p.envelope) FILTER (WHERE c.envelope IS NULL)
+FROM (SELECT envelope FROM places WHERE envelope > %s::text AND sequence = 0 ORDER BY envelope LIMIT %s::int) AS p
+LEFT JOIN closings AS c ON c.envelope = p.envelope
 
 -- name: opening
 SELECT e.body FROM chains AS c JOIN events AS e ON e.chain = c.number AND e.position = 0 WHERE c.id = %s::text
