@@ -11,7 +11,7 @@ import msgspec
 from execution_envelope import credentials, envelope, grant, journal, lifecycle, resources
 from execution_envelope.admission import MAX_CONFLICTS
 from execution_envelope.controller import ATTEMPTED_BURST, ATTEMPTED_PER_SECOND, AdmissionController
-from execution_envelope.hooks import CODES
+from execution_envelope.decision import CODES
 from execution_envelope.ledger.chain import Entry
 from execution_envelope.ledger.contract import MAX_ATTEMPTED
 from execution_envelope.ledger.postgres_database import TIMEOUT

@@ -37,6 +37,7 @@ from execution_envelope import (
     AdmissionController,
     Ask,
     Decision,
+    Declaration,
     Grant,
     InvalidField,
     LedgerUnavailable,
@@ -963,7 +964,7 @@ async def test_sealing_twice_at_once_is_an_error() -> None:
         return Decision.allow()
 
     class Slow:
-        name, version, kinds, failure_mode = "slow", "1", None, "deny"
+        declaration = Declaration(name="slow")
         decide = staticmethod(slow)
 
     host = Host(endpoint, hooks=[Slow()])
@@ -1150,7 +1151,7 @@ async def test_warnings_are_inert_headers() -> None:
 
 
 async def test_observe_mode_warns_of_what_it_would_refuse() -> None:
-    host = Host(plain, hooks=[Rule("r", lambda e: Decision.deny("policy", "too big"))], mode="observe")
+    host = Host(plain, hooks=[Rule("r", lambda e: Decision.deny("policy", "too big"))], mode="shadow")
     answer = await host.post(BODY)
     assert (answer.status_code, host.record.state) == (200, "completed")
     assert answer.headers["warning"] == '299 - "not enforced: too big"'

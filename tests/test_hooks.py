@@ -10,7 +10,7 @@ from typing import Any
 import anyio
 import pytest
 
-from execution_envelope import Decision, InvalidField, Rule
+from execution_envelope import Decision, Declaration, InvalidField, Rule
 from execution_envelope.envelope import Envelope, seal
 from execution_envelope.hooks import HookChain
 from execution_envelope.lifecycle import Verdict
@@ -28,14 +28,15 @@ def anyio_backend(request: pytest.FixtureRequest) -> str:
 class Hook:
     """A decider from an async function."""
 
-    name, version, kinds, failure_mode = "h", "1", None, "deny"
+    declaration = Declaration(name="h")
 
     def __init__(self, decide: Callable[[Envelope], Any]) -> None:
         self.decide = decide
 
 
 async def ask_one(decide: Callable[[Envelope], Any], deadline: float = 5) -> Verdict:
-    [verdict] = await HookChain([Hook(decide)], deadline=deadline).decide(ENVELOPE)
+    decided = await HookChain([Hook(decide)], deadline=deadline).decide(ENVELOPE)
+    [verdict] = decided.verdicts
     return verdict
 
 

@@ -16,9 +16,9 @@ CORE = "execution_envelope"
 
 #: A module may import only from those before it; a name stands for the module or for everything in the folder.
 ORDER = """
-version errors credentials resources values envelope lifecycle delta record process hooks grant ledger reconciliation
-mailbox journal admission blocking controller adapters integrations review presentation cli_shared cli_proof
-cli_projection cli_upkeep cli testing
+version errors credentials resources values envelope lifecycle delta record decision process mailbox threads hooks grant
+budgets ledger reconciliation observers journal admission blocking controller policy telemetry adapters integrations
+review presentation cli_shared cli_proof cli_projection cli_upkeep cli testing
 """
 LEDGER_ORDER = """
 merkle chain projection schema exports commit submission contract writer spool sqlite_database sqlite_segments
@@ -29,6 +29,8 @@ postgres_store projection_postgres postgres recomputation workers verification c
 OPTIONAL = {
     "adapters",
     "integrations",
+    "policy",
+    "telemetry",
     "presentation",
     "review",
     "cli",
@@ -48,7 +50,10 @@ EXTRA = {
     },
     "execution_envelope.ledger.segment_file": {"pyarrow"},
 }
-PUBLIC = ("execution_envelope.integrations", "execution_envelope.adapters", "execution_envelope.reconciliation")
+PUBLIC = tuple(
+    f"execution_envelope.{module}"
+    for module in ("integrations", "adapters", "reconciliation", "policy", "telemetry", "budgets")
+)
 MAX_LINES = 600
 
 FILES = sorted(SOURCE.rglob("*.py"))

@@ -164,7 +164,7 @@ def test_every_event_type_has_a_sentence() -> None:
         ),
         (lifecycle.Admitted(), "admitted, it may go on"),
         (lifecycle.Admitted(undecided=True), "admitted undecided: no decider covers this kind"),
-        (lifecycle.Admitted(observed="denied"), "admitted, not enforced: enforcing would have denied it"),
+        (lifecycle.Admitted(shadow="denied"), "admitted, not enforced: enforcing would have denied it"),
         (lifecycle.Denied("capacity", "full", True), "denied (capacity): full; trying later can help"),
         (
             lifecycle.Held("approval_required", "ask a boss", "k1"),

@@ -160,7 +160,7 @@ async def test_a_locked_ledger_refuses_soon_and_takes_no_thread_of_the_applicati
 @pytest.mark.anyio
 async def test_observing_never_refuses_a_grant() -> None:
     rule = Rule("one-gpu", lambda _: Decision.allow(limits={"gpu": 1}))
-    controller = AdmissionController(MemoryLedger(), hooks=[rule], mode="observe")
+    controller = AdmissionController(MemoryLedger(), hooks=[rule], mode="shadow")
     async with controller.admit(ask()) as admission:
         await admission.grant(Grant({"gpu": 2}))
     record = await controller.read(admission.id)

@@ -5,6 +5,7 @@ One sealed record of who asked for what, under which scope, what policy said, an
 
 from execution_envelope.admission import Admission
 from execution_envelope.controller import AdmissionController
+from execution_envelope.decision import Decision, Declaration, Duty, Rule
 from execution_envelope.envelope import Ask, Envelope, Subject, Target, established
 from execution_envelope.errors import (
     Denied,
@@ -16,6 +17,7 @@ from execution_envelope.errors import (
     KeyConflict,
     LedgerUnavailable,
     NotFound,
+    OpenObligations,
     ReadOnly,
     ReferenceTaken,
     Refused,
@@ -23,7 +25,6 @@ from execution_envelope.errors import (
     Violation,
 )
 from execution_envelope.grant import Grant
-from execution_envelope.hooks import Decision, Rule
 from execution_envelope.lifecycle import Candidate
 from execution_envelope.reconciliation import Liveness
 from execution_envelope.record import Record
@@ -36,7 +37,9 @@ __all__ = [
     "Ask",
     "Candidate",
     "Decision",
+    "Declaration",
     "Denied",
+    "Duty",
     "Envelope",
     "EnvelopeError",
     "Grant",
@@ -48,6 +51,7 @@ __all__ = [
     "LedgerUnavailable",
     "Liveness",
     "NotFound",
+    "OpenObligations",
     "ReadOnly",
     "Record",
     "ReferenceTaken",

@@ -12,7 +12,6 @@ import anyio
 import msgspec
 
 from execution_envelope import grant as grants
-from execution_envelope import hooks as hook_rules
 from execution_envelope import lifecycle
 from execution_envelope.credentials import marker, scrub, shown
 from execution_envelope.envelope import Envelope, timestamp
@@ -20,6 +19,7 @@ from execution_envelope.errors import (
     IllegalTransition,
     InvalidField,
     LedgerUnavailable,
+    OpenObligations,
     ReadOnly,
     ReferenceTaken,
     Violation,
@@ -30,6 +30,7 @@ from execution_envelope.ledger.commit import SequenceConflict, Siblings
 from execution_envelope.lifecycle import Candidate, EventData, Fact
 from execution_envelope.record import WHOLE, Record
 from execution_envelope.resources import VOCABULARY, Amount, add, exceeds, human, parse_amount, parse_quantity
+from execution_envelope.values import same
 
 #: How often a write is tried again when other writers of the same envelope come first.
 MAX_CONFLICTS: Final = 32
@@ -88,12 +89,22 @@ class Admission:
         return {name: amount for name, (amount, _) in self._record.limits.items()}
 
     @property
+    def allowed(self) -> Mapping[str, Sequence[Any]]:
+        """Constraint -> the values that it may be given. The resolver keeps to it."""
+        return {name: values for name, (values, _) in self._record.allowed.items()}
+
+    @property
+    def obligations(self) -> Mapping[str, lifecycle.Obligation]:
+        """Name -> what has to be done along with the execution, and how far it has come."""
+        return self._record.obligations
+
+    @property
     def warnings(self) -> Sequence[str]:
-        """What deciders warned of, and what enforcing would have refused in observe mode."""
+        """What deciders warned of, and what was refused in shadow only."""
         verdicts = self._record.verdicts
-        found = [v.message for v in verdicts if v.decision == "warn" and v.message]
-        if verdicts and any(isinstance(e.data, lifecycle.Admitted) and e.data.observed for e in self._record.events):
-            found += [f"not enforced: {reason.message}" for reason in hook_rules.reasons(verdicts)]
+        found = [v.message for v in verdicts if v.decision == "warn" and v.message and not v.shadow]
+        if verdicts and any(isinstance(e.data, lifecycle.Admitted) and e.data.shadow for e in self._record.events):
+            found += [f"not enforced: {v.message}" for v in verdicts if v.decision in ("deny", "hold")]
         if not self._enforce:
             found += [f"not enforced: {violation.text}" for violation in self._record.violations]
         return found
@@ -148,7 +159,7 @@ class Admission:
         """Record what was given. Raises `Violation`, after recording both, when it is beyond a limit or the parent.
 
         The first grant of an envelope that supersedes another ends the older one and takes over its references. In
-        observe mode a violation is recorded and warned of, not raised.
+        shadow mode a violation is recorded and warned of, not raised.
         """
         fact = self._without_secrets(grant).fact()
         violations: list[lifecycle.Violation] = []
@@ -207,15 +218,40 @@ class Admission:
         kind: Literal["measured", "estimated"] = "measured" if how == "measured" else "estimated"
         await self._say(lifecycle.Used(amounts, kind, grants.label(part, "part"), grants.label(key, "used.key")), by=by)
 
+    async def oblige(self, name: str, state: str, text: str | None = None, *, by: str | None = None) -> None:
+        """How far an obligation has come: ``acknowledged``, ``fulfilled``, ``failed`` or ``waived``; `text` says how,
+        or why. Raises `InvalidField` for one that no hook attached, and for one that is fulfilled or waived already."""
+        if state not in ("acknowledged", "fulfilled", "failed", "waived"):
+            raise InvalidField("obligation.state", f"expected how far it has come, got {shown(state)}")
+        said = None if text is None else self._text(text)
+
+        async def plan(record: Record) -> _Plan:
+            duty = record.obligations.get(name)
+            if duty is None:
+                names = ", ".join(record.obligations) or "there are none"
+                raise InvalidField("obligation", f"expected an obligation ({names}), got {shown(name)}")
+            if duty.state in ("fulfilled", "waived"):
+                if duty.state == state:
+                    return _Plan([])
+                raise InvalidField("obligation", f"expected an open obligation, {shown(name)} is {duty.state}")
+            return _Plan([msgspec.structs.replace(duty, state=state, text=said)])
+
+        await self._write(plan, by=by)
+
     async def reject(self, code: str, message: str, *, by: str | None = None) -> None:
         """The end, before anything was granted: the backend could not resolve it."""
         await self._say(lifecycle.Rejected(scrub(code), self._text(message)), by=by)
 
     async def complete(self, message: str | None = None, *, by: str | None = None) -> None:
-        """The good end. Without any grant it is recorded with granted *unknown*."""
+        """The good end. Without any grant it is recorded with granted *unknown*.
+
+        Raises `OpenObligations`, and records nothing, while a required obligation is open.
+        """
         text = None if message is None else self._text(message)
 
         async def plan(record: Record) -> _Plan:
+            if record.is_open and record.open_obligations:
+                raise OpenObligations(record.id, record.open_obligations)
             return _Plan([lifecycle.Completed(None if record.grants else "unknown", text)])
 
         await self._write(plan, by=by)
@@ -431,13 +467,30 @@ def _is_same(fact: Fact, stood: EventData) -> bool:
 
 def _beyond_limits(record: Record, fact: lifecycle.Granted) -> list[lifecycle.Violation]:
     held = record.with_grant(fact)
-    return [
+    elsewhere = []
+    for name, (values, hook) in record.allowed.items():
+        value = fact.constraints.get(name, _kept(record, fact, name))
+        if value is not None and not any(same(value, one) for one in values):
+            text = f"{name} {plain(value)} is none of {plain(list(values))} that hook {hook} allows"
+            elsewhere.append(lifecycle.Violation(name, values, value, f"hook {hook}", text))
+    return elsewhere + [
         lifecycle.Violation(
             name, bound, held[name], f"hook {hook}", _beyond(name, held[name], bound, f"hook {hook} allows")
         )
         for name, (bound, hook) in record.limits.items()
         if name in held and exceeds(held[name], bound)
     ]
+
+
+def _kept(record: Record, fact: lifecycle.Granted, name: str) -> Any:
+    """What was asked for, where the grant says that it is given as asked."""
+    asked = record.envelope.requested.constraints.get(name)
+    return asked.value if asked is not None and name in fact.honoured else None
+
+
+def plain(value: Any) -> str:
+    """A JSON value as it stands in a sentence."""
+    return value if isinstance(value, str) else msgspec.json.encode(value).decode()
 
 
 def _taken(child: Record, name: str, *, ended: bool) -> Amount:
@@ -454,7 +507,7 @@ def _superseded(older: Record, newer: Record) -> list[tuple[Record, Sequence[Eve
     """The end of the older envelope, in the transaction that grants the newer one."""
     if not older.is_open:
         return []
-    if older.state == "held":
+    if older.state == "held" or older.open_obligations:
         return [(older, [lifecycle.Cancelled(f"superseded by {newer.id}")])]
     return [(older, [lifecycle.Completed(None if older.grants else "unknown", f"superseded by {newer.id}")])]
 
@@ -467,6 +520,8 @@ def _leaving(record: Record, failed: tuple[str, str] | None, cancelled: str | No
         return [lifecycle.Error(scrub(problem))] if problem else []
     if cancelled is not None:
         return [lifecycle.Cancelled(scrub(cancelled))]
+    if failed is None and record.open_obligations:
+        failed = ("OpenObligations", f"left with open obligations: {', '.join(record.open_obligations)}")
     if failed is None:
         return [lifecycle.Completed(None if record.grants else "unknown")]
     code, message = scrub(failed[0]), scrub(failed[1])

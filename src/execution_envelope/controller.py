@@ -18,11 +18,12 @@ import anyio
 import msgspec
 import uuid_utils
 
-from execution_envelope import hooks as hook_rules
+from execution_envelope import decision as decisions
 from execution_envelope import lifecycle
 from execution_envelope.admission import Admission
 from execution_envelope.blocking import BlockingController
 from execution_envelope.credentials import scrub, shown
+from execution_envelope.decision import Hook, Mode
 from execution_envelope.envelope import Ask, SealedEnvelope, key_digest, seal, timestamp
 from execution_envelope.errors import (
     Denied,
@@ -36,7 +37,7 @@ from execution_envelope.errors import (
     Refused,
     Unidentified,
 )
-from execution_envelope.hooks import Decider, HookChain, Mode
+from execution_envelope.hooks import Decided, HookChain
 from execution_envelope.journal import Journal
 from execution_envelope.ledger import AttemptedRequest, Ledger, open_ledger
 from execution_envelope.ledger.commit import KeyRow, KeyTaken, SequenceConflict
@@ -62,8 +63,8 @@ def _new_id() -> str:
 class AdmissionController:
     """Admits requests for execution and keeps their records. One for each backend process; safe to share by tasks.
 
-    `component` is the name under which this backend records. `hooks` are the deciders, in order; `mode` *observe*
-    records what they say and refuses nothing, nor does a grant beyond a limit raise then. `deadline` bounds all
+    `component` is the name under which this backend records. `hooks` are deciders and observers, in order; `mode`
+    *shadow* records what they say and refuses nothing, nor does a grant beyond a limit raise then. `deadline` bounds all
     deciders of a request together, in seconds. `check_after` is when reconciliation asks after a bound execution whose
     owner named no time. `write_modes` says for each kind when a fact is acknowledged: ``strict`` (after the disk; the
     default, and always with an idempotency key), ``relaxed:50`` (at once, on disk within 50 ms: a crash may lose that
@@ -75,7 +76,7 @@ class AdmissionController:
         self,
         ledger: Ledger,
         *,
-        hooks: Sequence[Decider] = (),
+        hooks: Sequence[Hook] = (),
         component: str = "backend",
         mode: Mode = "enforce",
         deadline: float = 2.0,
@@ -85,11 +86,11 @@ class AdmissionController:
         clock: Callable[[], datetime] = _utc_now,
         new_id: Callable[[], str] = _new_id,
     ) -> None:
-        if mode not in ("enforce", "observe"):
-            raise InvalidField("mode", f"expected `enforce` or `observe`, got `{mode}`")
+        if mode not in ("enforce", "shadow"):
+            raise InvalidField("mode", f"expected `enforce` or `shadow`, got `{mode}`")
         self.ledger = ledger
         self._journal = Journal(ledger, component=component, clock=clock, modes=write_modes, spool=spool)
-        self._hooks = HookChain(hooks, deadline=deadline)
+        self._hooks = HookChain(hooks, deadline=deadline, counters=self._journal.counters)
         self._mode: Mode = mode
         self._check_after = check_after
         self._new_id = new_id
@@ -152,9 +153,10 @@ class AdmissionController:
             if first is not None:
                 return await self._again(sealed, first)
         # 3. Decide: every decider that covers the kind, within one deadline.
-        verdicts = await self._hooks.decide(sealed.envelope)
+        decided = await self._hooks.decide(sealed.envelope)
+        verdicts = decided.verdicts
         # 4. Combine what they said.
-        outcome = hook_rules.combine(verdicts, mode=self._mode)
+        outcome = decisions.combine(verdicts, mode=self._mode)
         # 5. Record: envelope, verdicts, state and key in one transaction.
         key = sealed.key_digest
         if isinstance(outcome, lifecycle.Held) and key is None:
@@ -171,7 +173,7 @@ class AdmissionController:
             ),
             *verdicts,
             outcome,
-            *(hook_rules.limits(verdicts) if isinstance(outcome, lifecycle.Admitted) else ()),
+            *(_conditions(decided) if isinstance(outcome, lifecycle.Admitted) else ()),
         ]
         record = Record(sealed.envelope)
         try:
@@ -388,13 +390,14 @@ class AdmissionController:
                 "expected the identity that was held, this request has other roles, delegation or authentication",
                 envelope_id=record.id,
             )
-        verdicts = await self._hooks.decide(record.envelope)
-        outcome = hook_rules.combine(verdicts, mode=self._mode)
+        decided = await self._hooks.decide(record.envelope, phase="readmit")
+        verdicts = decided.verdicts
+        outcome = decisions.combine(verdicts, mode=self._mode)
         # Whoever asks again and again gets the same verdicts: only others are news.
         news = [verdict for verdict in verdicts if not _said(record, verdict)]
         facts: list[EventData] = [*news] if isinstance(outcome, lifecycle.Held) else [*verdicts, outcome]
         if isinstance(outcome, lifecycle.Admitted):
-            facts += hook_rules.limits(verdicts)
+            facts += _conditions(decided)
         if facts:
             try:
                 await self._record(record, facts)
@@ -409,7 +412,7 @@ class AdmissionController:
     def _answer(self, record: Record, verdicts: Sequence[lifecycle.Verdict]) -> Admission:
         """Hand over the admission, or raise what was decided."""
         self.counters[record.state] += 1
-        reasons = hook_rules.reasons(verdicts)
+        reasons = decisions.reasons(verdicts)
         for event in reversed(record.events):
             fact = event.data
             if isinstance(fact, lifecycle.Denied):
@@ -503,6 +506,11 @@ class Block:
             # Cancelled, or the process is about to end: nothing is said of the execution itself.
             name = "cancelled" if isinstance(error, anyio.get_cancelled_exc_class()) else type(error).__name__
             await self._admission.leave(cancelled=f"{name} while it was resolved")
+
+
+def _conditions(decided: Decided) -> list[EventData]:
+    """What an admission comes with: limits, and obligations."""
+    return [*decisions.limits(decided.verdicts), *decisions.attached(decided.duties)]
 
 
 def _said(record: Record, verdict: lifecycle.Verdict) -> bool:

@@ -13,6 +13,7 @@
     │   └── LedgerUnavailable   the envelope could not be recorded, so nothing was started
     ├── Violation           a grant went beyond a limit or a parent; it *is* recorded
     ├── IllegalTransition   the lifecycle has no such step; nothing was recorded
+    ├── OpenObligations     a required obligation is open, so there is no clean end; nothing was recorded
     ├── ReadOnly            a replayed admission was written to; nothing was recorded
     ├── ReferenceTaken      the reference leads to another envelope; link with `supersedes`
     ├── Damaged             the rows of an envelope were changed and cannot be read any more
@@ -141,6 +142,18 @@ class IllegalTransition(EnvelopeError):
         super().__init__(message)
         self.state = state
         self.event = event
+
+
+class OpenObligations(EnvelopeError):
+    """A required obligation is open, so there is no clean end: fulfil it, waive it, or end it another way.
+
+    `names` are those that are open. Nothing was recorded.
+    """
+
+    def __init__(self, envelope: str, names: Sequence[str]) -> None:
+        super().__init__(f"expected no open obligation for a clean end of {envelope}, got {', '.join(names)}")
+        self.envelope_id = envelope
+        self.names = tuple(names)
 
 
 class ReadOnly(EnvelopeError):

@@ -1,179 +1,482 @@
-"""Deciders at the seam: one ordered list, one deadline, and a pure function that combines what they said.
+"""The chain: asks the deciders, within one deadline, and survives whatever they do.
 
-A decider sees the sealed envelope and cannot change it. What it answers, or how it failed, is a `Verdict` on the
-record. Deny beats hold beats allow; a kind that no decider covers is admitted and recorded *undecided*; if all that
-cover it abstain, it is denied.
+Those on the event loop that are not async answer one after the other; all others at the same time. A decider sees the
+sealed envelope and cannot change it. What it answers, or how it failed, is a `Verdict` on the record.
+
+A deadline cannot interrupt what blocks the event loop. Whoever does so for longer than `BLOCKED` is named on the
+record, counted, and quarantined: asked in a thread from then on, or, when it is async, not asked for `QUARANTINE`
+seconds, with its failure mode applied.
 """
 
 from __future__ import annotations
 
 import asyncio
 import inspect
+import resource
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence, Set
-from dataclasses import dataclass, field
-from typing import Any, Final, Literal, Protocol, TypeAlias, get_args
+from collections import Counter
+from collections.abc import Awaitable, Generator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Final, Literal, TypeAlias
 
 import anyio
+import anyio.to_process
+import msgspec
+from anyio.lowlevel import RunVar
 
 from execution_envelope.credentials import brief, invalid, scrub, shown
-from execution_envelope.envelope import KINDS, Envelope
-from execution_envelope.errors import InvalidField, Reason
-from execution_envelope.lifecycle import Admitted, Denied, Held, Limit, Verdict
-from execution_envelope.resources import Amount, parse_amount
+from execution_envelope.decision import (
+    CODES,
+    OUTCOMES,
+    Decider,
+    Decision,
+    Declaration,
+    Duty,
+    Hook,
+    Observer,
+    Phase,
+)
+from execution_envelope.envelope import Envelope, Scope, bounded, canonical, decode
+from execution_envelope.errors import InvalidField
+from execution_envelope.lifecycle import Verdict
+from execution_envelope.resources import VOCABULARY, Amount, parse_amount
+from execution_envelope.threads import Busy, Threads
 
-Outcome: TypeAlias = Literal["allow", "deny", "hold", "warn", "abstain"]
-FailureMode: TypeAlias = Literal["deny", "allow", "hold"]
-FAILURE_MODES: Final[tuple[str, ...]] = get_args(FailureMode)
-Mode: TypeAlias = Literal["enforce", "observe"]
-Failure: TypeAlias = Literal["error", "timeout", "invalid"]
+#: For how long a hook may hold the event loop, in seconds, before it is quarantined, and for how long it then is.
+BLOCKED: Final = 0.5
+QUARANTINE: Final = 60.0
+#: How many threads, and processes, one hook may keep busy; who comes then waits within the deadline.
+MAX_THREADS: Final = 8
+MAX_PROCESSES: Final = 2
+#: How many obligations, policies, errors, hints and limits one decision may name.
+MAX_SAID: Final = 64
+#: The raw answer of an engine elsewhere is cut at so many characters.
+MAX_ANSWER: Final = 4096
 
-#: The closed vocabulary of reason codes: code -> (whether trying later can help, meaning).
-CODES: Final[Mapping[str, tuple[bool, str]]] = {
-    "role_required": (False, "the subject lacks a role"),
-    "tenant_forbidden": (False, "the tenant may not do this"),
-    "scope_forbidden": (False, "not under this project, environment, purpose, classification or region"),
-    "target_forbidden": (False, "not with this model, data set or agent"),
-    "resource_forbidden": (False, "more than may ever be asked for, or a resource that may not be used"),
-    "policy": (False, "a rule refuses it for a reason of its own"),
-    "undecidable": (False, "every decider that covers the kind abstained"),
-    "quota_exhausted": (True, "a quota is used up for now"),
-    "capacity": (True, "there is no room for now"),
-    "maintenance": (True, "the backend is closed for now"),
-    "approval_required": (True, "somebody has to approve first"),
-    "hook_error": (True, "a decider failed and its failure mode refuses"),
-    "hook_timeout": (True, "a decider did not answer in time and its failure mode refuses"),
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Decision:
-    """What a decider says. `code` is one of `CODES`; `limits` are the most that may be granted, when it allows."""
-
-    outcome: Outcome
-    code: str | None = None
-    message: str | None = None
-    limits: Mapping[str, Any] = field(default_factory=dict)
-
-    @classmethod
-    def allow(cls, *, limits: Mapping[str, Any] | None = None) -> Decision:
-        return cls("allow", limits=limits or {})
-
-    @classmethod
-    def deny(cls, code: str, message: str) -> Decision:
-        return cls("deny", code, message)
-
-    @classmethod
-    def hold(cls, message: str) -> Decision:
-        return cls("hold", "approval_required", message)
-
-    @classmethod
-    def warn(cls, message: str) -> Decision:
-        return cls("warn", message=message)
-
-    @classmethod
-    def abstain(cls) -> Decision:
-        return cls("abstain")
+Failure: TypeAlias = Literal["error", "timeout", "invalid", "quarantined"]
 
 
-class Decider(Protocol):
-    """A decider's declaration, and `decide`, which may be async.
+@dataclass(slots=True)
+class Decided:
+    """What the deciders said, in their order; the duties that they attached; in a plan, who was left out and why."""
 
-    `kinds` are the kinds it covers, None for all. `failure_mode` is applied when it raises, times out or answers
-    nonsense. A `decide` that is not async runs on the event loop: it must not block.
-    """
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def version(self) -> str: ...
-    @property
-    def kinds(self) -> frozenset[str] | None: ...
-    @property
-    def failure_mode(self) -> FailureMode: ...
-    def decide(self, envelope: Envelope) -> Decision | Awaitable[Decision]: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Rule:
-    """A decider from a function of the envelope.
-
-    ``Rule("operators-deploy", lambda e: None if "operator" in e.identity.roles else Decision.deny("role_required",
-    "only operators deploy models"), kinds=frozenset({"model.deploy"}))``. None stands for allow.
-    """
-
-    name: str
-    check: Callable[[Envelope], Decision | None]
-    version: str = "1"
-    kinds: frozenset[str] | None = None
-    failure_mode: FailureMode = "deny"
-
-    def decide(self, envelope: Envelope) -> Decision:
-        return self.check(envelope) or Decision.allow()
+    verdicts: list[Verdict] = field(default_factory=list)
+    duties: dict[str, Sequence[Duty]] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
 
 
 class HookChain:
-    """The deciders in order. Raises `InvalidField` at once for a hook that is declared wrongly."""
+    """The hooks in order. Raises `InvalidField` at once for a hook that is declared wrongly.
 
-    def __init__(self, hooks: Sequence[Decider], *, deadline: float) -> None:
+    `deadline` bounds all deciders of a request together, in seconds. `counters` counts what happened to them.
+    """
+
+    def __init__(self, hooks: Sequence[Hook], *, deadline: float, counters: Counter[str] | None = None) -> None:
         # Not `<= 0`, because every comparison with NaN is false.
         if not isinstance(deadline, int | float) or not deadline > 0:
             raise InvalidField("deadline", f"expected more than 0 seconds, got {shown(deadline)}")
         for hook in hooks:
-            path = f"hooks.{hook.name}"
-            if hook.kinds is not None and not isinstance(hook.kinds, Set):
-                raise invalid(f"{path}.kinds", f"expected a set of kinds, got {shown(hook.kinds)}")
-            unknown = [kind for kind in hook.kinds or () if kind not in KINDS]
-            if unknown:
-                raise invalid(f"{path}.kinds", f"expected {', '.join(KINDS)}, got {shown(unknown[0])}")
-            if hook.failure_mode not in FAILURE_MODES:
-                raise invalid(
-                    f"{path}.failure_mode", f"expected {', '.join(FAILURE_MODES)}, got {shown(hook.failure_mode)}"
-                )
-        names = [hook.name for hook in hooks]
+            if not isinstance(hook, Decider | Observer):
+                raise invalid("hooks", f"expected `declaration` and `decide` or `observe`, got {shown(hook)}")
+            if not isinstance(hook.declaration, Declaration):
+                raise invalid("hooks", f"expected a Declaration, got {shown(hook.declaration)}")
+            hook.declaration.check()
+        names = [hook.declaration.name for hook in hooks]
         if len(set(names)) != len(names):
             raise InvalidField("hooks", f"expected hooks with different names, got {', '.join(names)}")
-        self._hooks = tuple(hooks)
+        self.hooks = tuple(hooks)
         self._deadline = deadline
+        self._counters = Counter[str]() if counters is None else counters
+        self._askers = [_Asker(hook, self._counters) for hook in hooks if isinstance(hook, Decider)]
+        #: (kind, phase) -> those that cover it, and those of them that are waited for together.
+        self._covering: dict[tuple[str, Phase], list[_Asker]] = {}
 
-    async def decide(self, envelope: Envelope) -> list[Verdict]:
-        """Ask every decider that covers the kind, within one deadline in seconds for all of them together."""
-        if not self._hooks:
-            return []
-        kind = envelope.execution.kind
-        covering = [hook for hook in self._hooks if hook.kinds is None or kind in hook.kinds]
-        verdicts = []
+    @property
+    def observers(self) -> tuple[Observer, ...]:
+        """Those that are told of what was recorded."""
+        return tuple(hook for hook in self.hooks if isinstance(hook, Observer))
+
+    async def decide(self, envelope: Envelope, *, phase: Phase = "admit", plan: bool = False) -> Decided:
+        """Ask every decider that covers the kind. With `plan` those are left out that may have side effects."""
+        decided = Decided()
+        if not self._askers:
+            return decided
+        covering = self._covers(envelope.execution.kind, phase)
+        if plan:
+            decided.skipped = {a.name: why for a in covering if (why := _effects(a.declaration)) is not None}
+            covering = [asker for asker in covering if asker.name not in decided.skipped]
         end = time.monotonic() + self._deadline
-        for hook in covering:
-            verdicts.append(await _ask(hook, envelope, end))
-        return verdicts
+        answers: list[_Answer | None] = [None] * len(covering)
+        waiting = []
+        for place, asker in enumerate(covering):
+            if asker.inline:
+                answers[place] = asker.ask_now(envelope, end)
+            else:
+                waiting.append((place, asker))
+        if len(waiting) == 1:
+            [(place, asker)] = waiting
+            answers[place] = await asker.ask(envelope, end)
+        elif waiting:
+
+            async def ask(place: int, asker: _Asker) -> None:
+                answers[place] = await asker.ask(envelope, end)
+
+            async with anyio.create_task_group() as group:
+                for place, asker in waiting:
+                    group.start_soon(ask, place, asker)
+        for asker, answer in zip(covering, answers, strict=True):
+            assert answer is not None
+            verdict, duties = answer
+            decided.verdicts.append(verdict)
+            if duties and not verdict.shadow and verdict.decision in ("allow", "warn", "hold"):
+                decided.duties[asker.name] = duties
+        return decided
+
+    def _covers(self, kind: str, phase: Phase) -> list[_Asker]:
+        found = self._covering.get((kind, phase))
+        if found is None:
+            found = [asker for asker in self._askers if asker.declaration.covers(kind, phase)]
+            self._covering[(kind, phase)] = found
+        return found
 
 
-async def _ask(hook: Decider, envelope: Envelope, end: float) -> Verdict:
-    start = time.monotonic()
-    if start >= end:
-        return _failed(hook, "timeout", "the deadline passed before it was asked", 0)
-    scope = anyio.move_on_after(end - start)
-    try:
-        with scope:
-            answer = hook.decide(envelope)
-            decision = await answer if inspect.isawaitable(answer) else answer
-        if scope.cancelled_caught:
-            return _failed(hook, "timeout", "no answer before the deadline", _since(start))
-        verdict = _verdict(hook, decision, _since(start))
-    except KeyboardInterrupt:
-        raise
-    except InvalidField as error:
-        return _failed(hook, "invalid", str(error), _since(start))
-    except BaseException as error:  # a hook that calls sys.exit must not end the server
-        if isinstance(error, anyio.get_cancelled_exc_class()) and _is_cancelled():
+_Answer: TypeAlias = tuple[Verdict, Sequence[Duty]]
+
+
+def _effects(declaration: Declaration) -> str | None:
+    if declaration.side_effects is False:
+        return None
+    return "it has side effects" if declaration.side_effects else "it does not say whether it has side effects"
+
+
+class _Asker:
+    """Asks one decider, in the way that it is declared to be asked, and makes a verdict of whatever comes."""
+
+    def __init__(self, hook: Decider, counters: Counter[str]) -> None:
+        self.hook = hook
+        self.declaration = hook.declaration
+        self.name = hook.declaration.name
+        self._counters = counters
+        self._is_async = inspect.iscoroutinefunction(hook.decide)
+        #: On the event loop, and not waited for.
+        self.inline = self.declaration.inline and not self._is_async
+        self._threads = Threads(f"hook {self.name}", MAX_THREADS)
+        self._quarantined_until = 0.0
+
+    def ask_now(self, envelope: Envelope, end: float) -> _Answer:
+        """One that is called on the event loop and answers at once."""
+        start = time.monotonic()
+        if start >= end:
+            return self._failed(envelope, "timeout", "the deadline passed before it was asked", 0)
+        watched, read = _watched(envelope)
+        try:
+            answer = self.hook.decide(watched)
+            if inspect.isawaitable(answer):
+                _discard(answer)
+                raise invalid(f"hooks.{self.name}", "expected `async def decide` of a hook that is waited for")
+            heard = self._verdict(envelope, answer, start, read)
+        except KeyboardInterrupt:
             raise
-        # What it raises because the deadline came is no error of its own.
-        failure: Failure = "timeout" if scope.cancel_called else "error"
-        return _failed(hook, failure, f"{type(error).__name__}: {error}", _since(start))
-    if time.monotonic() > end:
-        return _failed(hook, "timeout", "it blocked the event loop past the deadline", _since(start))
-    return verdict
+        except InvalidField as error:
+            heard = self._failed(envelope, "invalid", str(error), _since(start))
+        except BaseException as error:  # a hook that calls sys.exit must not end the server
+            heard = self._failed(envelope, "error", f"{type(error).__name__}: {error}", _since(start))
+        held = time.monotonic() - start
+        if held > BLOCKED or start + held > end:
+            self.inline = False  # from now on in a thread
+            heard = self._blocked(envelope, heard, held, start + held > end, "it is asked in a thread from now on")
+        return heard
+
+    async def ask(self, envelope: Envelope, end: float) -> _Answer:
+        """One that is waited for."""
+        start = time.monotonic()
+        if self.declaration.timeout is not None:
+            end = min(end, start + self.declaration.timeout)
+        if start >= end:
+            return self._failed(envelope, "timeout", "the deadline passed before it was asked", 0)
+        if start < self._quarantined_until:
+            left = self._quarantined_until - start
+            return self._failed(envelope, "quarantined", f"it blocked the event loop, asked again in {left:.0f} s", 0)
+        watched, read = _watched(envelope)
+        measure = _Measure()
+        scope = anyio.move_on_after(end - start)
+        try:
+            with scope:
+                heard = self._verdict(envelope, await self._answer(watched, measure, end), start, read)
+            if scope.cancelled_caught:
+                heard = self._failed(envelope, "timeout", "no answer before the deadline", _since(start))
+        except KeyboardInterrupt:
+            raise
+        except InvalidField as error:
+            heard = self._failed(envelope, "invalid", str(error), _since(start))
+        except Busy as busy:
+            heard = self._failed(envelope, "timeout", str(busy), _since(start))
+        except BaseException as error:  # a hook that calls sys.exit must not end the server
+            if isinstance(error, anyio.get_cancelled_exc_class()) and _is_cancelled():
+                raise
+            # What it raises because the deadline came is no error of its own.
+            failure: Failure = "timeout" if scope.cancel_called else "error"
+            heard = self._failed(envelope, failure, f"{type(error).__name__}: {error}", _since(start))
+        if measure.longest > BLOCKED:
+            self._quarantined_until = time.monotonic() + QUARANTINE
+            late = time.monotonic() > end
+            heard = self._blocked(envelope, heard, measure.longest, late, f"not asked for {QUARANTINE:g} s")
+        elif time.monotonic() > end and heard[0].failure is None:
+            heard = self._failed(envelope, "timeout", "it blocked the event loop past the deadline", _since(start))
+        return heard
+
+    async def _answer(self, envelope: Envelope, measure: _Measure, end: float) -> Any:
+        if self.declaration.isolated:
+            body = canonical(envelope)
+            return await anyio.to_process.run_sync(
+                _isolated, self.hook, body, self.declaration.memory, cancellable=True, limiter=_processes(self.name)
+            )
+        if self._is_async:
+            answer = self.hook.decide(envelope)
+            return await _Measured(answer, measure) if inspect.isawaitable(answer) else answer
+        answer = await self._threads.call(lambda: self.hook.decide(envelope), end)
+        return await _Measured(answer, measure) if inspect.isawaitable(answer) else answer
+
+    def _blocked(self, envelope: Envelope, heard: _Answer, held: float, late: bool, then: str) -> _Answer:
+        self._counters["hooks_blocked"] += 1
+        said = f"it blocked the event loop for {held:.1f} s, {then}"
+        verdict, duties = heard
+        if late and verdict.failure is None:
+            return self._failed(envelope, "timeout", f"no answer before the deadline: {said}", verdict.duration_us)
+        return msgspec.structs.replace(verdict, errors=(*verdict.errors, said)), duties
+
+    def _verdict(self, envelope: Envelope, decision: Any, start: float, read: Sequence[str]) -> _Answer:
+        declared, path = self.declaration, f"hooks.{self.name}"
+        if not isinstance(decision, Decision) or decision.outcome not in OUTCOMES:
+            raise invalid(path, f"expected a Decision, got `{type(decision).__name__}`")
+        code, outcome = decision.code, decision.outcome
+        if (outcome in ("deny", "hold") or code is not None) and code not in CODES:
+            raise invalid(f"{path}.code", f"expected one of {', '.join(CODES)}, got {shown(code)}")
+        limits, allowed = _limits(decision.limits, path) if decision.limits else (_NO_LIMITS, _NO_VALUES)
+        verdict = Verdict(
+            hook=declared.name,
+            version=declared.version,
+            decision=outcome,
+            code=code,
+            message=None if decision.message is None else scrub(decision.message, field=f"{path}.message"),
+            retryable=outcome == "deny" and CODES[code or ""][0],
+            duration_us=_since(start),
+            limits=limits,
+            allowed=allowed,
+            shadow=declared.shadows(envelope),
+            revision=None if decision.revision is None else scrub(decision.revision, field=f"{path}.revision"),
+            policies=_texts(decision.policies, f"{path}.policies"),
+            errors=_texts(decision.errors, f"{path}.errors"),
+            hints=_texts(read if decision.hints is None else decision.hints, f"{path}.hints"),
+            answer=None if decision.answer is None else scrub(decision.answer[:MAX_ANSWER], field=f"{path}.answer"),
+        )
+        return verdict, _duties(decision.obligations, path) if decision.obligations else ()
+
+    def _failed(self, envelope: Envelope, failure: Failure, message: str, duration_us: int) -> _Answer:
+        self._counters[f"hooks_{_COUNTED[failure]}"] += 1
+        declared, mode = self.declaration, self.declaration.failure_mode
+        verdict = Verdict(
+            hook=declared.name,
+            version=declared.version,
+            decision=mode,
+            code=None if mode == "allow" else _CODE_OF[failure],
+            message=scrub(message),
+            retryable=mode == "deny",
+            duration_us=duration_us,
+            failure=failure,
+            failure_mode=mode,
+            shadow=declared.shadows(envelope),
+        )
+        return verdict, ()
+
+
+_NO_LIMITS: Final[Mapping[str, Amount]] = {}
+_NO_VALUES: Final[Mapping[str, tuple[Any, ...]]] = {}
+_CODE_OF: Final[Mapping[Failure, str]] = {
+    "error": "hook_error",
+    "invalid": "hook_error",
+    "timeout": "hook_timeout",
+    "quarantined": "hook_quarantined",
+}
+_COUNTED: Final[Mapping[Failure, str]] = {
+    "error": "failed",
+    "invalid": "failed",
+    "timeout": "timed_out",
+    "quarantined": "quarantined",
+}
+
+
+def _limits(said: Any, path: str) -> tuple[Mapping[str, Amount], Mapping[str, tuple[Any, ...]]]:
+    if not isinstance(said, Mapping) or len(said) > MAX_SAID:
+        raise invalid(f"{path}.limits", f"expected a mapping of up to {MAX_SAID} limits, got {shown(said)}")
+    limits: dict[str, Amount] = {}
+    allowed: dict[str, tuple[Any, ...]] = {}
+    for name, value in said.items():
+        field_name = f"{path}.limits.{brief(str(name))}"
+        if name in VOCABULARY or not isinstance(value, list | tuple):
+            limits[name] = parse_amount(name, value, field=field_name)
+        else:
+            allowed[str(name)] = tuple(bounded(item, field_name) for item in value[:MAX_SAID])
+    return limits, allowed
+
+
+def _texts(said: Sequence[str], path: str) -> tuple[str, ...]:
+    if not said:
+        return ()
+    if not isinstance(said, list | tuple | frozenset | set):
+        raise invalid(path, f"expected a list of texts, got {shown(said)}")
+    some = [scrub(text, field=path) for text in list(said)[:MAX_SAID]]
+    return (*some, f"and {len(said) - MAX_SAID} more") if len(said) > MAX_SAID else tuple(some)
+
+
+def _duties(said: Any, path: str) -> tuple[Duty, ...]:
+    if not isinstance(said, list | tuple) or len(said) > MAX_SAID or not all(isinstance(duty, Duty) for duty in said):
+        raise invalid(f"{path}.obligations", f"expected up to {MAX_SAID} duties, got {shown(said)}")
+    names = [duty.name for duty in said]
+    if len(set(names)) < len(names) or not all(isinstance(name, str) and name for name in names):
+        raise invalid(f"{path}.obligations", f"expected duties with different names, got {shown(names)}")
+    return tuple(
+        Duty(
+            scrub(duty.name, field=f"{path}.obligations"),
+            None if duty.text is None else scrub(duty.text, field=f"{path}.obligations"),
+            bool(duty.required),
+        )
+        for duty in said
+    )
+
+
+class _Hints(dict[str, Any]):
+    """Governance hints, and which of them were read."""
+
+    __slots__ = ("read",)
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        super().__init__(values)
+        self.read: dict[str, None] = {}
+
+    def __getitem__(self, name: str) -> Any:
+        self.read[name] = None
+        return super().__getitem__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self.read[name] = None
+        return super().get(name, default)
+
+    def __contains__(self, name: object) -> bool:
+        if isinstance(name, str):
+            self.read[name] = None
+        return super().__contains__(name)
+
+    def items(self) -> Any:
+        self.read.update(dict.fromkeys(super().keys()))
+        return super().items()
+
+    def values(self) -> Any:
+        self.read.update(dict.fromkeys(super().keys()))
+        return super().values()
+
+    def _refuse(self, *_: Any, **__: Any) -> Any:
+        raise TypeError("the sealed part of an envelope does not change")
+
+    __setitem__ = __delitem__ = pop = popitem = clear = update = setdefault = __ior__ = _refuse
+
+
+class _Read(Sequence[str]):
+    """The hints that were read and are there."""
+
+    def __init__(self, hints: _Hints) -> None:
+        self._hints = hints
+
+    def _names(self) -> list[str]:
+        return [name for name in self._hints.read if dict.__contains__(self._hints, name)]
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._names()[index]
+
+    def __len__(self) -> int:
+        return len(self._names())
+
+
+def _watched(envelope: Envelope) -> tuple[Envelope, Sequence[str]]:
+    """The envelope, with hints that tell who reads them. Most have none."""
+    if not envelope.scope.hints:
+        return envelope, ()
+    hints = _Hints(envelope.scope.hints)
+    scope: Scope = msgspec.structs.replace(envelope.scope, hints=hints)
+    return msgspec.structs.replace(envelope, scope=scope), _Read(hints)
+
+
+class _Measure:
+    """The longest time for which the event loop was held."""
+
+    __slots__ = ("longest",)
+
+    def __init__(self) -> None:
+        self.longest = 0.0
+
+
+class _Measured:
+    """Awaits, and measures each stretch between two pauses."""
+
+    def __init__(self, awaitable: Awaitable[Any], measure: _Measure) -> None:
+        self._awaitable = awaitable
+        self._measure = measure
+
+    def __await__(self) -> Generator[Any, Any, Any]:
+        inner: Any = self._awaitable.__await__()
+        step, value = inner.send, None
+        while True:
+            start = time.monotonic()
+            try:
+                wanted = step(value)
+            except StopIteration as end:
+                return end.value
+            finally:
+                self._measure.longest = max(self._measure.longest, time.monotonic() - start)
+            try:
+                step, value = inner.send, (yield wanted)
+            except GeneratorExit:
+                inner.close()
+                raise
+            except BaseException as error:
+                step, value = inner.throw, error
+
+
+def _isolated(hook: Decider, body: bytes, memory: int) -> Any:
+    """In a process of its own: decide with so much memory."""
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (memory if hard < 0 else min(memory, hard), hard))
+    envelope, read = _watched(decode(body))
+    answer: Any = hook.decide(envelope)
+    if inspect.isawaitable(answer):
+
+        async def wait() -> Any:
+            return await answer
+
+        answer = anyio.run(wait)
+    if isinstance(answer, Decision) and answer.hints is None and len(read):
+        answer = replace(answer, hints=list(read))
+    return answer
+
+
+_process_limits: RunVar[dict[str, anyio.CapacityLimiter]] = RunVar("execution_envelope.hook_processes")
+
+
+def _processes(name: str) -> anyio.CapacityLimiter:
+    try:
+        limits = _process_limits.get()
+    except LookupError:
+        limits = {}
+        _process_limits.set(limits)
+    if name not in limits:
+        limits[name] = anyio.CapacityLimiter(MAX_PROCESSES)
+    return limits[name]
+
+
+def _discard(answer: Any) -> None:
+    close = getattr(answer, "close", None)
+    if close is not None:
+        close()
 
 
 def _is_cancelled() -> bool:
@@ -190,77 +493,3 @@ def _is_cancelled() -> bool:
 
 def _since(start: float) -> int:
     return round((time.monotonic() - start) * 1_000_000)
-
-
-def _verdict(hook: Decider, decision: Any, duration_us: int) -> Verdict:
-    field_name = f"hooks.{hook.name}"
-    if not isinstance(decision, Decision) or decision.outcome not in ("allow", "deny", "hold", "warn", "abstain"):
-        raise invalid(field_name, f"expected a Decision, got `{type(decision).__name__}`")
-    if (decision.outcome in ("deny", "hold") or decision.code is not None) and decision.code not in CODES:
-        raise invalid(f"{field_name}.code", f"expected one of {', '.join(CODES)}, got {shown(decision.code)}")
-    limits: dict[str, Amount] = {
-        name: parse_amount(name, amount, field=f"{field_name}.limits.{brief(name)}")
-        for name, amount in decision.limits.items()
-    }
-    return Verdict(
-        hook=hook.name,
-        version=hook.version,
-        decision=decision.outcome,
-        code=decision.code,
-        message=None if decision.message is None else scrub(decision.message, field=f"{field_name}.message"),
-        retryable=decision.outcome == "deny" and CODES[decision.code or ""][0],
-        duration_us=duration_us,
-        limits=limits,
-    )
-
-
-def _failed(hook: Decider, failure: Failure, message: str, duration_us: int) -> Verdict:
-    mode = hook.failure_mode
-    code = None if mode == "allow" else "hook_timeout" if failure == "timeout" else "hook_error"
-    return Verdict(
-        hook=hook.name,
-        version=hook.version,
-        decision=mode,
-        code=code,
-        message=scrub(message),
-        retryable=mode == "deny",
-        duration_us=duration_us,
-        failure=failure,
-        failure_mode=mode,
-    )
-
-
-def combine(verdicts: Sequence[Verdict], *, mode: Mode = "enforce") -> Admitted | Denied | Held:
-    """Deny beats hold beats allow; warn counts as allow. In *observe* mode nothing is refused, only recorded."""
-    result = _combined(verdicts)
-    if mode == "observe" and not isinstance(result, Admitted):
-        return Admitted(observed="denied" if isinstance(result, Denied) else "held")
-    return result
-
-
-def _combined(verdicts: Sequence[Verdict]) -> Admitted | Denied | Held:
-    if not verdicts:
-        return Admitted(undecided=True)
-    denials = [verdict for verdict in verdicts if verdict.decision == "deny"]
-    if denials:
-        return Denied(denials[0].code or "policy", denials[0].message or "", all(v.retryable for v in denials))
-    holds = [verdict for verdict in verdicts if verdict.decision == "hold"]
-    if holds:
-        return Held(holds[0].code or "approval_required", holds[0].message or "")
-    if all(verdict.decision == "abstain" for verdict in verdicts):
-        return Denied("undecidable", "every decider that covers this kind abstained")
-    return Admitted()
-
-
-def limits(verdicts: Sequence[Verdict]) -> list[Limit]:
-    """The limits that the resolver has to keep to, one for each hook that set any and allowed."""
-    return [
-        Limit(verdict.limits, verdict.hook)
-        for verdict in verdicts
-        if verdict.limits and verdict.decision in ("allow", "warn")
-    ]
-
-
-def reasons(verdicts: Sequence[Verdict]) -> tuple[Reason, ...]:
-    """Why it was denied or held, for the answer to the caller."""
-    return tuple(Reason(v.hook, v.code or "", v.message or "") for v in verdicts if v.decision in ("deny", "hold"))

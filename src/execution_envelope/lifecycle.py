@@ -43,14 +43,28 @@ TRANSITIONS: Final[Mapping[str, frozenset[str]]] = {
     **{state: frozenset() for state in sorted(TERMINAL)},
 }
 
+_EXECUTING: Final = frozenset(
+    {
+        "limit",
+        "effective",
+        "attempt",
+        "bound",
+        "ready",
+        "used",
+        "violation",
+        "error",
+        "released",
+        "obligation",
+        "budgeted",
+    }
+)
+
 #: state -> the events that are recorded in it and leave it as it is.
 NOTES: Final[Mapping[str, frozenset[str]]] = {
     "asked": frozenset({"sealed", "verdict"}),
-    "held": frozenset({"verdict"}),
-    "admitted": frozenset(
-        {"limit", "effective", "attempt", "bound", "ready", "used", "violation", "error", "released"}
-    ),
-    "granted": frozenset({"limit", "effective", "attempt", "bound", "ready", "used", "violation", "error", "released"}),
+    "held": frozenset({"verdict", "approval", "error"}),
+    "admitted": _EXECUTING,
+    "granted": _EXECUTING,
     **{state: frozenset({"late"}) for state in sorted(TERMINAL)},
 }
 
@@ -96,7 +110,13 @@ class Sealed(_Data, frozen=True, tag="sealed"):
 
 
 class Verdict(_Data, frozen=True, tag="verdict"):
-    """What one hook said, or that it failed (`failure`) and which failure mode was applied then."""
+    """What one hook said, or that it failed (`failure`) and which failure mode was applied then.
+
+    `limits` are the most that may be granted, in base units; `allowed` the values that a constraint may be given.
+    `shadow`: said and recorded, not enforced. `revision` is that of the policy that judged, `policies` the rules or
+    policies in it that determined the decision, `errors` what its engine reported beside it. `hints` are the governance
+    hints that were read. `answer` is the raw answer of an engine elsewhere.
+    """
 
     hook: str
     version: str
@@ -106,15 +126,25 @@ class Verdict(_Data, frozen=True, tag="verdict"):
     retryable: bool = False
     duration_us: int = 0
     limits: Mapping[str, Amount] = {}
-    failure: Literal["error", "timeout", "invalid"] | None = None
+    failure: Literal["error", "timeout", "invalid", "quarantined"] | None = None
     failure_mode: Literal["deny", "allow", "hold"] | None = None
+    allowed: Mapping[str, tuple[Any, ...]] = {}
+    shadow: bool = False
+    revision: str | None = None
+    policies: tuple[str, ...] = ()
+    errors: tuple[str, ...] = ()
+    hints: tuple[str, ...] = ()
+    answer: str | None = None
 
 
 class Admitted(_Data, frozen=True, tag="admitted"):
-    """The request may go on. `undecided`: no decider covers the kind. `observed`: what enforcing would have done."""
+    """The request may go on.
+
+    `undecided`: no decider covers the kind. `shadow`: what it would have come to, had everything been enforced.
+    """
 
     undecided: bool = False
-    observed: Literal["denied", "held"] | None = None
+    shadow: Literal["denied", "held"] | None = None
 
 
 class Denied(_Data, frozen=True, tag="denied"):
@@ -126,11 +156,26 @@ class Denied(_Data, frozen=True, tag="denied"):
 
 
 class Held(_Data, frozen=True, tag="held"):
-    """An approval is needed. `key` is an idempotency key supplied because the caller sent none."""
+    """An approval is needed, until `expires_at` (RFC 3339). `key` is an idempotency key supplied because the caller
+    sent none. `hooks` are the deciders that hold it."""
 
     code: str
     message: str
     key: str | None = None
+    hooks: tuple[str, ...] = ()
+    expires_at: str | None = None
+
+
+class Approval(_Data, frozen=True, tag="approval"):
+    """What an approver, `type:id`, said of a held request, and why. It lifts the holds of `hooks`, once, and until
+    `expires_at` (RFC 3339). `admission` is the envelope under which the approver was admitted to say so."""
+
+    approver: str
+    decision: Literal["approve", "deny"]
+    reason: str
+    admission: str
+    hooks: tuple[str, ...] = ()
+    expires_at: str | None = None
 
 
 class Expired(_Data, frozen=True, tag="expired"):
@@ -138,10 +183,52 @@ class Expired(_Data, frozen=True, tag="expired"):
 
 
 class Limit(_Data, frozen=True, tag="limit"):
-    """The most that may be granted, in base units, as decided by a hook. It goes to the resolver."""
+    """The most that may be granted, in base units, and the values that a constraint may be given, as decided by a hook.
+    It goes to the resolver. `text` says why."""
 
     resources: Mapping[str, Amount]
     hook: str
+    constraints: Mapping[str, tuple[Any, ...]] = {}
+    text: str | None = None
+
+
+class Obligation(_Data, frozen=True, tag="obligation"):
+    """What has to be done along with the execution, as a hook attached it, and how far it has come.
+
+    There is no clean end while a `required` one is open: *attached* or *acknowledged*, or it *failed* and nobody waived
+    it.
+    """
+
+    name: str
+    hook: str
+    state: Literal["attached", "acknowledged", "fulfilled", "failed", "waived"]
+    text: str | None = None
+    required: bool = True
+
+
+class BudgetEntry(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
+    """A change of one balance: of `resource` in the `account` of a budget, in one `window`.
+
+    `account` is the budget's name and whom it is for: ``tokens/acme/research``. `window` is ``now``, a UTC day
+    (``2026-05-01``) or a month (``2026-05``). `reserved` and `spent` are what is added to each, in base units, and
+    `unknown` to the executions of which the amount is not known. `limit` is the budget's limit at that time.
+    """
+
+    account: str
+    window: str
+    resource: str
+    limit: int
+    reserved: int = 0
+    spent: int = 0
+    unknown: int = 0
+
+
+class Budgeted(_Data, frozen=True, tag="budgeted"):
+    """What an execution holds of budgets, and has spent: *reserve* at the admission, *adjust* at a grant or a report,
+    *settle* at the end."""
+
+    action: Literal["reserve", "adjust", "settle"]
+    entries: tuple[BudgetEntry, ...]
 
 
 class Effective(_Data, frozen=True, tag="effective"):
@@ -208,19 +295,24 @@ class Used(_Data, frozen=True, tag="used"):
 
 
 class Violation(_Data, frozen=True, tag="violation"):
-    """A grant beyond a bound: the grant stands on the record before this."""
+    """A grant or a use beyond a bound: what was given or used stands on the record before this.
+
+    Of a resource the amounts are in base units; of a constraint `bound` are the values that were allowed.
+    """
 
     resource: str
-    bound: Amount
-    granted: Amount
+    bound: Any
+    granted: Any
     source: str
     text: str
 
 
 class Error(_Data, frozen=True, tag="error"):
-    """An error while the block was left that did not end the execution, because its owner closes it."""
+    """An error that did not end the execution: while its block was left, because its owner closes it; or of the
+    observer `hook`, one for each observer and envelope."""
 
     text: str
+    hook: str | None = None
 
 
 class Rejected(_Data, frozen=True, tag="rejected"):
@@ -269,7 +361,10 @@ Fact: TypeAlias = (
     | Verdict
     | Admitted
     | Held
+    | Approval
     | Limit
+    | Obligation
+    | Budgeted
     | Effective
     | Attempt
     | Bound

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Final, Literal, TypeVar
+from typing import Any, Final, Literal, TypeVar
 
 import msgspec
 
@@ -14,15 +14,20 @@ from execution_envelope.lifecycle import (
     ASKED,
     TERMINAL,
     Admitted,
+    Approval,
     Attempt,
     Bound,
+    Budgeted,
+    BudgetEntry,
     Candidate,
     Effective,
     Event,
     EventData,
     Granted,
+    Held,
     Late,
     Limit,
+    Obligation,
     Ready,
     Released,
     Used,
@@ -31,7 +36,8 @@ from execution_envelope.lifecycle import (
     legal_from,
     next_state,
 )
-from execution_envelope.resources import VOCABULARY, Amount, Quantity, add, largest, smallest
+from execution_envelope.resources import VOCABULARY, Amount, Quantity, add, exceeds, human, largest, smallest
+from execution_envelope.values import same
 
 T = TypeVar("T")
 
@@ -68,6 +74,8 @@ class Record:
         self.state: str = ASKED
         self._grants: dict[str, Event] = {}
         self._released: set[str] = set()
+        #: What is held of budgets and was spent; the newest entry of each balance, with the sums in it.
+        self.budgets: dict[tuple[str, str, str], BudgetEntry] = {}
         for event in events:
             self.apply(event)
 
@@ -83,6 +91,12 @@ class Record:
         elif isinstance(event.data, Released):
             ended = self._grants if event.data.part is None else {event.data.part} & self._grants.keys()
             self._released.update(ended)
+        else:
+            data = event.data.fact if isinstance(event.data, Late) else event.data
+            if isinstance(data, Budgeted):
+                for entry in data.entries:
+                    key = (entry.account, entry.window, entry.resource)
+                    self.budgets[key] = _sum(self.budgets.get(key), entry)
 
     @property
     def id(self) -> str:
@@ -166,6 +180,59 @@ class Record:
         return found
 
     @property
+    def allowed(self) -> dict[str, tuple[tuple[Any, ...], str]]:
+        """Constraint -> the values that every hook which limits it allows, and the last of these hooks."""
+        found: dict[str, tuple[tuple[Any, ...], str]] = {}
+        for event in self.events:
+            if isinstance(event.data, Limit):
+                for name, values in event.data.constraints.items():
+                    before = found[name][0] if name in found else values
+                    found[name] = (
+                        tuple(value for value in values if any(same(value, one) for one in before)),
+                        event.data.hook,
+                    )
+        return found
+
+    @property
+    def obligations(self) -> dict[str, Obligation]:
+        """Name -> the obligation as it stands; `hook` is the one that attached it."""
+        found: dict[str, Obligation] = {}
+        for event in self.events:
+            data = event.data.fact if isinstance(event.data, Late) else event.data
+            if isinstance(data, Obligation):
+                found[data.name] = data
+        return found
+
+    @property
+    def open_obligations(self) -> list[str]:
+        """Names of required obligations that keep it from a clean end."""
+        return [
+            name
+            for name, duty in self.obligations.items()
+            if duty.required and duty.state not in ("fulfilled", "waived")
+        ]
+
+    @property
+    def hold(self) -> Event | None:
+        """The newest event that held it."""
+        return next((event for event in reversed(self.events) if isinstance(event.data, Held)), None)
+
+    @property
+    def approval(self) -> Event | None:
+        """The newest event in which an approver said something."""
+        return next((event for event in reversed(self.events) if isinstance(event.data, Approval)), None)
+
+    @property
+    def hints_read(self) -> dict[str, list[str]]:
+        """Governance hint -> the hooks that read it; none for one that nobody read."""
+        read: dict[str, list[str]] = {name: [] for name in self.envelope.scope.hints}
+        for verdict in self.verdicts:
+            for name in verdict.hints:
+                if name in read and verdict.hook not in read[name]:
+                    read[name].append(verdict.hook)
+        return read
+
+    @property
     def used(self) -> dict[str, Usage]:
         """What was really used, late reports included."""
         reports: dict[str, dict[str, list[Amount]]] = {}
@@ -192,7 +259,12 @@ class Record:
     @property
     def differences(self) -> tuple[Difference, ...]:
         """The typed delta; empty until something was granted."""
-        effective = [event for event in self.events if isinstance(event.data, Effective)]
+        asked = self.envelope.requested.resources
+        effective = [
+            narrowed
+            for event in self.events
+            if (narrowed := _narrowed(event, asked)) is not None and isinstance(narrowed.data, Effective)
+        ]
         grants = [(event.by, event.data) for event in self._grants.values() if isinstance(event.data, Granted)]
         return delta(self.envelope.requested, effective, grants)
 
@@ -225,6 +297,35 @@ class Record:
     def ready(self) -> bool:
         """Whether any part was ever reported to serve."""
         return any(isinstance(e.data, Ready) for e in self.events)
+
+
+def _sum(before: BudgetEntry | None, entry: BudgetEntry) -> BudgetEntry:
+    if before is None:
+        return entry
+    return msgspec.structs.replace(
+        entry,
+        reserved=before.reserved + entry.reserved,
+        spent=before.spent + entry.spent,
+        unknown=before.unknown + entry.unknown,
+    )
+
+
+def _narrowed(event: Event, asked: Mapping[str, Quantity]) -> Event | None:
+    """A limit below what was asked, as the effective value that the hook makes of it; other events as they are."""
+    limit = event.data
+    if not isinstance(limit, Limit):
+        return event
+    totals = granted_totals([Granted(asked, "reserved")])
+    below = {
+        name: Quantity(amount)
+        for name, amount in limit.resources.items()
+        if name in totals and exceeds(totals[name], amount)
+    }
+    if not below:
+        return None
+    most = ", ".join(f"{human(name, quantity.amount)} {name}" for name, quantity in below.items())
+    text = limit.text or f"at most {most}"
+    return Event(event.envelope, event.sequence, event.at, limit.hook, Effective("policy", text, below))
 
 
 def _beside(grants: Mapping[str, T], part: str) -> dict[str, T]:

@@ -8,11 +8,12 @@ from typing import Final
 
 import msgspec
 
+from execution_envelope.budgets import Balance, entries_of
 from execution_envelope.envelope import SealedEnvelope
 from execution_envelope.envelope import decode as decode_envelope
 from execution_envelope.errors import Damaged, IllegalTransition
 from execution_envelope.ledger.chain import decode as decode_entry
-from execution_envelope.lifecycle import Event, EventData, Sealed
+from execution_envelope.lifecycle import BudgetEntry, Event, EventData, Sealed
 from execution_envelope.record import Record
 
 #: What reading rows that somebody changed can raise.
@@ -39,6 +40,15 @@ class KeyTaken(Exception):
         self.row = row
 
 
+class BudgetExhausted(Exception):
+    """An entry does not fit into its budget: `balance` is what stood there before it."""
+
+    def __init__(self, balance: Balance, entry: BudgetEntry) -> None:
+        super().__init__(entry.account)
+        self.balance = balance
+        self.entry = entry
+
+
 @dataclass(frozen=True, slots=True)
 class KeyRow:
     """An idempotency key in its scope: digest of the key, of the request it came with, and the envelope's id."""
@@ -61,7 +71,11 @@ class Siblings:
 
 @dataclass(frozen=True, slots=True)
 class Commit:
-    """What is recorded for one envelope: facts from `sequence` on; with `sealed` at its admission."""
+    """What is recorded for one envelope: facts from `sequence` on; with `sealed` at its admission.
+
+    Budget entries among the facts change the balances in the same transaction. Those of accounts in `within` must not
+    go beyond their limits.
+    """
 
     envelope: str
     sequence: int
@@ -70,6 +84,12 @@ class Commit:
     facts: Sequence[EventData]
     sealed: SealedEnvelope | None = None
     siblings: Siblings | None = None
+    within: frozenset[str] = frozenset()
+
+    @property
+    def entries(self) -> list[BudgetEntry]:
+        """What it changes in balances."""
+        return [entry for fact in self.facts for entry in entries_of(fact)]
 
     def events(self) -> list[Event]:
         """Its facts as the events that they become."""

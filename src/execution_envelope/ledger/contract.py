@@ -7,15 +7,24 @@ with a chain of its own, in a forked child.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+from execution_envelope.budgets import Balance, Holding, Key
 from execution_envelope.envelope import decode as decode_envelope
 from execution_envelope.errors import Damaged, ReferenceTaken
-from execution_envelope.ledger.commit import DAMAGED, Commit, KeyRow, KeyTaken, SequenceConflict, Stored
+from execution_envelope.ledger.commit import (
+    DAMAGED,
+    BudgetExhausted,
+    Commit,
+    KeyRow,
+    KeyTaken,
+    SequenceConflict,
+    Stored,
+)
 from execution_envelope.ledger.submission import Submission
-from execution_envelope.lifecycle import Bound, Event
+from execution_envelope.lifecycle import Bound, BudgetEntry, Event
 from execution_envelope.process import Process
 
 if TYPE_CHECKING:
@@ -105,7 +114,7 @@ class Ledger(Protocol):
         """Store all or nothing, durably; the events of each commit, in order.
 
         Each is checked against what was stored before the call. Raises `SequenceConflict`, `KeyTaken`,
-        `ReferenceTaken` and `LedgerUnavailable`; nothing is stored then.
+        `ReferenceTaken`, `BudgetExhausted` and `LedgerUnavailable`; nothing is stored then.
         """
         ...
 
@@ -159,6 +168,26 @@ class Ledger(Protocol):
 
     def chain_of(self, envelope: str, sequence: int) -> str | None:
         """The chain that holds one event of an envelope."""
+        ...
+
+    def balances(self, *, window: str | None = None) -> list[Balance]:
+        """What stands in every account, in the order of accounts, windows and resources."""
+        ...
+
+    def holders(self, key: Key, limit: int) -> tuple[list[Holding], int]:
+        """The executions that hold most of a balance, and how many more there are."""
+        ...
+
+    def currency(self, code: str) -> str:
+        """The currency that costs in this ledger are in: the first that any process named, durably."""
+        ...
+
+    def cursor(self, consumer: str) -> dict[str, int]:
+        """How far a consumer of the log has come: chain -> the position that it took in last."""
+        ...
+
+    def move_cursor(self, consumer: str, positions: Mapping[str, int]) -> None:
+        """Keep how far it has come, durably; of chains that are not named nothing changes."""
         ...
 
     def note(self, request: AttemptedRequest) -> None:
@@ -271,6 +300,10 @@ class Standing(Protocol):
 
     def body(self, envelope: str) -> bytes: ...
 
+    def balance(self, entry: BudgetEntry) -> Balance:
+        """The balance that an entry changes; of zeros, with the entry's limit, where nothing was entered before."""
+        ...
+
 
 def check(commit: Commit, stored: Standing) -> None:
     """What every ledger checks before it stores a commit. Raises what `Ledger.commit` raises, and `Damaged`."""
@@ -288,6 +321,11 @@ def check(commit: Commit, stored: Standing) -> None:
     for fact in commit.facts:
         if isinstance(fact, Bound):
             _check_reference(fact, commit, stored)
+    for entry in commit.entries:
+        if entry.account in commit.within:
+            balance = stored.balance(entry)
+            if balance.reserved + balance.spent + entry.reserved + entry.spent > entry.limit:
+                raise BudgetExhausted(balance, entry)
 
 
 def _check_reference(fact: Bound, commit: Commit, stored: Standing) -> None:

@@ -54,7 +54,7 @@ def details(
         "request_digest": sealed and sealed.request,
         "redacted": sealed.redacted if sealed else (),
         "undecided": record.undecided,
-        "observed": next((e.data.observed for e in record.events if isinstance(e.data, Admitted)), None),
+        "shadow": next((e.data.shadow for e in record.events if isinstance(e.data, Admitted)), None),
         "ungranted": record.ungranted,
         "ready": record.ready,
         "envelope": _stored(record.envelope),

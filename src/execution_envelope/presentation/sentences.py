@@ -7,7 +7,8 @@ from typing import Any, Final
 
 from execution_envelope.ledger.chain import Closed, Opened
 from execution_envelope.lifecycle import EventData
-from execution_envelope.presentation.text import amounts, because, counted, pairs, when
+from execution_envelope.presentation.text import amounts, because, counted, pairs, plain_value, when
+from execution_envelope.resources import human
 
 
 def sentence(data: EventData | Opened | Closed) -> str:
@@ -42,9 +43,39 @@ def _verdict(data: Any) -> str:
     return said + (f"; at most {amounts(data.limits)}" if data.limits else "")
 
 
+def _approval(data: Any) -> str:
+    said = "approved" if data.decision == "approve" else "refused"
+    until = f", to be taken up until {when(data.expires_at)}" if data.expires_at else ""
+    return f"{said} by {data.approver}: {data.reason}{until}"
+
+
+def _limit(data: Any) -> str:
+    most = [f"at most {amounts(data.resources)}"] if data.resources else []
+    only = [f"{name} only {' or '.join(map(plain_value, values))}" for name, values in data.constraints.items()]
+    return f"{data.hook} allows {', '.join(most + only)}" + (f": {data.text}" if data.text else "")
+
+
+def _obligation(data: Any) -> str:
+    sort = "obligation" if data.required else "optional obligation"
+    return because(f"{sort} {data.name} of {data.hook} {data.state}", data.text)
+
+
+def _budgeted(data: Any) -> str:
+    said = []
+    for entry in data.entries:
+        changes = [
+            f"{word} {'+' if amount > 0 else '-'}{human(entry.resource, abs(amount))}"
+            for word, amount in (("reserved", entry.reserved), ("spent", entry.spent))
+            if amount
+        ]
+        changes += [f"unknown {entry.unknown:+d}"] if entry.unknown else []
+        said.append(f"{entry.account} ({entry.window}) {entry.resource} {', '.join(changes) or 'as it was'}")
+    return f"budgets {data.action}: {'; '.join(said)}"
+
+
 def _admitted(data: Any) -> str:
-    if data.observed is not None:
-        return f"admitted, not enforced: enforcing would have {data.observed} it"
+    if data.shadow is not None:
+        return f"admitted, not enforced: enforcing would have {data.shadow} it"
     return "admitted undecided: no decider covers this kind" if data.undecided else "admitted, it may go on"
 
 
@@ -91,7 +122,10 @@ SENTENCES: Final[Mapping[str, Callable[[Any], str]]] = {
     "denied": lambda data: _coded("denied", data) + ("; trying later can help" if data.retryable else ""),
     "held": _held,
     "expired": lambda data: "expired: nobody approved in time",
-    "limit": lambda data: f"{data.hook} allows at most {amounts(data.resources)}",
+    "approval": _approval,
+    "limit": _limit,
+    "obligation": _obligation,
+    "budgeted": _budgeted,
     "effective": _effective,
     "attempt": _attempt,
     "bound": _bound,

@@ -1,0 +1,438 @@
+"""Budgets: what may be held at a time, or spent in a day or a month, and what an execution takes of it.
+
+Pure. A reservation is made with the admission for the worst case that is known, follows what is granted, and is settled
+with what was used, on every way out. What an execution should hold is computed from its record, each time anew
+(`standing`), and what is recorded is the difference to what it holds (`consequences`): so nothing is counted twice, and
+a report that comes late corrects what was assumed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from typing import Any, Final, Literal, NamedTuple, TypeAlias, get_args
+from urllib.parse import quote
+
+import msgspec
+
+from execution_envelope.credentials import invalid, shown
+from execution_envelope.decision import MODES, Mode
+from execution_envelope.delta import granted_totals
+from execution_envelope.envelope import KINDS, Envelope, Scoped
+from execution_envelope.errors import InvalidField
+from execution_envelope.lifecycle import (
+    TERMINAL,
+    Budgeted,
+    BudgetEntry,
+    Event,
+    EventData,
+    Granted,
+    Late,
+    Ready,
+    Released,
+    Violation,
+)
+from execution_envelope.record import WHOLE, Record
+from execution_envelope.resources import Amount, Quantity, human, known, parse_amount, smallest
+
+Window: TypeAlias = Literal["now", "day", "month"]
+WINDOWS: Final[tuple[str, ...]] = get_args(Window)
+#: What an account of a budget may be kept for.
+DIMENSIONS: Final = ("tenant", "project", "workroom", "environment", "subject", "kind")
+#: How many budgets one controller may have.
+MAX_BUDGETS: Final = 256
+#: Ends of an execution to which nothing was granted, in which nothing can have been used either.
+_NOTHING_USED: Final = frozenset({"denied", "rejected", "cancelled", "expired", "revoked"})
+
+
+class Key(NamedTuple):
+    """Of one balance."""
+
+    account: str
+    window: str
+    resource: str
+
+
+class Balance(msgspec.Struct, frozen=True):
+    """What stands in one account, in base units: reserved by what is open, and spent; `unknown` counts executions of
+    which nobody knows the amount. `limit` is the budget's when something was last entered."""
+
+    account: str
+    window: str
+    resource: str
+    limit: int
+    reserved: int = 0
+    spent: int = 0
+    unknown: int = 0
+
+    @property
+    def free(self) -> int:
+        """Negative after an over-run."""
+        return self.limit - self.reserved - self.spent
+
+
+class Holding(NamedTuple):
+    """What one execution holds of a balance."""
+
+    envelope: str
+    reserved: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budget:
+    """At most `limit` of `resource` in each account: at a time (`window` *now*), or spent in a UTC day or month.
+
+    `per` says for whom accounts are kept: ``("tenant",)`` gives each tenant one, ``("tenant", "project")`` each project
+    of each tenant, ``()`` everybody together. `match` narrows it to some of them: ``{"tenant": "acme"}``; `kinds` to
+    kinds of execution. All budgets that cover a request have to have room: several of one resource, from few dimensions
+    to many, are a hierarchy.
+
+    `unknown` says what of a request that does not state the amount: *deny* it, *admit* it (nothing is reserved, the
+    balance counts it as unknown), or an amount that is reserved in its place. With `mode` *shadow* it is counted, and
+    what would have been refused is on the record: beside another system that enforces.
+    """
+
+    name: str
+    resource: str
+    limit: Any
+    window: Window = "now"
+    per: Sequence[str] = ("tenant",)
+    match: Mapping[str, str | Sequence[str]] = field(default_factory=dict)
+    kinds: frozenset[str] | None = None
+    unknown: Any = "deny"
+    mode: Mode = "enforce"
+
+    def checked(self) -> Budget:
+        """With amounts in base units. Raises `InvalidField`."""
+        path = f"budgets.{self.name}"
+        if not isinstance(self.name, str) or not self.name or not self.name.isascii() or "/" in self.name:
+            raise invalid("budgets", f"expected a name in ASCII without `/`, got {shown(self.name)}")
+        known(self.resource, field=f"{path}.resource")
+        limit = parse_amount(self.resource, self.limit, field=f"{path}.limit")
+        if not isinstance(limit, int):
+            raise invalid(f"{path}.limit", f"expected an amount, got {shown(self.limit)}")
+        for name, value, words in (("window", self.window, WINDOWS), ("mode", self.mode, MODES)):
+            if value not in words:
+                raise invalid(f"{path}.{name}", f"expected {', '.join(words)}, got {shown(value)}")
+        for name, chosen in (("per", self.per), ("match", self.match)):
+            if isinstance(chosen, str) or (unknown := [one for one in chosen if one not in DIMENSIONS]):
+                got = chosen if isinstance(chosen, str) else unknown[0]
+                raise invalid(f"{path}.{name}", f"expected some of {', '.join(DIMENSIONS)}, got {shown(got)}")
+        if self.kinds is not None and (
+            not isinstance(self.kinds, Set) or [kind for kind in self.kinds if kind not in KINDS]
+        ):
+            raise invalid(f"{path}.kinds", f"expected a set of {', '.join(KINDS)}, got {shown(self.kinds)}")
+        assumed = self.unknown
+        if assumed not in ("deny", "admit"):
+            assumed = parse_amount(self.resource, assumed, field=f"{path}.unknown")
+            if not isinstance(assumed, int):
+                raise invalid(f"{path}.unknown", f"expected `deny`, `admit` or an amount, got {shown(self.unknown)}")
+        return Budget(
+            name=self.name,
+            resource=self.resource,
+            limit=limit,
+            window=self.window,
+            per=tuple(self.per),
+            match={name: (value,) if isinstance(value, str) else tuple(value) for name, value in self.match.items()},
+            kinds=self.kinds,
+            unknown=assumed,
+            mode=self.mode,
+        )
+
+    def covers(self, envelope: Envelope) -> bool:
+        """Whether a request takes of it."""
+        if self.kinds is not None and envelope.execution.kind not in self.kinds:
+            return False
+        return all(_dimension(envelope, name) in values for name, values in self.match.items())
+
+    def account(self, envelope: Envelope) -> str:
+        """The account of a request: different ones for whatever differs in any of `per`."""
+        return "/".join([self.name, *(_named(_dimension(envelope, name)) for name in self.per)])
+
+
+def _dimension(envelope: Envelope, name: str) -> str | None:
+    if name == "tenant":
+        return envelope.identity.tenant
+    if name == "subject":
+        return f"{envelope.identity.subject.type}:{envelope.identity.subject.id}"
+    if name == "kind":
+        return envelope.execution.kind
+    scoped: Scoped | None = getattr(envelope.scope, name)
+    return None if scoped is None else str(scoped.value)
+
+
+def _named(value: str | None) -> str:
+    # Quoted, so that no value is taken for two, nor for the one that stands for none.
+    if value is None:
+        return "-"
+    return "%2D" if value == "-" else quote(value, safe=":@. -")
+
+
+@dataclass(frozen=True, slots=True)
+class Prices:
+    """What things cost, in one currency: ``Prices("2026-11", "EUR", {"smollm2-*": {"output_tokens": "0.60"}})``.
+
+    For each target id, or a pattern that ends in ``*``, the price of a million base units of a resource, in units of
+    the currency. The longest pattern that fits counts. `version` is recorded with each cost.
+    """
+
+    version: str
+    currency: str
+    per_million: Mapping[str, Mapping[str, str | int | Decimal]]
+
+    def checked(self) -> Prices:
+        """Raises `InvalidField`."""
+        if not isinstance(self.version, str) or not self.version:
+            raise invalid("prices.version", f"expected a version, got {shown(self.version)}")
+        if not (isinstance(self.currency, str) and self.currency.isascii() and self.currency.isalpha()):
+            raise invalid("prices.currency", f"expected a currency such as `EUR`, got {shown(self.currency)}")
+        for target, prices in self.per_million.items():
+            for resource, price in prices.items():
+                path = f"prices.{target}.{resource}"
+                known(resource, field=path)
+                try:
+                    number = Decimal(str(price))
+                except ArithmeticError:
+                    number = Decimal("NaN")
+                if resource == "cost" or not number.is_finite() or number < 0:
+                    raise invalid(path, f"expected a price of a million, got {shown(price)}")
+        return self
+
+    def cost(self, target: str, amounts: Mapping[str, Amount]) -> Amount | None:
+        """What so much of each costs, in millionths of the currency, rounded up; None when nothing of it has a price.
+
+        An amount with a price that is unknown or unlimited makes the cost that.
+        """
+        table = self._of(target)
+        priced = [name for name in amounts if name in table]
+        if not priced:
+            return None
+        total = Decimal(0)
+        for name in priced:
+            amount = amounts[name]
+            if not isinstance(amount, int):
+                return amount
+            # Millionths of a unit, for a millionth of the million.
+            total += Decimal(str(table[name])) * amount
+        return int(total.to_integral_value(rounding="ROUND_CEILING"))
+
+    def prices(self, target: str) -> Mapping[str, str | int | Decimal]:
+        """What has a price for a target."""
+        return self._of(target)
+
+    def _of(self, target: str) -> Mapping[str, str | int | Decimal]:
+        if target in self.per_million:
+            return self.per_million[target]
+        fits = [name for name in self.per_million if name.endswith("*") and target.startswith(name[:-1])]
+        return self.per_million[max(fits, key=len)] if fits else {}
+
+
+def worst_case(envelope: Envelope, limits: Mapping[str, Amount], prices: Prices | None = None) -> dict[str, Amount]:
+    """The most that a request can come to, as far as it says: ceilings where it has them, cut by limits of hooks."""
+    worst = {}
+    for name, asked in envelope.requested.resources.items():
+        amount: Amount = asked.amount if asked.ceiling is None else asked.ceiling
+        if name in limits and asked.per == "total":
+            amount = smallest((amount, limits[name]))
+        worst[name] = Quantity(amount, per=asked.per)
+    totals = granted_totals([Granted(worst, "reserved")])
+    totals.setdefault("requests", 1)  # an envelope is one
+    totals = {name: smallest((amount, limits[name])) if name in limits else amount for name, amount in totals.items()}
+    if prices is not None and "cost" not in totals:
+        table = prices.prices(envelope.execution.target.id)
+        asked_prices = {name: totals.get(name, "unknown") for name in table}
+        cost = prices.cost(envelope.execution.target.id, asked_prices)
+        if cost is not None:
+            totals["cost"] = smallest((cost, limits["cost"])) if "cost" in limits else cost
+    return totals
+
+
+class Refusal(NamedTuple):
+    """Why a budget refuses a request before anything was reserved. `code` is one of `decision.CODES`."""
+
+    budget: Budget
+    account: str
+    code: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """What a request is to hold of budgets: the entries, the accounts that must not go beyond their limits, and what is
+    refused whatever is free."""
+
+    entries: tuple[BudgetEntry, ...] = ()
+    within: frozenset[str] = frozenset()
+    refused: tuple[Refusal, ...] = ()
+
+
+class Budgets:
+    """The budgets of a controller and its price table. Raises `InvalidField` for what is declared wrongly."""
+
+    def __init__(self, budgets: Sequence[Budget] = (), *, prices: Prices | None = None) -> None:
+        if len(budgets) > MAX_BUDGETS:
+            raise InvalidField("budgets", f"expected up to {MAX_BUDGETS} budgets, got {len(budgets)}")
+        self.budgets = tuple(budget.checked() for budget in budgets)
+        names = [budget.name for budget in self.budgets]
+        if len(set(names)) != len(names):
+            raise InvalidField("budgets", f"expected budgets with different names, got {', '.join(names)}")
+        self.prices = None if prices is None else prices.checked()
+
+    def __bool__(self) -> bool:
+        return bool(self.budgets) or self.prices is not None
+
+    def of(self, name: str) -> Budget | None:
+        """The budget of an account, or of this name."""
+        return next((budget for budget in self.budgets if budget.name == name.partition("/")[0]), None)
+
+    def reserve(self, envelope: Envelope, limits: Mapping[str, Amount], now: datetime) -> Reservation:
+        """What a request is to hold, in the windows of `now`."""
+        covering = [budget for budget in self.budgets if budget.covers(envelope)]
+        if not covering:
+            return Reservation()
+        worst = worst_case(envelope, limits, self.prices)
+        entries, refused, within = [], [], set[str]()
+        for budget in covering:
+            account, amount = budget.account(envelope), worst.get(budget.resource, "unknown")
+            unknown = 0
+            if amount == "unknown":
+                if budget.unknown == "deny":
+                    text = f"budget {account} counts {budget.resource}, and the request does not say how much"
+                    refused.append(Refusal(budget, account, "amount_unknown", text))
+                    continue
+                unknown = int(budget.unknown == "admit")
+                amount = 0 if unknown else budget.unknown
+            if amount == "unlimited" or (isinstance(amount, int) and amount > budget.limit):
+                asked, most = human(budget.resource, amount), human(budget.resource, budget.limit)
+                text = f"{budget.resource} {asked} is more than budget {account} ever allows, {most}"
+                refused.append(Refusal(budget, account, "resource_forbidden", text))
+                if budget.mode == "enforce" or not isinstance(amount, int):
+                    continue
+            assert isinstance(amount, int)
+            entries.append(
+                BudgetEntry(account, window(budget.window, now), budget.resource, budget.limit, amount, 0, unknown)
+            )
+            if budget.mode == "enforce":
+                within.add(account)
+        return Reservation(tuple(entries), frozenset(within), tuple(refused))
+
+
+def window(kind: Window, now: datetime) -> str:
+    """The window that a moment belongs to, in UTC."""
+    if kind == "now":
+        return "now"
+    return now.astimezone(UTC).strftime("%Y-%m-%d" if kind == "day" else "%Y-%m")
+
+
+def window_ends(name: str) -> datetime | None:
+    """When a window ends; None for *now*."""
+    if name == "now":
+        return None
+    if len(name) == len("2026-05-01"):
+        return datetime.strptime(name, "%Y-%m-%d").replace(tzinfo=UTC) + timedelta(days=1)
+    first = datetime.strptime(name, "%Y-%m").replace(tzinfo=UTC)
+    return (first + timedelta(days=32)).replace(day=1)
+
+
+# What an execution holds
+
+
+def consequences(record: Record, facts: Sequence[EventData]) -> Budgeted | None:
+    """What recording `facts` changes in the budgets that the execution takes of; None for nothing."""
+    if not record.budgets:
+        return None
+    after = Record(record.envelope, record.events)
+    for sequence, fact in enumerate(facts, start=record.next_sequence):
+        after.apply(Event(record.id, sequence, "", "", fact))
+    ended = after.state in TERMINAL
+    entries = []
+    for key, has in record.budgets.items():
+        reserved, spent, unknown = standing(after, Key(*key))
+        change = (reserved - has.reserved, spent - has.spent, unknown - has.unknown)
+        if any(change):
+            entries.append(BudgetEntry(*key, has.limit, *change))
+    return Budgeted("settle" if ended else "adjust", tuple(entries)) if entries else None
+
+
+def standing(record: Record, key: Key) -> tuple[int, int, int]:
+    """(reserved, spent, unknown) that an execution should have in one balance, by its record.
+
+    While its parts are being placed, until one serves or is released, a part alone only raises what is reserved:
+    another may follow. What nobody said was used is taken to be all that was held.
+    """
+    first = _reserved_at_first(record, key)
+    totals, resource = record.granted if record.grants else {}, key.resource
+    held: Amount | None = None
+    if resource in totals:
+        held = record.held.get(resource, 0) if record.is_open else totals[resource]
+        if isinstance(held, int) and record.is_open and _placing(record):
+            held = max(held, first.reserved)
+    hold = held if isinstance(held, int) else first.reserved
+    usage = record.used.get(resource)
+    used = usage.amount if usage is not None and isinstance(usage.amount, int) else None
+    unknown = int(bool(first.unknown) and not isinstance(held, int) and used is None)
+    counts = key.window != "now"
+    if record.is_open:
+        if not counts:
+            return hold, 0, unknown
+        return max(0, hold - (used or 0)), used or 0, unknown
+    if not counts:
+        return 0, 0, 0
+    if used is None:
+        if not record.grants and record.state in _NOTHING_USED:
+            return 0, 0, 0
+        used = hold
+    return 0, used, unknown
+
+
+def _placing(record: Record) -> bool:
+    return WHOLE not in record.grants and not any(isinstance(e.data, Ready | Released) for e in record.events)
+
+
+def _reserved_at_first(record: Record, key: Key) -> BudgetEntry:
+    for event in record.events:
+        data = event.data.fact if isinstance(event.data, Late) else event.data
+        if isinstance(data, Budgeted):
+            for entry in data.entries:
+                if (entry.account, entry.window, entry.resource) == key:
+                    return entry
+    return BudgetEntry(*key, 0)
+
+
+def entries_of(data: EventData) -> tuple[BudgetEntry, ...]:
+    """The changes of balances that an event records."""
+    fact = data.fact if isinstance(data, Late) else data
+    return fact.entries if isinstance(fact, Budgeted) else ()
+
+
+def over_run(balance: Balance, entry: BudgetEntry) -> Violation:
+    """What goes beyond a budget: `balance` as it was before `entry`."""
+    total = balance.reserved + balance.spent + entry.reserved + entry.spent
+    given, most = human(entry.resource, total), human(entry.resource, entry.limit)
+    text = f"{entry.resource} {given} is beyond the {most} that budget {entry.account} allows ({entry.window})"
+    return Violation(entry.resource, entry.limit, total, f"budget {entry.account}", text)
+
+
+def exhausted(balance: Balance, asked: int, holders: Sequence[Holding], more: int = 0) -> str:
+    """Why there is no room, in a sentence: how much is asked and free, who holds it, when it frees."""
+
+    def amount(value: int) -> str:
+        return human(balance.resource, value)
+
+    said = (
+        f"budget {balance.account} has {amount(max(0, balance.free))} of {amount(balance.limit)} {balance.resource} "
+        f"left ({balance.window}), {amount(asked)} asked"
+    )
+    parts = [f"{amount(balance.spent)} spent"] if balance.spent else []
+    if balance.reserved:
+        who = ", ".join(f"{amount(one.reserved)} by {one.envelope}" for one in holders)
+        who += f" and {more} more" if more else ""
+        parts.append(f"{amount(balance.reserved)} held" + (f", {who}" if who else ""))
+    end = window_ends(balance.window)
+    frees = [f"at {end:%Y-%m-%dT%H:%MZ}"] if end else []
+    frees += (
+        ["when what holds it ends" if not end else "as far as what is held is not used"] if balance.reserved else []
+    )
+    return "; ".join([said, *parts, *([f"it frees {' or '.join(frees)}"] if frees else [])])
