@@ -13,6 +13,8 @@
     │   └── LedgerUnavailable   the envelope could not be recorded, so nothing was started
     ├── Violation           a grant went beyond a limit or a parent; it *is* recorded
     ├── IllegalTransition   the lifecycle has no such step; nothing was recorded
+    ├── NotHeld             there is no held request to approve or deny; nothing was recorded
+    ├── SelfApproval        nobody approves what they asked for themselves; nothing was recorded
     ├── OpenObligations     a required obligation is open, so there is no clean end; nothing was recorded
     ├── ReadOnly            a replayed admission was written to; nothing was recorded
     ├── ReferenceTaken      the reference leads to another envelope; link with `supersedes`
@@ -142,6 +144,22 @@ class IllegalTransition(EnvelopeError):
         super().__init__(message)
         self.state = state
         self.event = event
+
+
+class NotHeld(EnvelopeError):
+    """There is no held request to approve or deny: it was decided already. Nothing was recorded."""
+
+    def __init__(self, message: str, *, envelope_id: str) -> None:
+        super().__init__(message)
+        self.envelope_id = envelope_id
+
+
+class SelfApproval(EnvelopeError):
+    """Whoever asked, or acts for whoever asked, does not approve it. Nothing was recorded."""
+
+    def __init__(self, message: str, *, envelope_id: str) -> None:
+        super().__init__(message)
+        self.envelope_id = envelope_id
 
 
 class OpenObligations(EnvelopeError):

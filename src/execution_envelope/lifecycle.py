@@ -211,7 +211,8 @@ class BudgetEntry(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknow
 
     `account` is the budget's name and whom it is for: ``tokens/acme/research``. `window` is ``now``, a UTC day
     (``2026-05-01``) or a month (``2026-05``). `reserved` and `spent` are what is added to each, in base units, and
-    `unknown` to the executions of which the amount is not known. `limit` is the budget's limit at that time.
+    `unknown` to the executions of which the amount is not known. `limit` is the budget's limit at that time, which is
+    counted and not enforced in `shadow`.
     """
 
     account: str
@@ -221,6 +222,7 @@ class BudgetEntry(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknow
     reserved: int = 0
     spent: int = 0
     unknown: int = 0
+    shadow: bool = False
 
 
 class Budgeted(_Data, frozen=True, tag="budgeted"):
@@ -286,12 +288,14 @@ class Ready(_Data, frozen=True, tag="ready"):
 
 
 class Used(_Data, frozen=True, tag="used"):
-    """What was really used, in base units. A report with a `key` that was seen before counts once."""
+    """What was really used, in base units. A report with a `key` that was seen before counts once. `priced` is the
+    version of the price table that its cost is by."""
 
     resources: Mapping[str, Amount]
     how: Literal["measured", "estimated"] = "measured"
     part: str | None = None
     key: str | None = None
+    priced: str | None = None
 
 
 class Violation(_Data, frozen=True, tag="violation"):

@@ -1,0 +1,97 @@
+"""Approval of held requests: how long a hold waits, how long an approval may be taken up, and who may not approve.
+
+Pure. Who *may* approve is decided by policy: approving is a request of its own (`request`), which goes through the seam
+and is recorded there. Where no decider covers it nobody may.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Final, Literal
+
+from execution_envelope.credentials import shown
+from execution_envelope.envelope import Ask, Subject, Target, established
+from execution_envelope.errors import InvalidField, NotHeld, SelfApproval
+from execution_envelope.lifecycle import Approval, Held
+from execution_envelope.record import Record
+
+#: The operation of a request to approve or deny one that is held; of kind `maintenance`.
+OPERATION: Final = "envelope.approve"
+
+
+@dataclass(frozen=True, slots=True)
+class Approvals:
+    """A hold waits for `expires`; what was approved may be taken up, once, for `valid`."""
+
+    expires: timedelta = timedelta(hours=24)
+    valid: timedelta = timedelta(hours=1)
+
+    def __post_init__(self) -> None:
+        for name in ("expires", "valid"):
+            value = getattr(self, name)
+            if not isinstance(value, timedelta) or value <= timedelta(0):
+                raise InvalidField(f"approvals.{name}", f"expected a time longer than none, got {shown(value)}")
+
+
+def request(held: Record, decision: Literal["approve", "deny"], approver: Subject, reason: str) -> Ask:
+    """The request of `approver` to say something of a held one, under the scope of that.
+
+    Raises `NotHeld`, `SelfApproval`, and `InvalidField` for a reason that says nothing.
+    """
+    if held.state != "held":
+        raise NotHeld(f"expected a held request, {held.id} is {held.state}", envelope_id=held.id)
+    identity = held.envelope.identity
+    themselves = {(identity.subject.type, identity.subject.id)} | {(p.type, p.id) for p in identity.delegation}
+    behind = {(approver.type, approver.id), *((kind, id) for kind, id in approver.delegation)}
+    # Of another tenant a subject of the same name is somebody else.
+    if approver.tenant == identity.tenant and themselves & behind:
+        raise SelfApproval(f"expected another approver, {approver.id} asked for {held.id}", envelope_id=held.id)
+    if not isinstance(reason, str) or not reason.strip():
+        raise InvalidField("reason", f"expected a reason, got {shown(reason)}")
+    scope = held.envelope.scope
+    names = ("project", "workroom", "environment", "purpose", "classification", "regions", "priority")
+    of_the_held = {name: value for name in names if (value := getattr(scope, name)) is not None}
+    return Ask(
+        kind="maintenance",
+        operation=OPERATION,
+        target=Target("envelope", held.id, decision),
+        subject=approver,
+        scope={name: established(value.value, by="the held request") for name, value in of_the_held.items()},
+        constraints={
+            "held_tenant": identity.tenant,
+            "held_kind": held.envelope.execution.kind,
+            "held_operation": held.envelope.execution.operation,
+            "reason": reason,
+        },
+        entrypoint="approve",
+    )
+
+
+def lifted(record: Record, now: str) -> tuple[frozenset[str], str | None]:
+    """The hooks whose holds an approval lifts now (RFC 3339), and what an approval that is there does not any more."""
+    event, hold = record.approval, record.hold
+    if event is None or hold is None or event.sequence < hold.sequence or not isinstance(event.data, Approval):
+        return frozenset(), None
+    approval = event.data
+    if approval.decision != "approve":
+        return frozenset(), None
+    if approval.expires_at is not None and approval.expires_at <= now:
+        return frozenset(), f"the approval of {approval.approver} was to be taken up until {approval.expires_at}"
+    return frozenset(approval.hooks), None
+
+
+def expired(record: Record, now: str) -> bool:
+    """Whether a held request waited too long, and no approval waits to be taken up."""
+    hold = record.hold
+    if record.state != "held" or hold is None or not isinstance(hold.data, Held) or hold.data.expires_at is None:
+        return False
+    return hold.data.expires_at <= now and not lifted(record, now)[0]
+
+
+def until(now: datetime, span: timedelta) -> datetime:
+    """When a span from now has passed; never beyond what a date can say."""
+    try:
+        return now + span
+    except OverflowError:
+        return datetime.max.replace(tzinfo=now.tzinfo)
