@@ -57,12 +57,14 @@ def request(held: Record, decision: Literal["approve", "deny"], approver: Subjec
         operation=OPERATION,
         target=Target("envelope", held.id, decision),
         subject=approver,
-        scope={name: established(value.value, by="the held request") for name, value in of_the_held.items()},
-        constraints={
-            "held_tenant": identity.tenant,
-            "held_kind": held.envelope.execution.kind,
-            "held_operation": held.envelope.execution.operation,
-            "reason": reason,
+        scope={
+            **{name: established(value.value, by="the held request") for name, value in of_the_held.items()},
+            "hints": {
+                "held_tenant": established(identity.tenant or "", by="the held request"),
+                "held_kind": established(held.envelope.execution.kind, by="the held request"),
+                "held_operation": established(held.envelope.execution.operation, by="the held request"),
+                "reason": reason,
+            },
         },
         entrypoint="approve",
     )

@@ -432,7 +432,6 @@ def exhausted(balance: Balance, asked: int, holders: Sequence[Holding], more: in
         parts.append(f"{amount(balance.reserved)} held" + (f", {who}" if who else ""))
     end = window_ends(balance.window)
     frees = [f"at {end:%Y-%m-%dT%H:%MZ}"] if end else []
-    frees += (
-        ["when what holds it ends" if not end else "as far as what is held is not used"] if balance.reserved else []
-    )
+    if balance.reserved:
+        frees.append("as far as what is held is not used" if end else "when what holds it ends")
     return "; ".join([said, *parts, *([f"it frees {' or '.join(frees)}"] if frees else [])])

@@ -64,8 +64,8 @@ class AdmissionController:
     """Admits requests for execution and keeps their records. One for each backend process; safe to share by tasks.
 
     `component` is the name under which this backend records. `hooks` are deciders and observers, in order; `mode`
-    *shadow* records what they say and refuses nothing, nor does a grant beyond a limit raise then. `deadline` bounds all
-    deciders of a request together, in seconds. `check_after` is when reconciliation asks after a bound execution whose
+    *shadow* records what they say and refuses nothing, nor does a grant beyond a limit raise then. `deadline` bounds
+    all deciders of a request together, in seconds. `check_after` is when reconciliation asks after a bound execution whose
     owner named no time. `write_modes` says for each kind when a fact is acknowledged: ``strict`` (after the disk; the
     default, and always with an idempotency key), ``relaxed:50`` (at once, on disk within 50 ms: a crash may lose that
     much) or ``spool`` (as strict, but while the ledger is away it goes to the file `spool`, to be stored in order when
