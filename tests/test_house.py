@@ -17,7 +17,7 @@ CORE = "execution_envelope"
 #: A module may import only from those before it; a name stands for the module or for everything in the folder.
 ORDER = """
 version errors credentials resources values envelope lifecycle delta record decision process mailbox threads hooks grant
-budgets approvals ledger reconciliation observers journal admission blocking controller policy telemetry adapters integrations
+budgets approvals ledger reconciliation observers journal reconciler judge admission blocking controller facets policy telemetry adapters integrations
 review presentation cli_shared cli_proof cli_projection cli_upkeep cli testing
 """
 LEDGER_ORDER = """
@@ -27,6 +27,7 @@ postgres_store projection_postgres postgres recomputation workers verification c
 """
 #: What only some deciders, adapters or commands need: the core does without.
 OPTIONAL = {
+    "facets",
     "adapters",
     "integrations",
     "policy",

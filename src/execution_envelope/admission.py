@@ -13,6 +13,7 @@ import msgspec
 
 from execution_envelope import grant as grants
 from execution_envelope import lifecycle
+from execution_envelope.budgets import Prices
 from execution_envelope.credentials import marker, scrub, shown
 from execution_envelope.envelope import Envelope, timestamp
 from execution_envelope.errors import (
@@ -52,6 +53,7 @@ class Admission:
         check_after: timedelta,
         enforce: bool = True,
         replayed: bool = False,
+        prices: Prices | None = None,
     ) -> None:
         self._journal = journal
         self._enforce = enforce
@@ -59,6 +61,7 @@ class Admission:
         self._record = record
         self._by = by
         self._lock: anyio.Lock | None = None
+        self._prices = prices
         self.replayed = replayed
 
     @property
@@ -185,6 +188,8 @@ class Admission:
             # Another envelope took the reference over first. What was given is recorded all the same.
             take_over = False
             said = await self._write(plan, by=grant.by)
+        # With those of budgets, which are only known once it is recorded.
+        violations = [fact for fact in said if isinstance(fact, lifecycle.Violation)] or violations
         self._journal.counters["violations"] += len([fact for fact in said if isinstance(fact, lifecycle.Violation)])
         if violations and self._enforce:
             raise Violation(violations[0].text, envelope_id=self.id, resource=violations[0].resource)
@@ -211,12 +216,20 @@ class Admission:
         """What was really used since the last report: counters add up, levels keep their highest.
 
         `how` is ``measured`` or ``estimated``. A report with a `key` that was seen before counts once. Late is fine.
+        What it cost is added where a price table says so.
         """
         if how not in ("measured", "estimated"):
             raise InvalidField("used.how", f"expected `measured` or `estimated`, got {shown(how)}")
         amounts = {name: parse_amount(name, value, field=f"used.{name}") for name, value in resources.items()}
         kind: Literal["measured", "estimated"] = "measured" if how == "measured" else "estimated"
-        await self._say(lifecycle.Used(amounts, kind, grants.label(part, "part"), grants.label(key, "used.key")), by=by)
+        priced = None
+        if self._prices is not None and "cost" not in amounts:
+            cost = self._prices.cost(self.envelope.execution.target.id, amounts)
+            if cost is not None:
+                amounts["cost"], priced = cost, self._prices.version
+        fact = lifecycle.Used(amounts, kind, grants.label(part, "part"), grants.label(key, "used.key"), priced)
+        said = await self._say(fact, by=by)
+        self._journal.counters["violations"] += len([fact for fact in said if isinstance(fact, lifecycle.Violation)])
 
     async def oblige(self, name: str, state: str, text: str | None = None, *, by: str | None = None) -> None:
         """How far an obligation has come: ``acknowledged``, ``fulfilled``, ``failed`` or ``waived``; `text` says how,
@@ -293,11 +306,11 @@ class Admission:
         if self._record.ungranted and self._record.bound is None:
             self._journal.counters["ungranted"] += 1
 
-    async def _say(self, fact: Fact, *, by: str | None = None) -> None:
+    async def _say(self, fact: Fact, *, by: str | None = None) -> Sequence[EventData]:
         async def plan(record: Record) -> _Plan:
             return _Plan([fact])
 
-        await self._write(plan, by=by)
+        return await self._write(plan, by=by)
 
     async def _write(self, plan: Callable[[Record], Awaitable[_Plan]], *, by: str | None) -> Sequence[EventData]:
         """Record what is planned for the newest record; read and plan again when another writer was first."""
@@ -327,8 +340,8 @@ class Admission:
             try:
                 if said:
                     writes = [(record, said), *planned.older]
-                    await self._journal.write(writes, by=by or self._by, siblings=planned.siblings)
-                    return said
+                    beyond = await self._journal.write(writes, by=by or self._by, siblings=planned.siblings)
+                    return [*said, *beyond]
             except SequenceConflict:
                 self._record = await self._journal.read(self.id)
                 continue

@@ -12,19 +12,22 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final, Literal, Self, TypeAlias
 
 import anyio
 import msgspec
 import uuid_utils
 
+from execution_envelope import approvals as approving
 from execution_envelope import decision as decisions
 from execution_envelope import lifecycle
 from execution_envelope.admission import Admission
+from execution_envelope.approvals import Approvals, expired, until
 from execution_envelope.blocking import BlockingController
+from execution_envelope.budgets import Budgets
 from execution_envelope.credentials import scrub, shown
 from execution_envelope.decision import Hook, Mode
-from execution_envelope.envelope import Ask, SealedEnvelope, key_digest, seal, timestamp
+from execution_envelope.envelope import Ask, Envelope, SealedEnvelope, Subject, key_digest, seal, timestamp
 from execution_envelope.errors import (
     Denied,
     Exported,
@@ -34,22 +37,27 @@ from execution_envelope.errors import (
     KeyConflict,
     LedgerUnavailable,
     NotFound,
+    NotHeld,
     Refused,
     Unidentified,
 )
-from execution_envelope.hooks import Decided, HookChain
+from execution_envelope.hooks import HookChain
 from execution_envelope.journal import Journal
+from execution_envelope.judge import Judge, Judgement, Plan
 from execution_envelope.ledger import AttemptedRequest, Ledger, open_ledger
-from execution_envelope.ledger.commit import KeyRow, KeyTaken, SequenceConflict
+from execution_envelope.ledger.commit import BudgetExhausted, KeyRow, KeyTaken, SequenceConflict
 from execution_envelope.ledger.contract import Conservation
 from execution_envelope.lifecycle import EventData
-from execution_envelope.process import Process
-from execution_envelope.reconciliation import Leases, Liveness, Prober, Reconciliation, ask_owner, of_process
+from execution_envelope.reconciler import Reconciler
+from execution_envelope.reconciliation import Prober, Reconciliation
 from execution_envelope.record import Record
 
 #: Attempted requests a process records in a second, and at once; the rest are counted as dropped.
 ATTEMPTED_PER_SECOND: Final = 20
 ATTEMPTED_BURST: Final = 100
+
+#: Checks the facets of an envelope. Raises `InvalidField` naming the facet.
+FacetCheck: TypeAlias = Callable[[Envelope], None]
 
 
 def _utc_now() -> datetime:
@@ -65,11 +73,13 @@ class AdmissionController:
 
     `component` is the name under which this backend records. `hooks` are deciders and observers, in order; `mode`
     *shadow* records what they say and refuses nothing, nor does a grant beyond a limit raise then. `deadline` bounds
-    all deciders of a request together, in seconds. `check_after` is when reconciliation asks after a bound execution whose
-    owner named no time. `write_modes` says for each kind when a fact is acknowledged: ``strict`` (after the disk; the
-    default, and always with an idempotency key), ``relaxed:50`` (at once, on disk within 50 ms: a crash may lose that
-    much) or ``spool`` (as strict, but while the ledger is away it goes to the file `spool`, to be stored in order when
-    the ledger answers again). Clock and ids are injected for tests. Nothing is opened before the first request.
+    all deciders of a request together, in seconds. `budgets` and `approvals` are as they are, or a function that says
+    what they are now. `facets` checks those of each request. `check_after` is when reconciliation asks after a bound
+    execution whose owner named no time. `write_modes` says for each kind when a fact is acknowledged: ``strict`` (after
+    the disk; the default, and always with an idempotency key or a budget), ``relaxed:50`` (at once, on disk within
+    50 ms: a crash may lose that much) or ``spool`` (as strict, but while the ledger is away it goes to the file
+    `spool`, to be stored in order when the ledger answers again). Clock and ids are injected for tests. Nothing is
+    opened before the first request.
     """
 
     def __init__(
@@ -83,6 +93,9 @@ class AdmissionController:
         check_after: timedelta = timedelta(minutes=10),
         write_modes: Mapping[str, str] | None = None,
         spool: str | Path | None = None,
+        budgets: Budgets | Callable[[], Budgets] | None = None,
+        approvals: Approvals | Callable[[], Approvals] | None = None,
+        facets: FacetCheck | None = None,
         clock: Callable[[], datetime] = _utc_now,
         new_id: Callable[[], str] = _new_id,
     ) -> None:
@@ -92,17 +105,30 @@ class AdmissionController:
         self._journal = Journal(ledger, component=component, clock=clock, modes=write_modes, spool=spool)
         self._hooks = HookChain(hooks, deadline=deadline, counters=self._journal.counters)
         self._mode: Mode = mode
+        self._judge = Judge(
+            self._hooks,
+            self._journal,
+            mode=mode,
+            budgets=_provided(budgets, Budgets()),
+            approvals=_provided(approvals, Approvals()),
+        )
+        self._facets = facets
         self._check_after = check_after
         self._new_id = new_id
         #: Admissions that may be recorded though their callers were told that the ledger is away.
         self._unanswered: set[str] = set()
-        self._leases = Leases()
+        self._reconciler = Reconciler(self._journal)
         self._tokens = float(ATTEMPTED_BURST)
         self._refilled = time.monotonic()
 
     @property
     def component(self) -> str:
         return self._journal.component
+
+    @property
+    def hooks(self) -> Sequence[Hook]:
+        """Deciders and observers, in order."""
+        return self._hooks.hooks
 
     @property
     def counters(self) -> Counter[str]:
@@ -131,9 +157,12 @@ class AdmissionController:
 
     async def begin(self, ask: Ask) -> Admission:
         """The way into the block, for integrations that call `Admission.leave` themselves."""
+        return await self._admitted(ask)
+
+    async def _admitted(self, ask: Ask, *, must_decide: bool = False) -> Admission:
         await self._settle()
         try:
-            return await self._begin(ask)
+            return await self._begin(ask, must_decide=must_decide)
         except (InvalidField, Unidentified, KeyConflict) as refusal:
             status = refusal.status if isinstance(refusal, Refused) else InvalidAsk.status
             reason = refusal.type if isinstance(refusal, Refused) else InvalidAsk.type
@@ -144,45 +173,105 @@ class AdmissionController:
             self.counters["unavailable"] += 1
             raise
 
-    async def _begin(self, ask: Ask) -> Admission:
+    async def _begin(self, ask: Ask, *, must_decide: bool = False) -> Admission:
         # 1. Seal: five families, validated, without credentials, in canonical form.
         sealed = seal(await self._linked(ask), id=self._new_id(), now=self._journal.now())
+        if self._facets is not None:
+            self._facets(sealed.envelope)
         # 2. Recognise a request that was sent before.
         if sealed.key_digest is not None:
             first = await self._journal.call(self.ledger.key, sealed.key_digest)
             if first is not None:
                 return await self._again(sealed, first)
         # 3. Decide: every decider that covers the kind, within one deadline.
-        decided = await self._hooks.decide(sealed.envelope)
-        verdicts = decided.verdicts
-        # 4. Combine what they said.
-        outcome = decisions.combine(verdicts, mode=self._mode)
-        # 5. Record: envelope, verdicts, state and key in one transaction.
+        # 4. Combine what they said, with what budgets allow.
+        judgement = await self._judge.decide(sealed.envelope, must_decide=must_decide)
+        # 5. Record: envelope, verdicts, state, key and balances in one transaction.
         key = sealed.key_digest
-        if isinstance(outcome, lifecycle.Held) and key is None:
+        if isinstance(judgement.outcome, lifecycle.Held) and key is None:
             assert ask.subject is not None  # or it could not have been sealed
-            outcome = lifecycle.Held(outcome.code, outcome.message, key=sealed.envelope.id)
+            judgement = replace(judgement, outcome=msgspec.structs.replace(judgement.outcome, key=sealed.envelope.id))
             key = key_digest(ask.subject, ask.operation, sealed.envelope.id)
-        facts: list[EventData] = [
-            lifecycle.Sealed(
-                sealed.digest,
-                sealed.request_digest,
-                key,
-                sealed.redacted,
-                self._journal.mode(sealed.envelope, key).window_ms,
-            ),
-            *verdicts,
-            outcome,
-            *(_conditions(decided) if isinstance(outcome, lifecycle.Admitted) else ()),
-        ]
+        budgeted = any(isinstance(fact, lifecycle.Budgeted) for fact in judgement.conditions)
+        window = None if budgeted else self._journal.mode(sealed.envelope, key).window_ms
+        opening = lifecycle.Sealed(sealed.digest, sealed.request_digest, key, sealed.redacted, window)
         record = Record(sealed.envelope)
         try:
-            await self._record(record, facts, sealed)
+            judgement = await self._record(record, judgement, sealed, opening)
         except KeyTaken as taken:
             return await self._again(sealed, taken.row)
         self.counters["redacted"] += len(sealed.redacted)
+        if sealed.envelope.scope.hints:
+            self.counters["hints_unread"] += sum(not hooks for hooks in record.hints_read.values())
         # 6. Answer.
-        return self._answer(record, verdicts)
+        return self._answer(record, judgement.verdicts)
+
+    async def plan(self, ask: Ask) -> Plan:
+        """What would happen to a request now: nothing is recorded, reserved or admitted.
+
+        Hooks that have side effects, or do not say, are left out and named. Raises `InvalidField` and `Unidentified`.
+        """
+        sealed = seal(await self._linked(ask), id=self._new_id(), now=self._journal.now())
+        if self._facets is not None:
+            self._facets(sealed.envelope)
+        return await self._judge.plan(sealed.envelope)
+
+    async def approve(self, *reference: str, by: Subject, reason: str) -> Record:
+        """Let a held request go on, as `by`: its caller sends it again and is admitted, unless it is denied by then.
+
+        Approving is a request of its own, of kind `maintenance` and operation `envelope.approve`, and is recorded:
+        deciders say who may, and where none covers it nobody may. Raises `Denied` and `Held` of that, `NotHeld`,
+        `SelfApproval`, `NotFound` and `InvalidField`. Returns the record of the held request.
+        """
+        return await self._say_of_held("approve", reference, by, reason)
+
+    async def deny(self, *reference: str, by: Subject, reason: str) -> Record:
+        """Refuse a held request, as `by`: it stays denied. As `approve`."""
+        return await self._say_of_held("deny", reference, by, reason)
+
+    async def _say_of_held(
+        self, decision: Literal["approve", "deny"], reference: Sequence[str], by: Subject, reason: str
+    ) -> Record:
+        record = await self.read(*reference)
+        if expired(record, timestamp(self._journal.now())):
+            await self._reconciler.expire(record, self.component)
+            record = await self.read(record.id)
+        admission = await self._admitted(approving.request(record, decision, by, reason), must_decide=True)
+        try:
+            await self._approval(record, decision, admission, by, reason)
+        except BaseException as error:
+            await admission.leave(failed=(type(error).__name__, str(error)))
+            raise
+        await admission.complete(f"{decision} {record.id}")
+        return record
+
+    async def _approval(
+        self,
+        record: Record,
+        decision: Literal["approve", "deny"],
+        admission: Admission,
+        by: Subject,
+        reason: str,
+    ) -> None:
+        who, why = scrub(f"{by.type}:{by.id}"), scrub(reason)
+        while record.state == "held":
+            held = record.hold
+            hooks = held.data.hooks if held is not None and isinstance(held.data, lifecycle.Held) else ()
+            taken_up_until = timestamp(until(self._journal.now(), self._judge.approvals.valid))
+            facts: list[EventData] = [
+                lifecycle.Approval(
+                    who, decision, why, admission.id, hooks, taken_up_until if decision == "approve" else None
+                )
+            ]
+            if decision == "deny":
+                facts.append(lifecycle.Denied("approval_refused", scrub(f"refused by {who}: {why}")))
+            try:
+                await self._journal.write([(record, facts)], by=self.component)
+                return
+            except SequenceConflict:
+                fresh = await self.read(record.id)
+                record.__dict__.update(fresh.__dict__)
+        raise NotHeld(f"expected a held request, {record.id} is {record.state}", envelope_id=record.id)
 
     async def resume(self, *reference: str, by: str) -> Admission:
         """Continue an execution as yourself: ``resume(id, by=...)``, ``resume("deployment", id, by=...)``.
@@ -213,22 +302,7 @@ class AdmissionController:
                 if not await self._end_unanswered(id):
                     self._unanswered.add(id)
         await self._settle()
-        result = Reconciliation()
-        silent, leased = set[str](), set[str]()
-        for id in await self._journal.call(self.ledger.unfinished):
-            record = await self.read(id)
-            # It may have ended since it was listed.
-            if record.state == "held" or not record.is_open:
-                continue
-            liveness = await self._liveness(record, probers, everything, silent, leased)
-            if liveness is None:
-                result.waiting += 1
-                continue
-            if liveness.status == "gone" and not await self._abandon(record, liveness.evidence, by):
-                liveness = Liveness.unknown("it changed while it was asked after")
-            result.found.append((id, liveness))
-        self._leases.keep(leased)
-        return result
+        return await self._reconciler.look_after(probers, everything=everything, by=by)
 
     async def attempted(
         self, surface: str, reason: str, *, status: int, detail: str = "", request_id: str | None = None
@@ -316,8 +390,8 @@ class AdmissionController:
         self._unanswered.discard(record.id)
         if record.state == "held":
             return await self._decide_again(sealed, record)
-        if record.state == "denied":
-            self._answer(record, record.verdicts)
+        if record.state == "denied" or not any(isinstance(e.data, lifecycle.Admitted) for e in record.events):
+            self._answer(record, record.verdicts)  # raises: it was never admitted
         if unanswered and record.state == "admitted" and record.bound is None and self._is_ours(record):
             # Its caller was told that nothing was started, and has come again: the retry takes it up.
             return self._answer(record, record.verdicts)
@@ -330,10 +404,22 @@ class AdmissionController:
         self.counters["replayed"] += 1
         return self._handle(record, by=self.component, replayed=True)
 
-    async def _record(self, record: Record, facts: Sequence[EventData], sealed: SealedEnvelope | None = None) -> None:
-        """Record a decision. When nobody can be told of it, its envelope ends, or nobody else would end it."""
+    async def _record(
+        self,
+        record: Record,
+        judgement: Judgement,
+        sealed: SealedEnvelope | None = None,
+        first: lifecycle.Sealed | None = None,
+    ) -> Judgement:
+        """Record a decision, as it is, or as a denial where a budget has no room for it; which of them it was.
+
+        When nobody can be told of it, its envelope ends, or nobody else would end it.
+        """
+        facts: list[EventData] = judgement.facts if first is None else [first, *judgement.facts]
         try:
-            await self._journal.write([(record, facts)], by=self.component, sealed=sealed)
+            await self._journal.write([(record, facts)], by=self.component, sealed=sealed, within=judgement.within)
+        except BudgetExhausted as full:
+            return await self._record(record, await self._judge.full(record.envelope, judgement, full), sealed, first)
         except anyio.get_cancelled_exc_class():
             if record.state == "admitted":  # recorded all the same, by this very call
                 with anyio.CancelScope(shield=True):
@@ -341,9 +427,10 @@ class AdmissionController:
             raise
         except LedgerUnavailable:
             # The answer may have been lost and not the commit. The caller may come again with the same key.
-            if any(isinstance(fact, lifecycle.Admitted) for fact in facts):
+            if isinstance(judgement.outcome, lifecycle.Admitted):
                 self._unanswered.add(record.id)
             raise
+        return judgement
 
     def _is_ours(self, record: Record) -> bool:
         """Whether an admission that nobody could be told of is the one that we tried to record: one that was held may
@@ -390,24 +477,28 @@ class AdmissionController:
                 "expected the identity that was held, this request has other roles, delegation or authentication",
                 envelope_id=record.id,
             )
-        decided = await self._hooks.decide(record.envelope, phase="readmit")
-        verdicts = decided.verdicts
-        outcome = decisions.combine(verdicts, mode=self._mode)
-        # Whoever asks again and again gets the same verdicts: only others are news.
-        news = [verdict for verdict in verdicts if not _said(record, verdict)]
-        facts: list[EventData] = [*news] if isinstance(outcome, lifecycle.Held) else [*verdicts, outcome]
-        if isinstance(outcome, lifecycle.Admitted):
-            facts += _conditions(decided)
-        if facts:
-            try:
-                await self._record(record, facts)
-            except SequenceConflict as error:
-                raise KeyConflict(
-                    "another request with this idempotency key was decided just now, try again later",
-                    envelope_id=record.id,
-                    retryable=True,
-                ) from error
-        return self._answer(record, verdicts)
+        now = timestamp(self._journal.now())
+        if expired(record, now):
+            await self._decided([lifecycle.Expired()], record)
+            return self._answer(record, ())
+        judgement = await self._judge.decide(record.envelope, held=record)
+        if isinstance(judgement.outcome, lifecycle.Held):
+            # Whoever asks again and again gets the same verdicts: only others are news.
+            news = [verdict for verdict in judgement.verdicts if not _said(record, verdict)]
+            if news:
+                await self._decided(news, record)
+            return self._answer(record, judgement.verdicts)
+        try:
+            judgement = await self._record(record, judgement)
+        except SequenceConflict as error:
+            raise _decided_just_now(record) from error
+        return self._answer(record, judgement.verdicts)
+
+    async def _decided(self, facts: Sequence[EventData], record: Record) -> None:
+        try:
+            await self._journal.write([(record, facts)], by=self.component)
+        except SequenceConflict as error:
+            raise _decided_just_now(record) from error
 
     def _answer(self, record: Record, verdicts: Sequence[lifecycle.Verdict]) -> Admission:
         """Hand over the admission, or raise what was decided."""
@@ -419,6 +510,10 @@ class AdmissionController:
                 raise Denied(
                     fact.message or fact.code, envelope_id=record.id, reasons=reasons, retryable=fact.retryable
                 )
+            if isinstance(fact, lifecycle.Expired | lifecycle.Cancelled):
+                why = "nobody approved it in time" if isinstance(fact, lifecycle.Expired) else fact.message
+                problem = f"it was held and {record.state}: {why or 'nobody wants it any more'}; use a new key"
+                raise Denied(problem, envelope_id=record.id, reasons=reasons, retryable=False)
             if isinstance(fact, lifecycle.Held):
                 key = fact.key or record.envelope.correlation.idempotency_key or record.id
                 raise Held(fact.message or fact.code, envelope_id=record.id, reasons=reasons, idempotency_key=key)
@@ -426,50 +521,6 @@ class AdmissionController:
                 self.counters["undecided"] += fact.undecided
                 break
         return self._handle(record, by=self.component)
-
-    async def _liveness(
-        self, record: Record, probers: Mapping[str, Prober], everything: bool, silent: set[str], leased: set[str]
-    ) -> Liveness | None:
-        """What is known of an open execution's owner; None when it is not time to ask.
-
-        An owner that did not answer is asked no more in this round: `silent` holds those. `leased` takes the chains
-        whose leases were looked at.
-        """
-        bound = record.bound
-        chain, process = await self._writer(record, admitting=bound is None)
-        alive = None if process is None else process.alive()
-        if bound is None:
-            if process is not None and alive is not None:
-                return of_process(process, alive)
-            if chain is None:
-                return Liveness.unknown("the chain that its admission is in is not there")
-            leased.add(chain)
-            return self._leases.liveness(chain, await self._journal.call(self.ledger.lease, chain), process)
-        if not everything and alive is not False and timestamp(self._journal.now()) < bound.check_by:
-            return None
-        prober = probers.get(bound.owner)
-        if prober is None:
-            return Liveness.unknown(f"no prober for owner {bound.owner}")
-        if bound.owner in silent:
-            return Liveness.unknown(f"owner {bound.owner} did not answer before in this round")
-        return await ask_owner(prober, record, silent)
-
-    async def _writer(self, record: Record, *, admitting: bool) -> tuple[str | None, Process | None]:
-        """The chain and the process that admitted the envelope, or those that recorded its newest event."""
-        event = record.events[-1]
-        if admitting:
-            event = next(e for e in record.events if isinstance(e.data, lifecycle.Admitted))
-        chain = await self._journal.call(self.ledger.chain_of, record.id, event.sequence)
-        return chain, None if chain is None else await self._journal.call(self.ledger.writer, chain)
-
-    async def _abandon(self, seen: Record, evidence: str, by: str) -> bool:
-        """End it, unless anything was recorded since it was looked at."""
-        try:
-            await self._journal.write([(seen, [lifecycle.Abandoned(scrub(evidence))])], by=by)
-        except SequenceConflict:
-            return False
-        self.counters["abandoned"] += 1
-        return True
 
     def _handle(self, record: Record, *, by: str, replayed: bool = False) -> Admission:
         return Admission(
@@ -479,6 +530,7 @@ class AdmissionController:
             check_after=self._check_after,
             enforce=self._mode == "enforce",
             replayed=replayed,
+            prices=self._judge.budgets.prices,
         )
 
 
@@ -508,9 +560,18 @@ class Block:
             await self._admission.leave(cancelled=f"{name} while it was resolved")
 
 
-def _conditions(decided: Decided) -> list[EventData]:
-    """What an admission comes with: limits, and obligations."""
-    return [*decisions.limits(decided.verdicts), *decisions.attached(decided.duties)]
+def _decided_just_now(record: Record) -> KeyConflict:
+    return KeyConflict(
+        "another request with this idempotency key was decided just now, try again later",
+        envelope_id=record.id,
+        retryable=True,
+    )
+
+
+def _provided(given: Any, default: Any) -> Callable[[], Any]:
+    if callable(given):
+        return given  # type: ignore[no-any-return]
+    return lambda: default if given is None else given
 
 
 def _said(record: Record, verdict: lifecycle.Verdict) -> bool:

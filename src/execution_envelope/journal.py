@@ -16,16 +16,17 @@ import anyio.lowlevel
 import anyio.to_thread
 from anyio.lowlevel import RunVar
 
+from execution_envelope.budgets import consequences, over_run
 from execution_envelope.credentials import shown
 from execution_envelope.envelope import KINDS, Envelope, SealedEnvelope, timestamp
 from execution_envelope.errors import InvalidField, LedgerUnavailable, NotFound
 from execution_envelope.grant import label
 from execution_envelope.ledger import Ledger
-from execution_envelope.ledger.commit import Commit, Siblings
+from execution_envelope.ledger.commit import BudgetExhausted, Commit, Siblings
 from execution_envelope.ledger.contract import Conservation
 from execution_envelope.ledger.spool import Spool
 from execution_envelope.ledger.submission import Outcome, Submission
-from execution_envelope.lifecycle import Bound, Event, EventData, Sealed
+from execution_envelope.lifecycle import TERMINAL, Bound, Budgeted, Event, EventData, Late, Sealed, Violation
 from execution_envelope.mailbox import mailbox
 from execution_envelope.record import Record, check
 
@@ -40,6 +41,8 @@ COUNTERS: Final[Mapping[str, str]] = {
     "undecided": "requests that were admitted because no decider covers their kind",
     "replayed": "requests that were answered with an earlier admission of the same key",
     "key_conflicts": "requests that came with the idempotency key of another request",
+    "expired": "held requests that nobody approved in time",
+    "hints_unread": "governance hints of requests that no hook read",
     "redacted": "paths at which a credential was taken out before sealing",
     "ungranted": "executions that completed in their block though nobody ever granted",
     "violations": "grants beyond a limit or a parent, one for each resource",
@@ -129,6 +132,8 @@ class Journal:
         self._names: dict[str, str] = {}
         self.component = component
         self.counters: Counter[str] = Counter()
+        #: Told of what was recorded, once it is.
+        self.observed: Callable[[Record, Sequence[Event]], None] | None = None
         #: Envelopes whose end could not be recorded: id -> what `Admission.leave` was told.
         self.unsettled: dict[str, dict[str, Any]] = {}
         #: Events of writes that failed: id -> those that may be stored all the same, because only the answer was lost.
@@ -168,12 +173,40 @@ class Journal:
         by: str,
         sealed: SealedEnvelope | None = None,
         siblings: Siblings | None = None,
-    ) -> None:
+        within: frozenset[str] = frozenset(),
+    ) -> list[Violation]:
         """Record facts of one or more envelopes in one transaction, and then in the records at hand.
 
-        `sealed` and `siblings` belong to the first. Raises `IllegalTransition`, and what `Ledger.commit` raises;
-        nothing is recorded then.
+        `sealed` and `siblings` belong to the first. With the facts goes what they change in budgets. An admission has
+        to fit into the accounts `within`; what happens to an execution later is recorded in any case, with a violation
+        for what goes beyond a budget: those of budgets that are enforced are returned. Raises `IllegalTransition`, and
+        what `Ledger.commit` raises; nothing is recorded then.
         """
+        beyond: dict[str, Violation] = {}
+        while True:
+            try:
+                enforced = await self._write(
+                    writes, by=by, sealed=sealed, siblings=siblings, within=within, over=beyond
+                )
+                return [violation for account, violation in beyond.items() if account in enforced]
+            except BudgetExhausted as full:
+                if sealed is not None or full.entry.account in beyond:
+                    raise
+                # The truth is never refused.
+                beyond[full.entry.account] = over_run(full.balance, full.entry)
+
+    async def _write(
+        self,
+        writes: Sequence[tuple[Record, Sequence[EventData]]],
+        *,
+        by: str,
+        sealed: SealedEnvelope | None,
+        siblings: Siblings | None,
+        within: frozenset[str],
+        over: Mapping[str, Violation],
+    ) -> set[str]:
+        """The same, unless a budget is exhausted that is not known to be, by `over`; the accounts that are enforced."""
+        enforced: set[str] = set()
         if self._spool is not None:
             self._spool.recover()  # in a forked child, or after `close`
         by, at = _label(by) if type(by) is str else label(by), timestamp(self.now())
@@ -182,8 +215,12 @@ class Journal:
         commits = []
         for record, facts in writes:
             check(record.state, facts)
-            commits.append(Commit(record.id, record.next_sequence, at, by, facts, sealed=sealed, siblings=siblings))
-            sealed = siblings = None
+            if record.budgets:
+                facts, within = _with_budgets(record, facts, over, enforced)
+            commits.append(
+                Commit(record.id, record.next_sequence, at, by, facts, sealed=sealed, siblings=siblings, within=within)
+            )
+            sealed, siblings, within = None, None, frozenset()
         landed: list[list[list[Event]]] = []
         try:
             await self._commit(writes[0][0], commits, landed)
@@ -201,6 +238,8 @@ class Journal:
                 for (record, _), events in zip(writes, groups, strict=True):
                     for event in events:
                         record.apply(event)
+                    if self.observed is not None:
+                        self.observed(record, events)
                     if self._spool is not None and self._is_spooled(record):
                         self._remember_spooled(self._spool, record)
 
@@ -212,7 +251,10 @@ class Journal:
         """What that write recorded, by a record that was read since: nothing, or all of it."""
         events = self._unsure.pop(record.id, [])
         first = events[0].sequence if events else 0
-        return [event.data for event in events] if record.events[first : first + len(events)] == events else []
+        if record.events[first : first + len(events)] != events:
+            return []
+        # What follows from it for budgets is not what was said.
+        return [event.data for event in events if not isinstance(_fact(event.data), Budgeted)]
 
     def mode(self, envelope: Envelope, key: str | None) -> WriteMode:
         """How facts of this envelope are written; `key` is the digest of its idempotency key."""
@@ -242,6 +284,8 @@ class Journal:
         """The mode of a write; of several envelopes, and where the ledger has to check more than the order, strict."""
         if not self._modes or len(commits) > 1 or commits[0].siblings is not None:
             return STRICT
+        if record.budgets or any(isinstance(fact, Budgeted) for fact in commits[0].facts):
+            return STRICT  # the balances are changed in the same transaction
         facts = commits[0].facts
         sealed = next((fact for fact in (*facts[:1], *_first(record)) if isinstance(fact, Sealed)), None)
         mode = self.mode(record.envelope, None if sealed is None else sealed.key)
@@ -410,6 +454,26 @@ def _limiter() -> anyio.CapacityLimiter:
 
 #: Names are few, and each is looked through for credentials.
 _label: Final = lru_cache(maxsize=256)(cast("Callable[[str], str]", label))
+
+
+def _fact(data: EventData) -> EventData:
+    return data.fact if isinstance(data, Late) else data
+
+
+def _with_budgets(
+    record: Record, facts: Sequence[EventData], over: Mapping[str, Violation], enforced: set[str]
+) -> tuple[Sequence[EventData], frozenset[str]]:
+    """The facts with what they change in budgets, before an end; and the accounts that must have room for it."""
+    change = consequences(record, facts)
+    if change is None:
+        return facts, frozenset()
+    raised = {entry.account for entry in change.entries if entry.reserved + entry.spent > 0}
+    enforced |= {entry.account for entry in change.entries if not entry.shadow}
+    added: list[EventData] = [change, *(over[account] for account in sorted(raised & over.keys()))]
+    if not record.is_open:
+        added = [fact if isinstance(fact, Late) else Late(fact) for fact in added]
+    end = next((place for place, fact in enumerate(facts) if fact.type in TERMINAL), len(facts))
+    return [*facts[:end], *added, *facts[end:]], frozenset(raised - over.keys())
 
 
 def _first(record: Record) -> Sequence[EventData]:
