@@ -436,7 +436,7 @@ async def test_a_clock_that_jumps_disturbs_neither_order_nor_leases(tmp_path: Pa
     ]
     watch = [0.0]
     for controller in controllers:
-        controller._leases = Leases(lambda: watch[0])
+        controller._reconciler._leases = Leases(lambda: watch[0])
     ids: dict[str, int] = {}
 
     async def work(controller: AdmissionController, number: int) -> None:
@@ -470,7 +470,7 @@ async def test_a_clock_that_jumps_disturbs_neither_order_nor_leases(tmp_path: Pa
         times = [event.at for event in record.events]
         assert len(set(times)) > 1 and record.is_open == bool(number % 5)
     # A lease runs out by a clock that nobody sets: not by a jump.
-    leases, process = controllers[0]._leases, next(iter(controllers[0].ledger.chains())).id
+    leases, process = controllers[0]._reconciler._leases, next(iter(controllers[0].ledger.chains())).id
     leases.liveness(process, 1, None)
     watch[0] += PATIENCE - 1
     assert leases.liveness(process, 1, None).status == "unknown"

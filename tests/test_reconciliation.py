@@ -65,7 +65,7 @@ async def test_an_admission_of_another_host_is_abandoned_when_its_lease_runs_out
 ) -> None:
     theirs, ours = AdmissionController(elsewhere), AdmissionController.open(f"sqlite:///{tmp_path}/l.db")
     watch = Watch()
-    ours._leases = Leases(watch)
+    ours._reconciler._leases = Leases(watch)
     admission = await theirs.begin(ask())
     elsewhere.commit()  # behind it the writer has renewed its lease
     chain = elsewhere.chain_of(admission.id, 1)
@@ -91,7 +91,7 @@ async def test_an_admission_in_a_chain_that_its_process_left_lives_as_long_as_th
 ) -> None:
     theirs, ours = AdmissionController(elsewhere), AdmissionController.open(f"sqlite:///{tmp_path}/l.db")
     watch = Watch()
-    ours._leases = Leases(watch)
+    ours._reconciler._leases = Leases(watch)
     admission = await theirs.begin(ask())
     elsewhere.commit()  # behind it the writer has renewed its lease
     if how == "moved over":

@@ -242,6 +242,7 @@ class Journal:
                         self.observed(record, events)
                     if self._spool is not None and self._is_spooled(record):
                         self._remember_spooled(self._spool, record)
+        return enforced
 
     def unsure(self, id: str) -> bool:
         """Whether the last write of this envelope failed, and may be stored all the same."""
