@@ -41,6 +41,7 @@ from execution_envelope.testing import FakeClock
 PAGE = Path(__file__).parent.parent / "docs" / "reference" / "cli.md"
 COMMANDS = (
     *("", "list", "show", "verify", "tail"),
+    *("hooks", "plan", "approve", "deny", "budgets"),
     *("keygen", "checkpoint", "prove", "check"),
     *("project", "rebuild", "coverage"),
     *("migrate", "segment", "segment new", "segment list", "segment export", "segment check", "segment drop"),

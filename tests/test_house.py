@@ -18,7 +18,7 @@ CORE = "execution_envelope"
 ORDER = """
 version errors credentials resources values envelope lifecycle delta record decision process mailbox threads hooks grant
 budgets approvals ledger reconciliation observers journal reconciler judge admission blocking controller facets policy telemetry adapters integrations
-review presentation cli_shared cli_proof cli_projection cli_upkeep cli testing
+review presentation cli_shared cli_admission cli_proof cli_projection cli_upkeep cli testing
 """
 LEDGER_ORDER = """
 merkle chain projection schema exports commit submission contract writer spool sqlite_database sqlite_segments
@@ -36,6 +36,7 @@ OPTIONAL = {
     "review",
     "cli",
     "cli_shared",
+    "cli_admission",
     "cli_proof",
     "cli_projection",
     "cli_upkeep",

@@ -8,7 +8,7 @@ from execution_envelope.presentation.data import attempted_data, details, entry_
 from execution_envelope.presentation.facts import ChainStatus
 from execution_envelope.presentation.lists import attempted_table, entry_line, finding_text, list_row, list_table
 from execution_envelope.presentation.sheet import sheet
-from execution_envelope.presentation.text import clean, counted
+from execution_envelope.presentation.text import clean, counted, when
 
 __all__ = [
     "ChainStatus",
@@ -24,5 +24,6 @@ __all__ = [
     "list_table",
     "sheet",
     "summary",
+    "when",
     "whole",
 ]

@@ -70,6 +70,9 @@ def sheet(
         *_standing(record, held),
         *_section("route", _route(record, held)),
         *_section("verdicts", _verdicts(record)),
+        *_section("hints", _hints(record)),
+        *_section("obligations", _obligations(record)),
+        *_section("budgets", _budgets(record)),
         *_section("noted", _noted(record)),
         _title("timeline"),
         _timeline(record),
@@ -312,6 +315,10 @@ def _standing(record: Record, held: Sequence[Part]) -> Iterator[RenderableType]:
         facts.append(safe(f"held now: {amounts(record.held) or 'nothing'}; granted: {amounts(record.granted)}"))
     for name, (amount, hook) in record.limits.items():
         facts.append(safe(f"limit: at most {name} {human(name, amount)}, set by {hook}"))
+    for name, (values, hook) in record.allowed.items():
+        facts.append(safe(f"limit: {name} only {' or '.join(map(plain_value, values))}, set by {hook}"))
+    if record.state == "held" and record.hold is not None:
+        facts += [safe(line) for line in _waiting(record)]
     unstated = sum(difference.unstated for difference in record.differences)
     if unstated:
         facts.append(Text(f"unstated: {unstated} without a reason given", style="red"))
@@ -321,6 +328,19 @@ def _standing(record: Record, held: Sequence[Part]) -> Iterator[RenderableType]:
         yield _inset(Group(*facts))
     if any(part.name for part in held):
         yield _each_part(record, held)
+
+
+def _waiting(record: Record) -> Iterator[str]:
+    """What a held request waits for."""
+    hold, approval = record.hold, record.approval
+    assert hold is not None
+    if approval is not None and approval.sequence > hold.sequence:
+        yield sentence(approval.data)
+        yield "its caller has to send it again, with the same key"
+    else:
+        expires = getattr(hold.data, "expires_at", None)
+        until = f" until {when(expires)}" if expires else ""
+        yield f"it waits for approval{until}: envelope approve {record.id} --reason WHY"
 
 
 def _each_part(record: Record, held: Sequence[Part]) -> RenderableType:
@@ -382,9 +402,53 @@ def _verdicts(record: Record) -> Iterator[tuple[Text, Text]]:
             said.append(f": {clean(verdict.message)}")
         if verdict.limits:
             said.append(f"; at most {amounts(verdict.limits)}")
+        for name, values in verdict.allowed.items():
+            said.append(clean(f"; {name} only {' or '.join(map(plain_value, values))}"))
+        if verdict.policies:
+            said.append(clean(f"; by {', '.join(verdict.policies)}"))
+        if verdict.revision:
+            said.append(clean(f"; revision {verdict.revision}"), style="dim")
+        for error in verdict.errors:
+            said.append(clean(f"; {error}"), style="red")
+        if verdict.answer:
+            said.append(clean(f"; answered {verdict.answer}"), style="dim")
         if verdict.retryable:
             said.append("; trying later can help", style="dim")
+        if verdict.shadow:
+            said.append("; in shadow, not enforced", style="yellow")
         yield styled(verdict.decision), said
+
+
+def _hints(record: Record) -> Iterator[tuple[Text, Text]]:
+    """Who read each governance hint, and what they made of the request then."""
+    said = {verdict.hook: verdict for verdict in record.verdicts}
+    for name, hooks in record.hints_read.items():
+        if not hooks:
+            yield safe(name), Text("read by no hook", style="red")
+            continue
+        made = []
+        for hook in hooks:
+            limits = f", at most {amounts(said[hook].limits)}" if said[hook].limits else ""
+            made.append(f"{hook}: {said[hook].decision}{limits}")
+        yield safe(name), safe("read by " + "; ".join(made))
+
+
+def _obligations(record: Record) -> Iterator[tuple[Text, Text]]:
+    for name, duty in record.obligations.items():
+        waits = name in record.open_obligations
+        said = Text(f"{duty.state}", style="red" if waits else "green")
+        said.append(clean(f", attached by {duty.hook}" + ("" if duty.required else ", optional")))
+        if duty.text:
+            said.append(clean(f": {duty.text}"))
+        yield safe(name), said
+
+
+def _budgets(record: Record) -> Iterator[tuple[Text, Text]]:
+    for entry in record.budgets.values():
+        said = f"{human(entry.resource, entry.reserved)} reserved, {human(entry.resource, entry.spent)} spent"
+        unknown = ", amount unknown" if entry.unknown else ""
+        of = f" of {human(entry.resource, entry.limit)} {entry.resource} ({entry.window}){unknown}"
+        yield safe(entry.account), safe(said + of + (", not enforced" if entry.shadow else ""))
 
 
 def _noted(record: Record) -> Iterator[tuple[Text, Text]]:
