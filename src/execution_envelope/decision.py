@@ -179,16 +179,43 @@ class Decider(Protocol):
     def decide(self, envelope: Envelope) -> Decision | Awaitable[Decision]: ...
 
 
+class Observation:
+    """What observers are told: new `events` of an `envelope`, in order, and the `state` after the last of them.
+
+    `record` is as it was when they were recorded, as far as the process that recorded them knew it.
+    """
+
+    __slots__ = ("_before", "_record", "envelope", "events", "state")
+
+    def __init__(self, record: Record, events: Sequence[Event]) -> None:
+        self.envelope = record.envelope
+        self.events = events
+        self.state = record.state
+        # Events are only ever added to the list: its beginning stays as it is, and nothing has to be copied.
+        self._before = (record.events, len(record.events))
+        self._record: Record | None = None
+
+    @property
+    def history(self) -> Sequence[Event]:
+        """Every event up to these, with them."""
+        events, length = self._before
+        return events[:length]
+
+    @property
+    def record(self) -> Record:
+        """Made from the history when it is first asked for: reading it costs more than telling of it."""
+        if self._record is None:
+            self._record = Record(self.envelope, self.history)
+        return self._record
+
+
 @runtime_checkable
 class Observer(Protocol):
-    """Told of every event, after it is stored. `observe` runs in a thread of its own, and raises to nobody.
-
-    `record` is as it was when these events were recorded, as far as the process that recorded them knew it.
-    """
+    """Told of every event, after it is stored. `observe` runs in a thread of its own, and raises to nobody."""
 
     @property
     def declaration(self) -> Declaration: ...
-    def observe(self, record: Record, events: Sequence[Event]) -> None: ...
+    def observe(self, observation: Observation) -> None: ...
 
 
 Hook: TypeAlias = Decider | Observer
