@@ -267,7 +267,7 @@ class _Asker:
             revision=None if decision.revision is None else scrub(decision.revision, field=f"{path}.revision"),
             policies=_texts(decision.policies, f"{path}.policies"),
             errors=_texts(decision.errors, f"{path}.errors"),
-            hints=_texts(read if decision.hints is None else decision.hints, f"{path}.hints"),
+            hints=_texts(list(read) if decision.hints is None else decision.hints, f"{path}.hints"),
             answer=None if decision.answer is None else scrub(decision.answer[:MAX_ANSWER], field=f"{path}.answer"),
         )
         return verdict, _duties(decision.obligations, path) if decision.obligations else ()
