@@ -43,7 +43,11 @@ class Observers:
         self._observers = tuple(observers)
         self._counters = counters
         self._report = report
-        self._forget()
+        #: Guards what is counted here, by several threads, and who watches.
+        self._lock = threading.Lock()
+        self._watching: dict[str, _Watching] = {}
+        #: Kind -> those that cover it.
+        self._covering: dict[str, tuple[_Watching, ...]] = {}
         _all.add(self)
 
     def tell(self, record: Record, events: Sequence[Event]) -> None:
@@ -84,11 +88,8 @@ class Observers:
         return covering
 
     def _forget(self) -> None:
-        #: Guards what is counted here, by several threads, and who watches.
         self._lock = threading.Lock()
-        self._watching: dict[str, _Watching] = {}
-        #: Kind -> those that cover it.
-        self._covering: dict[str, tuple[_Watching, ...]] = {}
+        self._watching, self._covering = {}, {}
 
 
 class _Watching:
