@@ -200,8 +200,10 @@ def test_every_commit_is_counted_when_threads_tell_and_close() -> None:
 
     def tell(who: int) -> None:
         while not stop.is_set():
-            observers.tell(record, record.events[:2])
-            told[who] += 1
+            for _ in range(20):
+                observers.tell(record, record.events[:2])
+            told[who] += 20
+            time.sleep(0.001)
 
     threads = [threading.Thread(target=tell, args=(who,)) for who in range(3)]
     for thread in threads:
