@@ -308,12 +308,11 @@ class Budgets:
                 asked, most = human(budget.resource, amount), human(budget.resource, budget.limit)
                 text = f"{budget.resource} {asked} is more than budget {account} ever allows, {most}"
                 refused.append(Refusal(budget, account, "resource_forbidden", text))
-                if budget.mode == "enforce" or not isinstance(amount, int):
+                if not isinstance(amount, int):
                     continue
             assert isinstance(amount, int)
-            entries.append(
-                BudgetEntry(account, window(budget.window, now), budget.resource, budget.limit, amount, 0, unknown)
-            )
+            place = (account, window(budget.window, now), budget.resource)
+            entries.append(BudgetEntry(*place, budget.limit, amount, 0, unknown, budget.mode == "shadow"))
             if budget.mode == "enforce":
                 within.add(account)
         return Reservation(tuple(entries), frozenset(within), tuple(refused))
@@ -352,7 +351,7 @@ def consequences(record: Record, facts: Sequence[EventData]) -> Budgeted | None:
         reserved, spent, unknown = standing(after, Key(*key))
         change = (reserved - has.reserved, spent - has.spent, unknown - has.unknown)
         if any(change):
-            entries.append(BudgetEntry(*key, has.limit, *change))
+            entries.append(BudgetEntry(*key, has.limit, *change, has.shadow))
     return Budgeted("settle" if ended else "adjust", tuple(entries)) if entries else None
 
 
