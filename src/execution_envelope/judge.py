@@ -135,7 +135,7 @@ class Judge:
             return judgement
         conditions: list[EventData] = [*decisions.limits(verdicts), *decisions.attached(decided.duties)]
         budgets = self._budgets()
-        if not budgets:
+        if not budgets or must_decide:  # an approval takes nothing
             return replace(judgement, conditions=conditions) if conditions else judgement
         return await self._within_budgets(envelope, replace(judgement, conditions=conditions), budgets, now)
 
