@@ -281,6 +281,20 @@ async def test_a_token_in_a_reason_is_not_recorded() -> None:
     assert token not in str(own.envelope) and not any(token in str(event) for event in own.events)
 
 
+def test_without_an_event_loop_it_is_the_same() -> None:
+    house = House()
+    seam = house.controller.blocking()
+    assert seam.plan(ask(scope=PROD)).outcome == "held"
+    with pytest.raises(Held) as first, seam.admit(ask(scope=PROD)):
+        pass
+    with pytest.raises(Held) as second, seam.admit(ask(scope=PROD)):
+        pass
+    assert seam.deny(second.value.envelope_id or "", by=KIM, reason="no").state == "denied"
+    assert seam.approve(first.value.envelope_id or "", by=KIM, reason="yes").state == "held"
+    with seam.admit(ask(scope=PROD, idempotency_key=first.value.idempotency_key)) as admission:
+        assert admission.id == first.value.envelope_id
+
+
 def test_times_are_longer_than_none() -> None:
     for name in ("expires", "valid"):
         with pytest.raises(InvalidField) as refused:

@@ -10,7 +10,8 @@ from typing import Any, Final, Protocol
 from anyio.from_thread import BlockingPortalProvider
 
 from execution_envelope.admission import Admission
-from execution_envelope.envelope import Ask
+from execution_envelope.envelope import Ask, Subject
+from execution_envelope.judge import Plan
 from execution_envelope.record import Record
 
 
@@ -20,6 +21,9 @@ class Seam(Protocol):
     def admit(self, ask: Ask) -> AbstractAsyncContextManager[Admission]: ...
     async def resume(self, *reference: str, by: str) -> Admission: ...
     async def read(self, *reference: str) -> Record: ...
+    async def plan(self, ask: Ask) -> Plan: ...
+    async def approve(self, *reference: str, by: Subject, reason: str) -> Record: ...
+    async def deny(self, *reference: str, by: Subject, reason: str) -> Record: ...
 
 
 class BlockingController:
@@ -46,6 +50,21 @@ class BlockingController:
         with self._portals as portal:
             return portal.call(self._controller.read, *reference)
 
+    def plan(self, ask: Ask) -> Plan:
+        """What would happen to a request now, as `AdmissionController.plan`."""
+        with self._portals as portal:
+            return portal.call(self._controller.plan, ask)
+
+    def approve(self, *reference: str, by: Subject, reason: str) -> Record:
+        """Let a held request go on, as `AdmissionController.approve`."""
+        with self._portals as portal:
+            return portal.call(partial(self._controller.approve, *reference, by=by, reason=reason))
+
+    def deny(self, *reference: str, by: Subject, reason: str) -> Record:
+        """Refuse a held request, as `AdmissionController.deny`."""
+        with self._portals as portal:
+            return portal.call(partial(self._controller.deny, *reference, by=by, reason=reason))
+
 
 class BlockingAdmission:
     """`Admission` without an event loop. Its facts and properties are those of `Admission`, by the same names."""
@@ -59,6 +78,7 @@ class BlockingAdmission:
             "release",
             "ready",
             "used",
+            "oblige",
             "reject",
             "complete",
             "fail",

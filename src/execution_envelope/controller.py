@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Any, Final, Literal, Self, TypeAlias
 
 import anyio
+import anyio.to_thread
 import msgspec
 import uuid_utils
 
@@ -48,6 +49,7 @@ from execution_envelope.ledger import AttemptedRequest, Ledger, open_ledger
 from execution_envelope.ledger.commit import BudgetExhausted, KeyRow, KeyTaken, SequenceConflict
 from execution_envelope.ledger.contract import Conservation
 from execution_envelope.lifecycle import EventData
+from execution_envelope.observers import Observers
 from execution_envelope.reconciler import Reconciler
 from execution_envelope.reconciliation import Prober, Reconciliation
 from execution_envelope.record import Record
@@ -104,6 +106,9 @@ class AdmissionController:
         self.ledger = ledger
         self._journal = Journal(ledger, component=component, clock=clock, modes=write_modes, spool=spool)
         self._hooks = HookChain(hooks, deadline=deadline, counters=self._journal.counters)
+        self._observers = Observers(self._hooks.observers, self.counters, self._report)
+        if self._hooks.observers:
+            self._journal.observed = self._observers.pass_on
         self._mode: Mode = mode
         self._judge = Judge(
             self._hooks,
@@ -339,8 +344,14 @@ class AdmissionController:
         return BlockingController(self)
 
     async def aclose(self) -> None:
-        """Let go of the ledger; a later call opens it again."""
+        """Tell observers what they wait for, and let go of the ledger; a later call opens it again."""
+        if self._hooks.observers:
+            await anyio.to_thread.run_sync(self._observers.close)
         await self._journal.call(self._journal.close)
+
+    def _report(self, id: str, failure: lifecycle.Error) -> None:
+        """An observer failed, for the first time with this envelope."""
+        self._journal.record_beside(id, failure, by=self.component)
 
     # Steps
 

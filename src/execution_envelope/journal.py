@@ -18,15 +18,16 @@ from anyio.lowlevel import RunVar
 
 from execution_envelope.budgets import consequences, over_run
 from execution_envelope.credentials import shown
+from execution_envelope.decision import Observation
 from execution_envelope.envelope import KINDS, Envelope, SealedEnvelope, timestamp
 from execution_envelope.errors import InvalidField, LedgerUnavailable, NotFound
 from execution_envelope.grant import label
 from execution_envelope.ledger import Ledger
-from execution_envelope.ledger.commit import BudgetExhausted, Commit, Siblings
+from execution_envelope.ledger.commit import BudgetExhausted, Commit, SequenceConflict, Siblings
 from execution_envelope.ledger.contract import Conservation
 from execution_envelope.ledger.spool import Spool
 from execution_envelope.ledger.submission import Outcome, Submission
-from execution_envelope.lifecycle import TERMINAL, Bound, Budgeted, Event, EventData, Late, Sealed, Violation
+from execution_envelope.lifecycle import TERMINAL, Bound, Budgeted, Event, EventData, Fact, Late, Sealed, Violation
 from execution_envelope.mailbox import mailbox
 from execution_envelope.record import Record, check
 
@@ -76,6 +77,9 @@ _LOOK_AGAIN: Final = 0.005
 
 #: The longest window of a relaxed write, in milliseconds.
 MAX_WINDOW_MS: Final = 60_000
+
+#: How often a fact that is recorded beside others is tried again when other writers come first.
+_TRIES: Final = 8
 
 _turns: RunVar[anyio.CapacityLimiter] = RunVar("execution_envelope.ledger_calls")
 _keepers: RunVar[anyio.Lock] = RunVar("execution_envelope.keepers")
@@ -136,8 +140,8 @@ class Journal:
         self._names: dict[str, str] = {}
         self.component = component
         self.counters: Counter[str] = Counter()
-        #: Told of what was recorded, once it is.
-        self.observed: Callable[[Record, Sequence[Event]], None] | None = None
+        #: Told of what was recorded, once it is stored.
+        self.observed: Callable[[Observation], None] | None = None
         #: Envelopes whose end could not be recorded: id -> what `Admission.leave` was told.
         self.unsettled: dict[str, dict[str, Any]] = {}
         #: Events of writes that failed: id -> those that may be stored all the same, because only the answer was lost.
@@ -226,8 +230,9 @@ class Journal:
             )
             sealed, siblings, within = None, None, frozenset()
         landed: list[list[list[Event]]] = []
+        stored = None if self.observed is None else _Stored(self.observed)
         try:
-            await self._commit(writes[0][0], commits, landed)
+            await self._commit(writes[0][0], commits, landed, stored)
         except LedgerUnavailable:
             self._unsure |= {commit.envelope: commit.events() for commit in commits}
             while len(self._unsure) > MAX_REMEMBERED:
@@ -242,8 +247,8 @@ class Journal:
                 for (record, _), events in zip(writes, groups, strict=True):
                     for event in events:
                         record.apply(event)
-                    if self.observed is not None:
-                        self.observed(record, events)
+                    if stored is not None and events:
+                        stored.tell(Observation(record, events))
                     if self._spool is not None and self._is_spooled(record):
                         self._remember_spooled(self._spool, record)
         return enforced
@@ -298,18 +303,26 @@ class Journal:
             return STRICT
         return mode
 
-    async def _commit(self, record: Record, commits: Sequence[Commit], landed: list[list[list[Event]]]) -> None:
-        """Acknowledge as the mode says; what is recorded comes into `landed`, also when the caller is cancelled."""
+    async def _commit(
+        self, record: Record, commits: Sequence[Commit], landed: list[list[list[Event]]], stored: _Stored | None
+    ) -> None:
+        """Acknowledge as the mode says; what is recorded comes into `landed`, also when the caller is cancelled.
+
+        What is acknowledged before it is stored is not told to observers before either.
+        """
         if self.inline:
             landed.append(self.ledger.commit(*commits))
             return
         mode = self._mode(record, commits)
         if mode.window_ms is not None:
             await anyio.lowlevel.checkpoint()  # where others get a turn, since nothing else is waited for
+            heard = self._heard if stored is None else stored.waits_for(self._heard)
             try:
-                self.ledger.submit(Submission(commits, self._heard, mode.window_ms / 1000))
+                self.ledger.submit(Submission(commits, heard, mode.window_ms / 1000))
             except LedgerUnavailable:
                 # It does not keep up: whoever comes now has to wait, as one who is strict.
+                if stored is not None:
+                    stored.waits = False
                 await self._stored(commits, landed)
             else:
                 landed.append([commit.events() for commit in commits])
@@ -330,6 +343,27 @@ class Journal:
                     raise
                 self._spool.away = True
                 await self._keep(self._spool, commits, landed)
+
+    def record_beside(self, id: str, fact: Fact, *, by: str) -> None:
+        """Record a fact from a thread without an event loop, best effort. Raises what reading and `commit` raise."""
+        for _ in range(_TRIES):
+            stored = self.ledger.read(id)
+            if stored is None:
+                return
+            record = stored.record()
+            said: list[EventData] = [fact if record.is_open else Late(fact)]
+            check(record.state, said)
+            commit = Commit(id, record.next_sequence, timestamp(self.now()), label(by), said)
+            try:
+                [events] = self.ledger.commit(commit)
+            except SequenceConflict:
+                continue
+            for event in events:
+                record.apply(event)
+            if self.observed is not None:
+                self.observed(Observation(record, events))
+            return
+        raise LedgerUnavailable(f"expected to record a fact, other writers came first {_TRIES} times")
 
     async def _keep(self, spool: Spool, commits: Sequence[Commit], landed: list[list[list[Event]]]) -> None:
         def keep() -> None:
@@ -438,6 +472,44 @@ class Journal:
         if found is None:
             raise NotFound(f"expected an envelope, none is bound to {shown(reference, 200)}")
         return found
+
+
+class _Stored:
+    """Tells observers of what is recorded, but not before it is stored."""
+
+    def __init__(self, tell: Callable[[Observation], None]) -> None:
+        self._tell = tell
+        self._lock = threading.Lock()
+        #: Whether it is acknowledged before it is stored; then what is to be told once it is.
+        self.waits = False
+        self._waiting: list[Observation] = []
+
+    def waits_for(self, heard: Callable[[Outcome], None]) -> Callable[[Outcome], None]:
+        """What is told of the outcome, in place of `heard`."""
+        self.waits = True
+
+        def hear(outcome: Outcome) -> None:
+            heard(outcome)
+            with self._lock:
+                self.waits, waiting = False, self._waiting
+                if isinstance(outcome, Exception):
+                    self._tell, waiting = _tell_nobody, []
+            for observation in waiting:
+                self._tell(observation)
+
+        return hear
+
+    def tell(self, observation: Observation) -> None:
+        """Now, or once it is stored; never what could not be."""
+        with self._lock:
+            if self.waits:
+                self._waiting.append(observation)
+                return
+        self._tell(observation)
+
+
+def _tell_nobody(observation: Observation) -> None:
+    """Of what was not stored."""
 
 
 def _keeping() -> anyio.Lock:

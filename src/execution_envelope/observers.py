@@ -52,16 +52,17 @@ class Observers:
 
     def tell(self, record: Record, events: Sequence[Event]) -> None:
         """Hand over what was just recorded. Returns at once, and raises nothing."""
-        if not self._observers or not events:
-            return
-        kind = record.envelope.execution.kind
+        if self._observers and events:
+            self.pass_on(Observation(record, events))
+
+    def pass_on(self, observation: Observation) -> None:
+        """The same for what was recorded a while ago."""
+        kind = observation.envelope.execution.kind
         covering = self._covering.get(kind)
         if covering is None:
             covering = self._begin(kind)
-        if covering:
-            observation = Observation(record, events)
-            for watching in covering:
-                watching.put(observation)
+        for watching in covering:
+            watching.put(observation)
 
     def close(self, timeout: float = 5.0) -> None:
         """Wait until everything is told, `timeout` seconds at most; what is left then is dropped and counted.
