@@ -1,0 +1,468 @@
+"""One policy file in YAML: rules in CEL, budgets, prices, how long approvals wait. Reloaded without a restart.
+
+``PolicyFile("policy.yaml")``: its `decider` goes to the controller's hooks, `budgets`, `prices` and `approvals` to its
+parameters of those names. Needs the extra ``policy``. All keys are in `docs/reference/policy.md`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, Final, TypeVar, cast
+
+import msgspec
+
+from execution_envelope.approvals import Approvals
+from execution_envelope.budgets import MAX_BUDGETS, Budget, Prices
+from execution_envelope.credentials import brief, invalid, shown
+from execution_envelope.decision import CODES, Decision, Declaration, Duty
+from execution_envelope.envelope import KINDS, Envelope
+from execution_envelope.errors import InvalidField
+from execution_envelope.policy.cel import ACTIONS, MATCHABLE, Action, CelRule, CelRules
+from execution_envelope.policy.expression import Expression, compile_expression, written_out
+from execution_envelope.policy.yaml_text import MAX_BYTES, read_yaml
+from execution_envelope.resources import VOCABULARY, Amount, parse_amount
+
+MAX_RULES: Final = 512
+MAX_VARIABLES: Final = 64
+#: How many values one list of `match`, or of allowed values, may have.
+MAX_VALUES: Final = 256
+MAX_NAME: Final = 128
+MAX_MESSAGE: Final = 500
+#: How many different limits, and obligations, all rules of a file may set together.
+MAX_SET: Final = 64
+#: How often a file that is watched is looked at, in seconds.
+WATCHED: Final = 1.0
+
+_logger = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+
+class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A part of the file. The fields are its keys."""
+
+
+class ObligationKeys(_Section, frozen=True):
+    """What has to be done along with the execution."""
+
+    name: str
+    text: str | None = None
+    required: bool = True
+
+
+class RuleKeys(_Section, frozen=True, rename={"message_expression": "messageExpression"}):
+    """One rule."""
+
+    name: str
+    match: dict[str, list[str]] = {}
+    when: str | None = None
+    expression: str | None = None
+    message: str | None = None
+    message_expression: str | None = None
+    reason: str | None = None
+    action: str | None = None
+    limits: dict[str, Any] = {}
+    obligations: list[ObligationKeys] = []
+
+
+class VariableKeys(_Section, frozen=True):
+    """An expression that has a name: ``variables.NAME`` stands for it in what comes after."""
+
+    name: str
+    expression: str
+
+
+class BudgetKeys(_Section, frozen=True):
+    """One budget, see `budgets.Budget`."""
+
+    name: str
+    resource: str
+    limit: Any
+    window: str = "now"
+    per: list[str] = msgspec.field(default_factory=lambda: ["tenant"])
+    match: dict[str, str | list[str]] = {}
+    kinds: list[str] | None = None
+    unknown: Any = "deny"
+    mode: str = "enforce"
+
+
+class PriceKeys(_Section, frozen=True):
+    """The price table, see `budgets.Prices`."""
+
+    version: str
+    currency: str
+    per_million: dict[str, dict[str, str | int]] = {}
+
+
+class ApprovalKeys(_Section, frozen=True):
+    """How long a hold waits, and for how long an approval may be taken up."""
+
+    expires: Any = None
+    valid: Any = None
+
+
+class FileKeys(_Section, frozen=True):
+    """The whole file."""
+
+    revision: str | None = None
+    variables: list[VariableKeys] = []
+    rules: list[RuleKeys] = []
+    budgets: list[BudgetKeys] = []
+    prices: PriceKeys | None = None
+    approval: ApprovalKeys | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """What a policy file says. `decide` is what a decider answers; `revision` names it on the record."""
+
+    rules: CelRules
+    budgets: tuple[Budget, ...]
+    prices: Prices | None
+    approvals: Approvals
+    revision: str
+
+    def decide(self, envelope: Envelope) -> Decision:
+        return self.rules.decide(envelope)
+
+
+def parse(text: str | bytes) -> Policy:
+    """Read a policy. Raises `InvalidField` with the path of what is wrong: ``policy.rules[2].expression``."""
+    try:
+        data = text if isinstance(text, bytes) else text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise invalid("policy", "expected text in UTF-8") from None
+    plain = read_yaml(data, "policy")
+    keys = _converted({} if plain is None else plain)
+    revision = keys.revision or hashlib.sha256(data).hexdigest()[:12]
+    if len(revision) > MAX_NAME:
+        raise invalid("policy.revision", f"expected up to {MAX_NAME} characters, got {len(revision)}")
+    variables = _variables(keys.variables)
+    _some(keys.rules, MAX_RULES, "policy.rules")
+    rules = [_rule(rule, f"policy.rules[{place}]", variables) for place, rule in enumerate(keys.rules)]
+    _different((rule.name for rule in rules), "policy.rules")
+    for what, names in (
+        ("limits", {name for rule in rules for name in rule.limits}),
+        ("obligations", {duty.name for rule in rules for duty in rule.obligations}),
+    ):
+        if len(names) > MAX_SET:
+            raise invalid("policy.rules", f"expected up to {MAX_SET} different {what}, got {len(names)}")
+    return Policy(
+        CelRules(rules, revision=revision), _budgets(keys.budgets), _prices(keys.prices), _approvals(keys), revision
+    )
+
+
+# The keys of the file
+
+
+#: Words of the decoder -> ours.
+_WORDS: Final = (
+    (" | null`", "`"),
+    ("`null`", "nothing"),
+    ("`object`", "keys with values"),
+    ("`array`", "a list"),
+    ("`str`", "text"),
+    ("`bool`", "true or false"),
+    ("`int`", "a number"),
+)
+_PROBLEM: Final = re.compile(r"(.*?)(?: - at `(?:key in )?\$(.*)`)?", re.S)
+
+
+def _converted(plain: Any) -> FileKeys:
+    try:
+        return msgspec.convert(plain, FileKeys)
+    except msgspec.ValidationError as error:
+        match = _PROBLEM.fullmatch(str(error))
+        said, where = (match[1], match[2] or "") if match else (str(error), "")
+        unknown = re.fullmatch(r"Object contains unknown field `(.*)`", said, re.S)
+        if unknown:
+            said, where = "expected a key that is documented, got another", f"{where}.{brief(unknown[1])}"
+        missing = re.fullmatch(r"Object missing required field `(.*)`", said)
+        if missing:
+            said = f"expected the key `{missing[1]}`, it is missing"
+        for theirs, ours in _WORDS:
+            said = said.replace(theirs, ours)
+        raise invalid(f"policy{where}", said[:1].lower() + said[1:]) from None
+    except (UnicodeError, RecursionError, ValueError) as error:
+        raise invalid("policy", f"expected plain data, {brief(str(error), 120)}") from None
+
+
+def _text(value: str, path: str, most: int) -> str:
+    if not value.strip() or len(value) > most or not value.isprintable():
+        raise invalid(path, f"expected up to {most} printable characters, got {shown(value)}")
+    return value
+
+
+def _some(values: Sequence[_T] | Mapping[Any, Any], most: int, path: str) -> None:
+    if len(values) > most:
+        raise invalid(path, f"expected up to {most}, got {len(values)}")
+
+
+def _different(names: Any, path: str) -> None:
+    twice = [name for name, times in Counter(names).items() if times > 1]
+    if twice:
+        raise invalid(path, f"expected different names, got {shown(twice[0])} again")
+
+
+def _variables(keys: Sequence[VariableKeys]) -> dict[str, str]:
+    _some(keys, MAX_VARIABLES, "policy.variables")
+    _different((one.name for one in keys), "policy.variables")
+    variables: dict[str, str] = {}
+    for place, one in enumerate(keys):
+        path = f"policy.variables[{place}]"
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,127}", one.name):
+            raise invalid(f"{path}.name", f"expected a name as in CEL, got {shown(one.name)}")
+        compile_expression(one.expression, f"{path}.expression", variables)
+        # A comment at its end would take in what comes after it.
+        variables[one.name] = f"{written_out(one.expression, f'{path}.expression', variables)}\n"
+    return variables
+
+
+def _rule(keys: RuleKeys, path: str, variables: Mapping[str, str]) -> CelRule:
+    def compiled(name: str, source: str | None) -> Expression | None:
+        return None if source is None else compile_expression(source, f"{path}.{name}", variables)
+
+    name = _text(keys.name, f"{path}.name", MAX_NAME)
+    for field, value in (
+        ("action", keys.action),
+        ("reason", keys.reason),
+        ("message", keys.message),
+        ("messageExpression", keys.message_expression),
+    ):
+        if value is not None and keys.expression is None:
+            raise invalid(f"{path}.{field}", "expected `expression` beside it, there is none that could be violated")
+    if keys.expression is None and not keys.limits and not keys.obligations:
+        raise invalid(path, "expected `expression`, `limits` or `obligations`, got a rule that does nothing")
+    action = keys.action or "deny"
+    if action not in ACTIONS:
+        raise invalid(f"{path}.action", f"expected {', '.join(ACTIONS)}, got {shown(action)}")
+    reason = keys.reason or ("approval_required" if action == "hold" else "policy")
+    if reason not in CODES:
+        raise invalid(f"{path}.reason", f"expected one of {', '.join(CODES)}, got {shown(reason)}")
+    if keys.reason is not None and action not in ("deny", "hold"):
+        raise invalid(f"{path}.reason", f"expected `action` deny or hold beside it, got {action}")
+    return CelRule(
+        name=name,
+        match=_match(keys.match, f"{path}.match"),
+        when=compiled("when", keys.when),
+        expression=compiled("expression", keys.expression),
+        message=None if keys.message is None else _text(keys.message, f"{path}.message", MAX_MESSAGE),
+        message_expression=compiled("messageExpression", keys.message_expression),
+        reason=reason,
+        action=cast(Action, action),
+        limits=_limits(keys.limits, f"{path}.limits"),
+        obligations=_obligations(keys.obligations, f"{path}.obligations"),
+    )
+
+
+def _match(keys: Mapping[str, list[str]], path: str) -> dict[str, frozenset[str]]:
+    for name, values in keys.items():
+        where = f"{path}.{brief(name)}"
+        if name not in MATCHABLE:
+            raise invalid(where, f"expected one of {', '.join(MATCHABLE)}, got {shown(name)}")
+        if not values:
+            raise invalid(where, "expected at least one value: nothing matches none, leave it out to match all")
+        _some(values, MAX_VALUES, where)
+        unknown = [value for value in values if name == "kinds" and value not in KINDS]
+        if unknown:
+            raise invalid(where, f"expected {', '.join(KINDS)}, got {shown(unknown[0])}")
+    return {name: frozenset(values) for name, values in keys.items()}
+
+
+def _limits(keys: Mapping[str, Any], path: str) -> dict[str, Amount | tuple[Any, ...]]:
+    limits: dict[str, Amount | tuple[Any, ...]] = {}
+    for name, value in keys.items():
+        where = f"{path}.{brief(name)}"
+        if name in VOCABULARY:
+            amount = parse_amount(name, value, field=where)
+            if not isinstance(amount, int):
+                raise invalid(where, f"expected an amount, got {shown(value)}")
+            limits[name] = amount
+            continue
+        if not isinstance(value, list):
+            raise invalid(where, f"expected a resource ({', '.join(VOCABULARY)}), or a list of what is allowed")
+        _some(value, MAX_SET, where)
+        _text(name, path, MAX_NAME)
+        if any(not isinstance(one, str | int) or len(str(one)) > MAX_MESSAGE for one in value):
+            raise invalid(where, f"expected texts of up to {MAX_MESSAGE} characters, whole numbers, true or false")
+        limits[name] = tuple(value)
+    return limits
+
+
+def _obligations(keys: Sequence[ObligationKeys], path: str) -> tuple[Duty, ...]:
+    _different((one.name for one in keys), path)
+    for place, one in enumerate(keys):
+        _text(one.name, f"{path}[{place}].name", MAX_NAME)
+        if one.text is not None:
+            _text(one.text, f"{path}[{place}].text", MAX_MESSAGE)
+    return tuple(Duty(one.name, one.text, one.required) for one in keys)
+
+
+def _budgets(keys: Sequence[BudgetKeys]) -> tuple[Budget, ...]:
+    _some(keys, MAX_BUDGETS, "policy.budgets")
+    _different((one.name for one in keys), "policy.budgets")
+    budgets = []
+    for place, one in enumerate(keys):
+        fields: dict[str, Any] = msgspec.structs.asdict(one)
+        fields["kinds"] = None if one.kinds is None else frozenset(one.kinds)
+        path = f"policy.budgets[{place}]"
+        budgets.append(_within(path, f"budgets.{one.name}", Budget(**fields).checked))
+    return tuple(budgets)
+
+
+def _prices(keys: PriceKeys | None) -> Prices | None:
+    if keys is None:
+        return None
+    return _within("policy.prices", "prices", Prices(keys.version, keys.currency, keys.per_million).checked)
+
+
+def _approvals(keys: FileKeys) -> Approvals:
+    given = keys.approval or ApprovalKeys()
+    times = {}
+    for name in ("expires", "valid"):
+        value = getattr(given, name)
+        if value is None:
+            continue
+        path = f"policy.approval.{name}"
+        amount = parse_amount("duration", value, field=path)
+        if not isinstance(amount, int) or not 0 < amount < timedelta.max // timedelta(milliseconds=1):
+            raise invalid(path, f"expected a time longer than none, got {shown(value)}")
+        times[name] = timedelta(milliseconds=amount)
+    return Approvals(**times)
+
+
+def _within(path: str, theirs: str, check: Callable[[], _T]) -> _T:
+    """What `check` returns; what it raises is raised with the path in the file in the place of theirs."""
+    try:
+        return check()
+    except InvalidField as error:
+        said = str(error).removesuffix(f" - at `{error.field}`")
+        below = error.field.removeprefix(theirs) if error.field.startswith(theirs) else ""
+        raise invalid(f"{path}{below}", said) from None
+
+
+# The file
+
+
+class PolicyFile:
+    """The policy in a file, and what it says now. Raises `InvalidField` when it is wrong at first, or cannot be read.
+
+    With `watch` it is looked at, at most once a second, while it is asked, and reloaded in a thread when its time or
+    size changed. A file that is wrong then is not taken: the policy before it stays, `problem` says what is wrong, and
+    every decision carries that in its errors. May be used by several threads.
+    """
+
+    def __init__(self, path: str | Path, *, name: str = "policy", watch: bool = False) -> None:
+        self.path = Path(path)
+        #: What is wrong with the file as it is now; None when it is the one that judges.
+        self.problem: str | None = None
+        self._name = name
+        self._watch = watch
+        self._lock = threading.Lock()
+        self._next_look = time.monotonic() + WATCHED
+        self._reloading = False
+        self._text, self._seen = self._read()
+        self._policy = parse(self._text)
+        self.decider = FileDecider(self)
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    @property
+    def policy(self) -> Policy:
+        return self._policy
+
+    @property
+    def budgets(self) -> list[Budget]:
+        return list(self._policy.budgets)
+
+    @property
+    def prices(self) -> Prices | None:
+        return self._policy.prices
+
+    @property
+    def approvals(self) -> Approvals:
+        return self._policy.approvals
+
+    @property
+    def revision(self) -> str:
+        return self._policy.revision
+
+    def reload(self) -> bool:
+        """Read the file again. True when another policy judges from now on; all of it, or nothing of it."""
+        with self._lock:
+            try:
+                text, self._seen = self._read()
+                if text == self._text:
+                    self.problem = None
+                    return False
+                policy = parse(text)
+            except InvalidField as error:
+                since = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+                if self.problem is None or not self.problem.endswith(str(error)):
+                    judges = f"revision {self.revision} judges"
+                    self.problem = f"policy file is broken since {since}, {judges}: {error}"
+                    _logger.warning("%s", self.problem)
+                return False
+            self._text, self._policy, self.problem = text, policy, None
+            return True
+
+    def look(self) -> None:
+        """Reload in a thread if it is time to look, and the file changed. Costs a comparison when it is not."""
+        now = time.monotonic()
+        if not self._watch or now < self._next_look or self._reloading:
+            return
+        self._next_look = now + WATCHED
+        if self._stat() != self._seen:
+            self._reloading = True
+            threading.Thread(target=self._reload, name=f"reload {self._name}", daemon=True).start()
+
+    def _reload(self) -> None:
+        try:
+            self.reload()
+        finally:
+            self._reloading = False
+
+    def _stat(self) -> tuple[int, int] | None:
+        try:
+            found = self.path.stat()
+        except OSError:
+            return None
+        return found.st_mtime_ns, found.st_size
+
+    def _read(self) -> tuple[bytes, tuple[int, int] | None]:
+        # What is written while it is read has another time or size afterwards, and is read again.
+        seen = self._stat()
+        self._seen = seen
+        try:
+            with self.path.open("rb") as file:
+                return file.read(MAX_BYTES + 1), seen
+        except OSError as error:
+            raise invalid(
+                "policy", f"expected a file that can be read, {brief(error.strerror or str(error))}"
+            ) from None
+
+
+class FileDecider:
+    """The decider of a `PolicyFile`. It runs on the event loop: rules take microseconds."""
+
+    def __init__(self, file: PolicyFile) -> None:
+        self._file = file
+        self.declaration = Declaration(name=file.name, side_effects=False, inline=True)
+
+    def decide(self, envelope: Envelope) -> Decision:
+        """What the policy says that the file held last, when it was right."""
+        file = self._file
+        file.look()
+        decision = file.policy.decide(envelope)
+        problem = file.problem
+        return decision if problem is None else replace(decision, errors=(*decision.errors, problem))
