@@ -21,9 +21,9 @@ budgets approvals ledger reconciliation observers journal reconciler judge admis
 review presentation cli_shared cli_admission cli_proof cli_projection cli_upkeep cli testing
 """
 LEDGER_ORDER = """
-merkle chain projection schema exports commit submission contract writer spool sqlite_database sqlite_segments
+merkle chain projection schema exports commit balances submission contract writer spool sqlite_database sqlite_segments
 sqlite_store projection_store projector projection_sqlite memory sqlite postgres_database postgres_segments
-postgres_store projection_postgres postgres recomputation workers verification checkpoint proof segment_file segments
+postgres_store projection_postgres postgres sums recomputation workers verification checkpoint proof segment_file segments
 """
 #: What only some deciders, adapters or commands need: the core does without.
 OPTIONAL = {

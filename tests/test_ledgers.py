@@ -30,7 +30,7 @@ from execution_envelope.ledger import (
 )
 from execution_envelope.ledger.commit import Commit
 from execution_envelope.ledger.submission import Outcome, Submission
-from execution_envelope.lifecycle import Admitted, Sealed
+from execution_envelope.lifecycle import Admitted, EventData, Sealed
 from execution_envelope.reconciliation import Liveness
 from execution_envelope.testing import START, FaultyLedger, LedgerContract, ask
 from tests import strategies
@@ -65,9 +65,9 @@ def test_only_the_newest_attempted_requests_are_kept(
         assert [note.detail for note in ledger.attempted(99)] == ["11", "10", "9", "8", "7"]
 
 
-def admission() -> Commit:
+def admission(*more: EventData) -> Commit:
     sealed = seal(ask(), id=str(uuid_utils.uuid7()), now=START)
-    facts = (Sealed(sealed.digest, sealed.request_digest), Admitted(undecided=True))
+    facts = (Sealed(sealed.digest, sealed.request_digest), Admitted(undecided=True), *more)
     return Commit(sealed.envelope.id, 0, timestamp(START), "test", facts, sealed=sealed)
 
 

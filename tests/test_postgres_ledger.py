@@ -229,7 +229,7 @@ def test_versions(postgres: Server) -> None:
         [head] = ledger.chains()
         assert ledger.lease(head.id) is None and not ledger.keep_checkpoint(1, b"") and ledger.checkpoints() == []
         check_chains(ledger)
-        assert ledger.migrate() == (2, 3) and ledger.migrate() == (3, 3)
+        assert ledger.migrate() == (2, schema.VERSION) and ledger.migrate() == (schema.VERSION, schema.VERSION)
         ledger.commit(admission())
         newest = ledger.chains()[-1].id
         deadline = time.monotonic() + 5
@@ -242,18 +242,20 @@ def test_versions(postgres: Server) -> None:
         ledger.keep_checkpoint(2, b"two")
         assert ledger.checkpoints() == [b"one", b"two"] and ledger.checkpoints(last=1) == [b"two"]
         check_chains(ledger)
-    postgres.run("UPDATE ledger_schema SET version = 4", url=url)
+    postgres.run("UPDATE ledger_schema SET version = %s", [schema.NEWEST], url=url)
     postgres.run("CREATE TABLE more (number int)", url=url)
     with closing(PostgresLedger(url)) as ledger:
         ledger.commit(admission())
         check_chains(ledger)
-    for version in (1, 5):
+    for version in (1, schema.NEWEST + 1):
         postgres.run("UPDATE ledger_schema SET version = %s", [version], url=url)
         for read_only in (False, True):
             with closing(PostgresLedger(url, read_only=read_only)) as ledger:
                 calls: list[Callable[[], object]] = [ledger.count]
                 for call in calls if read_only else [*calls, lambda: ledger.commit(admission())]:
-                    with pytest.raises(LedgerUnavailable, match=f"schema 2 to 4.* has {version}") as refused:
+                    with pytest.raises(
+                        LedgerUnavailable, match=f"schema 2 to {schema.NEWEST}.* has {version}"
+                    ) as refused:
                         call()
                     assert not refused.value.retryable
 

@@ -298,7 +298,7 @@ def test_in_a_group_only_what_is_refused_is_refused(tmp_path: Path, monkeypatch:
 FORK_AT_WORK = """
     import os, sys, threading, time
     from execution_envelope.ledger import SqliteLedger, sqlite_store
-    from execution_envelope.testing.contract import _admission as admission, _sealed as sealed
+    from execution_envelope.testing.commits import admission_of as admission, sealed_ask as sealed
 
     began, end = threading.Event(), sqlite_store.Store._chain_in
 
@@ -338,7 +338,7 @@ FORK_AND_CLOSE = """
     from pathlib import Path
     from execution_envelope.ledger import SqliteLedger
     from execution_envelope.ledger.spool import Spool
-    from execution_envelope.testing.contract import _admission as admission, _sealed as sealed
+    from execution_envelope.testing.commits import admission_of as admission, sealed_ask as sealed
 
     away = SqliteLedger(Path(sys.argv[1]).parent / "missing" / "l.db")
     ledger = SqliteLedger(sys.argv[1])

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -24,18 +25,21 @@ from hypothesis import strategies as st
 from execution_envelope import AdmissionController, Candidate, Decision, Denied, Grant, LedgerUnavailable, Rule
 from execution_envelope.envelope import canonical, seal, timestamp
 from execution_envelope.errors import Damaged
-from execution_envelope.ledger import Finding, Ledger, SqliteLedger, Verification, chain, recomputation, verify
+from execution_envelope.ledger import Finding, Ledger, SqliteLedger, Verification, chain, recomputation, schema, verify
 from execution_envelope.ledger import verification as verifications
 from execution_envelope.ledger import workers as processes
 from execution_envelope.ledger.commit import Commit
 from execution_envelope.ledger.submission import Submission
-from execution_envelope.lifecycle import Admitted, Completed, Ready, Sealed
+from execution_envelope.lifecycle import Admitted, Budgeted, BudgetEntry, Completed, Ready, Sealed
 from execution_envelope.process import current
 from execution_envelope.testing import START, ask
 from tests import strategies
 from tests.test_ledgers import admission, child
 
 assert strategies  # it loads the settings
+
+
+ENTRY = BudgetEntry("tokens/acme/research", "2026-05-01", "output_tokens", 1000, 40, unknown=1)
 
 
 async def fill(ledger: Ledger) -> None:
@@ -52,6 +56,16 @@ async def fill(ledger: Ledger) -> None:
     await newer.grant(Grant({"gpu": 2}))
     await newer.used({"steps": 3}, key="report")
     await (await controller.begin(ask(part_of=newer.id, idempotency_key="l"))).cancel("withdrawn")
+    held = admission(Budgeted("reserve", (BudgetEntry("gpus/acme", "now", "gpu", 8, 3), ENTRY)))
+    ledger.commit(held)
+    ledger.commit(
+        replace(
+            held,
+            sequence=3,
+            sealed=None,
+            facts=[Budgeted("adjust", (msgspec.structs.replace(ENTRY, reserved=-9, spent=7, unknown=0),))],
+        )
+    )
     strict = AdmissionController(ledger, hooks=[Rule("h", lambda e: Decision.deny("policy", "no"))])
     with pytest.raises(Denied):
         await strict.begin(ask())
@@ -63,7 +77,7 @@ def filled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with closing(SqliteLedger(path)) as ledger:
         anyio.run(fill, ledger)
         found = verify(ledger)
-        assert found.sound and (found.envelopes, found.chains) == (4, 2)
+        assert found.sound and (found.envelopes, found.chains) == (5, 2)
         # As if its process still wrote: without the entry that closes a chain.
         with closing(sqlite3.connect(path)) as source, closing(sqlite3.connect(whole)) as target:
             source.backup(target)
@@ -153,12 +167,30 @@ def names_of(table: str, row: dict[str, Any], chains: dict[int, str]) -> set[str
         "keys": {f"key {row.get('digest')}"},
         "bindings": {f"binding {row.get('kind')}:{row.get('reference')}"},
         "children": {f"child {row.get('parent')}/{row.get('envelope')}"},
+        "balances": {f"balance {row.get('account')} {row.get('period')} {row.get('resource')}"},
+        "holdings": {
+            f"holding {row.get('account')} {row.get('period')} {row.get('resource')} {row.get('envelope')}",
+        },
         "segments": {"schema"},
         "ledger_schema": {"schema"},
     }[table]
 
 
-TABLES = ("segments", "chains", "events_1", "places", "closings", "keys", "bindings", "children", "ledger_schema")
+TABLES = (
+    "segments",
+    "chains",
+    "events_1",
+    "places",
+    "closings",
+    "keys",
+    "bindings",
+    "children",
+    "balances",
+    "holdings",
+    "ledger_schema",
+)
+#: What stands beside the log and changes.
+STATE = {"balances", "holdings", "ledger_schema"}
 
 
 def flips(value: Any, stride: int) -> Iterator[tuple[str, Any]]:
@@ -190,6 +222,8 @@ def test_any_changed_byte_of_any_column_is_found_and_named(tampered: Tampered, t
         for column in row:
             for cast, value in flips(row[column], stride):
                 change = f"UPDATE {table} SET {column} = {cast} WHERE {here}"
+                if (table, value) == ("ledger_schema", schema.NEWEST):
+                    continue  # what a newer version has made nobody knows here
                 try:
                     assert tampered.connection.execute(change, (value, *row.values())).rowcount == 1
                 except sqlite3.IntegrityError:
@@ -458,7 +492,7 @@ def test_numbers_that_are_not_conserved_are_named(tmp_path: Path) -> None:
 def test_the_guards_refuse_every_change(filled: Path, tmp_path: Path) -> None:
     shutil.copy(filled, tmp_path / "copy.db")
     with closing(sqlite3.connect(tmp_path / "copy.db", isolation_level=None)) as connection:
-        for table in TABLES[:-1]:
+        for table in set(TABLES) - STATE:
             columns = [name for _, name, *_ in connection.execute(f"PRAGMA table_info({table})")]
             for statement in (f"DELETE FROM {table}", *(f"UPDATE {table} SET {name} = {name}" for name in columns)):
                 with pytest.raises(sqlite3.IntegrityError, match="the ledger only grows"):

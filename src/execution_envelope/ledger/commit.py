@@ -13,7 +13,7 @@ from execution_envelope.envelope import SealedEnvelope
 from execution_envelope.envelope import decode as decode_envelope
 from execution_envelope.errors import Damaged, IllegalTransition
 from execution_envelope.ledger.chain import decode as decode_entry
-from execution_envelope.lifecycle import BudgetEntry, Event, EventData, Sealed
+from execution_envelope.lifecycle import Budgeted, BudgetEntry, Event, EventData, Late, Sealed
 from execution_envelope.record import Record
 
 #: What reading rows that somebody changed can raise.
@@ -41,7 +41,7 @@ class KeyTaken(Exception):
 
 
 class BudgetExhausted(Exception):
-    """An entry does not fit into its budget: `balance` is what stood there before it."""
+    """An entry does not fit into its budget: `balance` is what stood there before it, under the entry's limit."""
 
     def __init__(self, balance: Balance, entry: BudgetEntry) -> None:
         super().__init__(entry.account)
@@ -90,6 +90,16 @@ class Commit:
     def entries(self) -> list[BudgetEntry]:
         """What it changes in balances."""
         return [entry for fact in self.facts for entry in entries_of(fact)]
+
+    @property
+    def budgeted(self) -> bool:
+        """Whether it changes any."""
+        # Every commit is asked: nothing is made for the answer.
+        for fact in self.facts:
+            kind = type(fact)
+            if kind is Budgeted or (kind is Late and type(fact.fact) is Budgeted):  # type: ignore[union-attr]
+                return True
+        return False
 
     def events(self) -> list[Event]:
         """Its facts as the events that they become."""

@@ -16,7 +16,6 @@ from execution_envelope.envelope import decode as decode_envelope
 from execution_envelope.errors import Damaged, ReferenceTaken
 from execution_envelope.ledger.commit import (
     DAMAGED,
-    BudgetExhausted,
     Commit,
     KeyRow,
     KeyTaken,
@@ -24,7 +23,7 @@ from execution_envelope.ledger.commit import (
     Stored,
 )
 from execution_envelope.ledger.submission import Submission
-from execution_envelope.lifecycle import Bound, BudgetEntry, Event
+from execution_envelope.lifecycle import Bound, Event
 from execution_envelope.process import Process
 
 if TYPE_CHECKING:
@@ -74,6 +73,17 @@ class ChainHead:
     head: bytes
 
 
+class Moment(NamedTuple):
+    """Chains, balances and holdings that belong together: what the entries up to there make, and no others.
+
+    `holdings` are (balance, what one execution holds of it).
+    """
+
+    chains: list[ChainHead]
+    balances: list[Balance]
+    holdings: list[tuple[Key, Holding]]
+
+
 class Step(NamedTuple):
     """One event in the order of its envelope, for verification: the columns beside the bytes that the hash covers.
 
@@ -113,8 +123,9 @@ class Ledger(Protocol):
     def commit(self, *commits: Commit) -> list[list[Event]]:
         """Store all or nothing, durably; the events of each commit, in order.
 
-        Each is checked against what was stored before the call. Raises `SequenceConflict`, `KeyTaken`,
-        `ReferenceTaken`, `BudgetExhausted` and `LedgerUnavailable`; nothing is stored then.
+        Each is checked against what was stored before the call; but budget entries one after the other, so that they
+        fit together. Raises `SequenceConflict`, `KeyTaken`, `ReferenceTaken`, `BudgetExhausted`, `LedgerUnavailable`,
+        and `InvalidField` for what the database has no room for; nothing is stored then.
         """
         ...
 
@@ -170,8 +181,8 @@ class Ledger(Protocol):
         """The chain that holds one event of an envelope."""
         ...
 
-    def balances(self, *, window: str | None = None) -> list[Balance]:
-        """What stands in every account, in the order of accounts, windows and resources."""
+    def balances(self, *, account: str | None = None, window: str | None = None) -> list[Balance]:
+        """What stands in every account, or in this one, in the order of accounts, windows and resources."""
         ...
 
     def holders(self, key: Key, limit: int) -> tuple[list[Holding], int]:
@@ -179,7 +190,10 @@ class Ledger(Protocol):
         ...
 
     def currency(self, code: str) -> str:
-        """The currency that costs in this ledger are in: the first that any process named, durably."""
+        """The currency that costs in this ledger are in: the first that any process named, durably.
+
+        Raises `LedgerUnavailable`.
+        """
         ...
 
     def cursor(self, consumer: str) -> dict[str, int]:
@@ -187,7 +201,10 @@ class Ledger(Protocol):
         ...
 
     def move_cursor(self, consumer: str, positions: Mapping[str, int]) -> None:
-        """Keep how far it has come, durably; of chains that are not named nothing changes."""
+        """Keep how far it has come, durably; of chains that are not named nothing changes, and none moves backwards.
+
+        Raises `LedgerUnavailable`.
+        """
         ...
 
     def note(self, request: AttemptedRequest) -> None:
@@ -212,6 +229,10 @@ class Ledger(Protocol):
 
     def chains(self) -> list[ChainHead]:
         """Every chain, in the order in which they were opened; one that was dropped with its segment as it was then."""
+        ...
+
+    def moment(self) -> Moment:
+        """The chains, and all that stands in accounts, at one moment: for verification."""
         ...
 
     def rows(self, chain: str, *, after: int = -1, until: int | None = None) -> Iterator[Row]:
@@ -300,13 +321,12 @@ class Standing(Protocol):
 
     def body(self, envelope: str) -> bytes: ...
 
-    def balance(self, entry: BudgetEntry) -> Balance:
-        """The balance that an entry changes; of zeros, with the entry's limit, where nothing was entered before."""
-        ...
-
 
 def check(commit: Commit, stored: Standing) -> None:
-    """What every ledger checks before it stores a commit. Raises what `Ledger.commit` raises, and `Damaged`."""
+    """What every ledger checks before it stores a commit, and before `Balances.take`.
+
+    Raises what `Ledger.commit` raises, and `Damaged`.
+    """
     key = commit.key_row
     taken = None if key is None else stored.key(key.digest)
     if taken is not None:
@@ -321,11 +341,6 @@ def check(commit: Commit, stored: Standing) -> None:
     for fact in commit.facts:
         if isinstance(fact, Bound):
             _check_reference(fact, commit, stored)
-    for entry in commit.entries:
-        if entry.account in commit.within:
-            balance = stored.balance(entry)
-            if balance.reserved + balance.spent + entry.reserved + entry.spent > entry.limit:
-                raise BudgetExhausted(balance, entry)
 
 
 def _check_reference(fact: Bound, commit: Commit, stored: Standing) -> None:

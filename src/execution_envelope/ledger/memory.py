@@ -5,21 +5,24 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 
 import uuid_utils
 
+from execution_envelope.budgets import Balance, Holding, Key
 from execution_envelope.envelope import timestamp
-from execution_envelope.errors import ReferenceTaken
+from execution_envelope.errors import InvalidField, ReferenceTaken
 from execution_envelope.ledger import projection_sqlite, schema
+from execution_envelope.ledger.balances import Balances
 from execution_envelope.ledger.chain import Chain, Link
-from execution_envelope.ledger.commit import Commit, KeyRow, KeyTaken, SequenceConflict, Stored
+from execution_envelope.ledger.commit import BudgetExhausted, Commit, KeyRow, KeyTaken, SequenceConflict, Stored
 from execution_envelope.ledger.contract import (
     MAX_ATTEMPTED,
     AttemptedRequest,
     ChainHead,
     Conservation,
+    Moment,
     Row,
     Step,
     check,
@@ -56,17 +59,24 @@ class MemoryLedger:
         self._closed: dict[str, None] = {}
         self._attempted: deque[AttemptedRequest] = deque(maxlen=MAX_ATTEMPTED)
         self._checkpoints: dict[int, bytes] = {}
+        self._balances = Balances(lambda key: None, lambda key, envelope: 0)
+        self._currency: str | None = None
+        self._cursors: dict[str, dict[str, int]] = {}
         self._projection = projection_sqlite.in_memory(self)
 
     def commit(self, *commits: Commit) -> list[list[Event]]:
         with self._lock:
-            for commit in commits:
-                check(commit, self)
+            self._check(commits)
             groups = self._append(commits)
             count = sum(map(len, groups))
             self._emitted += count
             self._stored += count
             return groups
+
+    def _check(self, commits: Sequence[Commit]) -> None:
+        for commit in commits:
+            check(commit, self)
+        self._balances.take(commits)
 
     def _append(self, commits: Sequence[Commit]) -> list[list[Event]]:
         groups = [commit.events() for commit in commits]
@@ -118,16 +128,19 @@ class MemoryLedger:
         with self._lock:
             try:
                 return self.commit(*commits)
-            except (SequenceConflict, KeyTaken, ReferenceTaken) as refusal:
+            except (SequenceConflict, KeyTaken, ReferenceTaken, BudgetExhausted, InvalidField) as refusal:
                 if submission.window is None:
+                    return refusal
+                if isinstance(refusal, BudgetExhausted | InvalidField):
+                    self._emitted += submission.size
+                    self._dropped += submission.size
                     return refusal
             self._emitted += submission.size
             try:
                 commits = settled(commits, self.read, again=False)
-                for commit in commits:
-                    check(commit, self)
+                self._check(commits)
                 groups = self._append(commits)
-            except (SequenceConflict, KeyTaken, ReferenceTaken) as lost:
+            except (SequenceConflict, KeyTaken, ReferenceTaken, BudgetExhausted, InvalidField) as lost:
                 self._dropped += submission.size
                 return lost
             self._stored += submission.size
@@ -188,6 +201,36 @@ class MemoryLedger:
         written = self._places.get(envelope, ())
         return written[sequence][0] if sequence < len(written) else None
 
+    def balances(self, *, account: str | None = None, window: str | None = None) -> list[Balance]:
+        with self._lock:
+            found = sorted(self._balances.changed.items())
+        return [
+            balance
+            for key, balance in found
+            if (account is None or key.account == account) and (window is None or key.window == window)
+        ]
+
+    def holders(self, key: Key, limit: int) -> tuple[list[Holding], int]:
+        with self._lock:
+            held = [Holding(id, amount) for (of, id), amount in self._balances.holdings.items() if of == key]
+        held = sorted((one for one in held if one.reserved > 0), key=lambda one: (-one.reserved, one.envelope))
+        return held[:limit], len(held[limit:])
+
+    def currency(self, code: str) -> str:
+        with self._lock:
+            self._currency = self._currency or code
+            return self._currency
+
+    def cursor(self, consumer: str) -> dict[str, int]:
+        with self._lock:
+            return dict(sorted(self._cursors.get(consumer, {}).items()))
+
+    def move_cursor(self, consumer: str, positions: Mapping[str, int]) -> None:
+        with self._lock:
+            kept = self._cursors.setdefault(consumer, {})
+            for chain, position in positions.items():
+                kept[chain] = max(position, kept.get(chain, position))
+
     def note(self, request: AttemptedRequest) -> None:
         with self._lock:
             self._attempted.append(request)
@@ -213,6 +256,11 @@ class MemoryLedger:
                 ChainHead(number, chain, len(links), links[-1].hash)
                 for number, (chain, links) in enumerate(self._links.items(), start=CHAINS_PER_SEGMENT)
             ]
+
+    def moment(self) -> Moment:
+        with self._lock:
+            holdings = [(key, Holding(id, held)) for (key, id), held in sorted(self._balances.holdings.items()) if held]
+            return Moment(self.chains(), self.balances(), holdings)
 
     def rows(self, chain: str, *, after: int = -1, until: int | None = None) -> Iterator[Row]:
         with self._lock:

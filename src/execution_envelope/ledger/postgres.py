@@ -11,19 +11,29 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, Final, TypeVar
 
 import psycopg
 
+from execution_envelope.budgets import Balance, Holding, Key
 from execution_envelope.errors import LedgerUnavailable
 from execution_envelope.ledger import chain as chains
 from execution_envelope.ledger import postgres_database as databases
 from execution_envelope.ledger import projection_postgres, schema
+from execution_envelope.ledger.balances import SINCE, too_old
 from execution_envelope.ledger.commit import Commit, KeyRow, SequenceConflict, Stored
-from execution_envelope.ledger.contract import MAX_ATTEMPTED, AttemptedRequest, ChainHead, Conservation, Row, Step
-from execution_envelope.ledger.postgres_database import Address, Database
+from execution_envelope.ledger.contract import (
+    MAX_ATTEMPTED,
+    AttemptedRequest,
+    ChainHead,
+    Conservation,
+    Moment,
+    Row,
+    Step,
+)
+from execution_envelope.ledger.postgres_database import Address, Amounts, Database, Texts
 from execution_envelope.ledger.postgres_segments import PostgresSegments
 from execution_envelope.ledger.postgres_store import Store, open_to_write
 from execution_envelope.ledger.projection import Projection
@@ -106,6 +116,28 @@ class PostgresLedger:
 
         return self._readers.run(keep)
 
+    def currency(self, code: str) -> str:
+        found = self._readers.run(lambda database: database.one("currency") if database.at_least(SINCE) else None)
+        if found is None:
+            self._check_writable()
+
+            def first(database: Database) -> Any:
+                _check_room(database)
+                database.run("set_currency", code)
+                return database.one("currency")
+
+            found = self._readers.run(first)
+        return str(found)
+
+    def move_cursor(self, consumer: str, positions: Mapping[str, int]) -> None:
+        self._check_writable()
+
+        def move(database: Database) -> None:
+            _check_room(database)
+            database.run("move_cursor", consumer, Texts(positions), Amounts(positions.values()))
+
+        self._readers.run(move)
+
     def _check_writable(self) -> None:
         if self._read_only:
             problem = f"expected a ledger to write to, `{self._address.name}` is open read-only"
@@ -160,6 +192,23 @@ class PostgresLedger:
     def lease(self, chain: str) -> int | None:
         return self._readers.run(lambda database: database.one("lease", chain) if database.version >= 3 else None)
 
+    def balances(self, *, account: str | None = None, window: str | None = None) -> list[Balance]:
+        return self._readers.run(lambda database: _balances(database, account, window))
+
+    def holders(self, key: Key, limit: int) -> tuple[list[Holding], int]:
+        def look(database: Database) -> tuple[list[Holding], int]:
+            if not database.at_least(SINCE):
+                return [], 0
+            found = [Holding(*row) for row in database.all("holders", *key, limit)]
+            return found, max(0, database.one("count_holders", *key) - len(found))
+
+        return ([], 0) if "\0" in "".join(key) else self._readers.run(look)
+
+    def cursor(self, consumer: str) -> dict[str, int]:
+        return dict(
+            self._readers.run(lambda database: database.all("cursor", consumer) if database.at_least(SINCE) else [])
+        )
+
     def attempted(self, limit: int) -> list[AttemptedRequest]:
         return [AttemptedRequest(*row) for row in self._all("attempted", limit)]
 
@@ -168,15 +217,17 @@ class PostgresLedger:
         return [body for (body,) in kept]
 
     def chains(self) -> list[ChainHead]:
-        heads, found = [], self._all("heads")
-        missing = any(hash is None for *_, hash in found)
-        dropped = self._readers.run(lambda database: database.exports()).chains if missing else {}
-        for number, id, position, hash in found:
-            gone = dropped.get(number) if hash is None else None
-            if gone is not None:
-                position, hash = gone.length - 1, bytes.fromhex(gone.head)
-            heads.append(ChainHead(number, id, position + 1, chains.GENESIS if hash is None else hash))
-        return heads
+        return self._readers.run(_chains)
+
+    def moment(self) -> Moment:
+        def look(database: Database) -> Moment:
+            room = database.at_least(SINCE)
+            with database.snapshot():
+                holdings = database.all("holdings") if room else []
+                held = [(Key(*row[:3]), Holding(*row[3:])) for row in holdings]
+                return Moment(_chains(database), _balances(database, None, None), held)
+
+        return self._readers.run(look)
 
     def rows(self, chain: str, *, after: int = -1, until: int | None = None) -> Iterator[Row]:
         number = self._one("chain_number", chain)
@@ -276,6 +327,30 @@ class PostgresLedger:
         while page := self._all(query, *start, _PAGE):
             yield from page
             start = page[-1][:width]
+
+
+def _check_room(database: Database) -> None:
+    if not database.at_least(SINCE):
+        raise too_old(f"`{database.name}`", database.version)
+
+
+def _chains(database: Database) -> list[ChainHead]:
+    heads, found = [], database.all("heads")
+    missing = any(hash is None for *_, hash in found)
+    dropped = database.exports().chains if missing else {}
+    for number, id, position, hash in found:
+        gone = dropped.get(number) if hash is None else None
+        if gone is not None:
+            position, hash = gone.length - 1, bytes.fromhex(gone.head)
+        heads.append(ChainHead(number, id, position + 1, chains.GENESIS if hash is None else hash))
+    return heads
+
+
+def _balances(database: Database, account: str | None, window: str | None) -> list[Balance]:
+    if not database.at_least(SINCE) or "\0" in f"{account}{window}":
+        return []
+    bounds = account or "", account or _TEXT_END, window or "", window or _TEXT_END
+    return [Balance(*row) for row in database.all("balances", *bounds)]
 
 
 class _Pool:

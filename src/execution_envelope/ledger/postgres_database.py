@@ -18,14 +18,17 @@ from importlib.resources import files
 from typing import Any, Final, TypeVar, cast
 
 import psycopg
+from msgspec.structs import astuple
 from psycopg import errors
 from psycopg.abc import PQGen
 from psycopg.adapt import Dumper
 from psycopg.conninfo import conninfo_to_dict
 from psycopg.pq import Format, TransactionStatus
 
+from execution_envelope.budgets import Key
 from execution_envelope.errors import InvalidField, LedgerUnavailable
 from execution_envelope.ledger import schema
+from execution_envelope.ledger.balances import Balances
 from execution_envelope.ledger.commit import KeyRow, Stored
 from execution_envelope.ledger.exports import Export, Exports, refuse
 
@@ -40,6 +43,8 @@ OLDEST_SERVER: Final = 150000
 MAX_ROWS: Final = 2000
 #: How many family locks there are: a session holds so many at most, and a server has room for some thousands.
 BUCKETS: Final = 128
+#: And how many account locks. Only one session holds each, whoever waits holds no later one.
+ACCOUNT_BUCKETS: Final = 256
 
 #: Another writer was first, or two waited for each other: nothing was stored, and it may be tried again.
 CONFLICTS: Final = (errors.UniqueViolation, errors.DeadlockDetected, errors.SerializationFailure)
@@ -177,6 +182,11 @@ class Database:
         self.connection.deadline = deadline
 
     @property
+    def name(self) -> str:
+        """How it is called in messages."""
+        return self._address.name
+
+    @property
     def lost(self) -> bool:
         """Whether the session is over, or nobody knows what its server does."""
         return self.connection.closed or self.connection.broken
@@ -229,6 +239,15 @@ class Database:
         finally:
             self.rollback()
 
+    @contextmanager
+    def snapshot(self) -> Iterator[None]:
+        """What is asked within sees one moment."""
+        self.connection.execute(b"BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
+        try:
+            yield
+        finally:
+            self.rollback()
+
     def rollback(self) -> None:
         """Take back what was begun and not committed, if anything was."""
         if not self.lost and self.connection.pgconn.transaction_status != TransactionStatus.IDLE:
@@ -276,11 +295,15 @@ class Database:
     def _segments_of(self, envelope: str) -> list[int]:
         return [segment for (segment,) in self.all("segments_of", envelope)]
 
+    def at_least(self, version: int) -> bool:
+        """Whether its schema is so new; it may have been migrated since it was checked."""
+        if self.version < version:
+            self.check()
+        return self.version >= version
+
     def exports(self) -> Exports:
         """The segments that were dropped."""
-        if self.version < 3:
-            self.check()  # it may have been migrated since
-        if self.version >= 3 and [number for (number,) in self.all("exported")] != list(self._exports.rows):
+        if self.at_least(3) and [number for (number,) in self.all("exported")] != list(self._exports.rows):
             self._exports = Exports(Export(*row) for row in self.all("exports"))
         return self._exports
 
@@ -305,7 +328,7 @@ class Database:
     def store(self, rows: Rows, chain: int, first: int, buckets: Iterable[int] = ()) -> None:
         """Store rows from position `first` of a chain on, while the locks of these families are held.
 
-        One statement stores them outside of a transaction; one that was begun is committed.
+        One statement stores them outside of a transaction; one that was begun, as for balances, is committed.
         """
         begun = self.connection.pgconn.transaction_status != TransactionStatus.IDLE
         if not begun and len(rows.bodies) <= MAX_ROWS:
@@ -316,12 +339,40 @@ class Database:
                 self.begin()
             for start in range(0, max(1, len(rows.bodies)), MAX_ROWS):
                 self._store(rows.slice(start, start + MAX_ROWS), chain, first + start, buckets)
+            if rows.balances is not None:
+                self._put(rows.balances)
             self.connection.execute(b"COMMIT")
 
     def _store(self, values: dict[str, Any], chain: int, first: int, buckets: Iterable[int]) -> None:
         values |= {"chain": chain, "first": first - 1, "buckets": Numbers(buckets)}
         sql = _insertion("store_beside" if "closings" in values else "store", chain // schema.CHAINS_PER_SEGMENT)
         self.connection.execute(sql, values, prepare=True)
+
+    # What stands in accounts
+
+    def lock_accounts(self, keys: Iterable[Key]) -> None:
+        """Until the transaction ends nobody else changes these balances; what follows sees all that was changed."""
+        buckets = sorted({zlib.crc32(key.account.encode()) % ACCOUNT_BUCKETS for key in keys})
+        self.run("account_locks", Numbers(buckets))
+
+    def send_balances(self, keys: Sequence[Key]) -> psycopg.Cursor[tuple[Any, ...]]:
+        """Ask for the columns of balances."""
+        return self.send("standing_balances", *_columns(keys, 3))
+
+    def send_holdings(self, places: Sequence[tuple[Key, str]]) -> psycopg.Cursor[tuple[Any, ...]]:
+        """Ask what executions hold."""
+        return self.send("standing_holdings", *_columns([(*key, envelope) for key, envelope in places], 4))
+
+    def _put(self, balances: Balances) -> None:
+        changed = [astuple(balance) for balance in balances.changed.values()]
+        numbers = [Amounts(row[column] for row in changed) for column in range(3, 7)]
+        self.run("put_balances", *_columns(changed, 3), *numbers)
+        held = [(*key, envelope, amount) for (key, envelope), amount in balances.holdings.items()]
+        kept, ended = [row for row in held if row[4]], [row for row in held if not row[4]]
+        if kept:
+            self.run("put_holdings", *_columns(kept, 4), Amounts(row[4] for row in kept))
+        if ended:
+            self.run("end_holdings", *_columns(ended, 4))
 
     # Its guards
 
@@ -364,6 +415,8 @@ class Rows:
         self.keys: list[KeyRow] = []
         self.children: list[tuple[str, str]] = []
         self.bindings: list[tuple[str, str, int, str]] = []
+        #: What stands in accounts behind it; only where it changes any.
+        self.balances: Balances | None = None
 
     def add(self, body: bytes, hash: bytes, sealed: bytes | None = None) -> None:
         """An entry of the chain."""
@@ -402,6 +455,10 @@ def bucket_of(envelope: str) -> int:
     return zlib.crc32(envelope.encode()) % BUCKETS
 
 
+def _columns(rows: Sequence[Sequence[Any]], count: int) -> list[Texts]:
+    return [Texts(row[column] for row in rows) for column in range(count)]
+
+
 def _lock_of(chain: str) -> int:
     """The lock that says which session writes a chain."""
     return int.from_bytes(hashlib.sha256(chain.encode()).digest()[:8], "big", signed=True)
@@ -420,6 +477,10 @@ class Texts(list[str]):
 
 class Numbers(list[int]):
     """``int[]``."""
+
+
+class Amounts(list[int]):
+    """``bigint[]``."""
 
 
 _HEAD: Final = struct.Struct("!iiIii").pack
@@ -460,7 +521,22 @@ class _NumbersDumper(Dumper):
         return _HEAD(1, 0, 23, len(obj), 1) + struct.pack("!" + "ii" * len(obj), *(n for i in obj for n in (4, i)))
 
 
-_DUMPERS: Final[dict[type, Any]] = {Blobs: _BlobsDumper, Texts: _TextsDumper, Numbers: _NumbersDumper}
+class _AmountsDumper(Dumper):
+    format = Format.BINARY
+    oid = 1016
+
+    def dump(self, obj: Amounts) -> bytes:
+        if not obj:
+            return _HEAD(0, 0, 20, 0, 0)[:12]
+        return _HEAD(1, 0, 20, len(obj), 1) + struct.pack("!" + "iq" * len(obj), *(n for i in obj for n in (8, i)))
+
+
+_DUMPERS: Final[dict[type, Any]] = {
+    Blobs: _BlobsDumper,
+    Texts: _TextsDumper,
+    Numbers: _NumbersDumper,
+    Amounts: _AmountsDumper,
+}
 
 
 @cache

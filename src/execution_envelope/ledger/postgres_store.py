@@ -5,6 +5,8 @@ against:
 
 - *Unique keys* of `places`, `keys`, `closings` and `bindings`: of two who saw the same sequence, key, end or line of a
   reference free, the second is refused by the database, looks again, and is told what its commit came too late for.
+- *Account locks* for budget entries, in the same way and behind those: whoever changes a balance holds its account's
+  alone, reads what stands in a statement of its own behind it, and writes what it comes to before it lets go.
 - *Family locks* for `siblings`, which no key covers: such a commit holds only as long as nobody else in the family of
   the parent records anything. Every commit takes, until its end, the lock of its envelope's parent and, but for the
   admission (a parent that is not there bounds nobody), that of the envelope itself: shared, so that nobody waits. A
@@ -30,13 +32,23 @@ import psycopg
 import uuid_utils
 from psycopg import errors
 
+from execution_envelope.budgets import Balance, Key
 from execution_envelope.envelope import decode as decode_envelope
 from execution_envelope.envelope import timestamp
 from execution_envelope.errors import Damaged, Exported, InvalidField, LedgerUnavailable, ReferenceTaken
 from execution_envelope.ledger import chain as chains
 from execution_envelope.ledger import postgres_database as databases
 from execution_envelope.ledger import schema
-from execution_envelope.ledger.commit import DAMAGED, Commit, KeyRow, KeyTaken, SequenceConflict, Stored
+from execution_envelope.ledger.balances import SINCE, Balances, key_of, too_old
+from execution_envelope.ledger.commit import (
+    DAMAGED,
+    BudgetExhausted,
+    Commit,
+    KeyRow,
+    KeyTaken,
+    SequenceConflict,
+    Stored,
+)
 from execution_envelope.ledger.contract import Conservation, check
 from execution_envelope.ledger.postgres_database import CONFLICTS, Address, Database, Numbers, Rows, Texts, bucket_of
 from execution_envelope.ledger.submission import Outcome, Submission
@@ -54,6 +66,17 @@ MAX_REMEMBERED: Final = 100_000
 MAX_CHAIN: Final = 2**31
 #: How long before the next try to reach the server, in seconds.
 _PAUSE: Final = 0.05
+#: Why a commit is not stored, though all others of its group are.
+_REFUSED: Final = (
+    SequenceConflict,
+    KeyTaken,
+    ReferenceTaken,
+    BudgetExhausted,
+    Damaged,
+    Exported,
+    InvalidField,
+    LedgerUnavailable,
+)
 
 
 class _Known(NamedTuple):
@@ -158,7 +181,7 @@ class Store:
         return batch
 
     def _plain(self, commit: Commit, ahead: Mapping[str, int]) -> bool:
-        if commit.siblings is not None or any(type(fact) is Bound for fact in commit.facts):
+        if commit.siblings is not None or commit.budgeted or any(type(fact) is Bound for fact in commit.facts):
             return False
         if commit.sealed is not None:
             return commit.sequence == 0 and "\0" not in (commit.sealed.envelope.correlation.part_of or "")
@@ -172,10 +195,12 @@ class Store:
         for submission in group:
             try:
                 commits = _checked(submission, standing)
-            except (SequenceConflict, KeyTaken, ReferenceTaken, Damaged, Exported, InvalidField) as refusal:
+            except _REFUSED as refusal:
                 batch.outcomes.append(refusal)
             else:
                 self._gather(batch, commits, chain, standing)
+        if standing.balances.changed:
+            batch.rows.balances = standing.balances
         return batch
 
     def _gather(
@@ -231,10 +256,23 @@ class Store:
         families = {c.siblings.parent for c in commits if c.siblings is not None}
         digests = [row.digest for row in (c.key_row for c in commits) if row is not None]
         names = {(fact.kind, fact.reference) for fact in bound if "\0" not in fact.kind + fact.reference}
+        entries = [(key_of(entry), c) for c in commits if c.budgeted for entry in c.entries]
+        accounts = list(dict.fromkeys(key for key, _ in entries if "\0" not in "".join(key)))
+        places = [
+            (key, c.envelope) for key, c in entries if c.sealed is None and "\0" not in "".join((*key, c.envelope))
+        ]
+        if entries and not database.at_least(SINCE):
+            accounts, places = [], []
+        balances = holdings = None
         with database.together():
             database.begin()
             order = sorted(locks)
             database.run("family_locks", Numbers(order), [locks[bucket] for bucket in order])
+            if accounts:
+                database.lock_accounts(accounts)
+                balances = database.send_balances(accounts)
+            if places:
+                holdings = database.send_holdings(places)
             # Behind the locks, each in a snapshot of its own.
             keys = database.send("standing_keys", Texts(digests))
             sequences = database.send("standing_sequences", Texts(_storable({c.envelope for c in commits} | families)))
@@ -252,6 +290,10 @@ class Store:
             standing.lines.setdefault((kind, reference), []).append(envelope)
             standing.closed |= {envelope} if closed else set()
             standing.granted |= {envelope} if granted else set()
+        if balances is not None:
+            stands = {Key(*row[:3]): Balance(*row) for row in balances.fetchall()}
+            held = {} if holdings is None else {(Key(*row[:3]), row[3]): row[4] for row in holdings.fetchall()}
+            standing.balances = Balances(stands.get, lambda key, id: held.get((key, id), 0))
         return standing
 
     # The session and the chain
@@ -388,6 +430,7 @@ class _Standing:
         self.lines: dict[tuple[str, str], list[str]] = {}
         self.closed: set[str] = set()
         self.granted: set[str] = set()
+        self.balances = Balances(lambda key: None, lambda key, envelope: 0)
 
     def key(self, digest: str) -> KeyRow | None:
         return self.keys.get(digest)
@@ -412,6 +455,12 @@ class _Standing:
         if stored is not None:
             return Stored(stored.body, (*stored.events, *added))
         return Stored(self._bodies[envelope], tuple(added)) if added else None
+
+    def take(self, commits: Sequence[Commit]) -> None:
+        """Take what they say of budgets. Raises what `Balances.take` raises, and `LedgerUnavailable`."""
+        if self._database.version < SINCE:
+            raise too_old(f"`{self._database.name}`", self._database.version)
+        self.balances.take(commits)
 
     def add(self, commits: Iterable[Commit], groups: Iterable[Sequence[Event]]) -> list[tuple[str, str, int, str]]:
         """From now on these are stored; the rows of references that they bind."""
@@ -459,6 +508,8 @@ def _checked(submission: Submission, standing: _Standing) -> Sequence[Commit]:
     digests = [row.digest for row in (commit.key_row for commit in commits) if row is not None]
     if len({commit.envelope for commit in commits}) < len(commits) or len(set(digests)) < len(digests):
         raise SequenceConflict
+    if any(commit.budgeted for commit in commits):
+        standing.take(commits)
     return commits
 
 
@@ -466,8 +517,23 @@ def _check_names(commit: Commit) -> None:
     names = [name for fact in commit.facts if type(fact) is Bound for name in (fact.kind, fact.reference)]
     if commit.sealed is not None:
         names.append(commit.sealed.envelope.correlation.part_of or "")
+    if commit.budgeted:
+        names += [name for entry in commit.entries for name in key_of(entry)]
     if any("\0" in name for name in names):
         raise InvalidField("name", "expected a name that PostgreSQL can hold, got one with the character NUL")
+
+
+def _accounts(commits: Iterable[Commit]) -> tuple[list[Key], list[tuple[Key, str]]]:
+    """The balances that these change, and the holdings of envelopes that may have any; of names that can be stored."""
+    keys, places = dict[Key, None](), dict[tuple[Key, str], None]()
+    for commit in commits:
+        for entry in commit.entries:
+            key = key_of(entry)
+            if "\0" not in "".join((*key, commit.envelope)):
+                keys[key] = None
+                if commit.sealed is None:
+                    places[key, commit.envelope] = None
+    return list(keys), list(places)
 
 
 def _admitted(commits: Iterable[Commit]) -> Iterable[str]:

@@ -14,11 +14,13 @@ from typing import Any, Final, Literal, NamedTuple, TypeVar, get_args
 
 import msgspec
 
+from execution_envelope.budgets import entries_of
 from execution_envelope.envelope import decode as decode_envelope
 from execution_envelope.ledger import chain as chains
 from execution_envelope.ledger.contract import Ledger, Step
 from execution_envelope.ledger.exports import Exports, exports_of
-from execution_envelope.lifecycle import ASKED, TERMINAL, Bound, EventData, Sealed, next_state
+from execution_envelope.ledger.sums import Held, Sum, Sums
+from execution_envelope.lifecycle import ASKED, TERMINAL, Bound, Budgeted, EventData, Late, Sealed, next_state
 
 T = TypeVar("T")
 
@@ -75,6 +77,9 @@ class Tally(msgspec.Struct):
     borne: dict[str, int] = {}
     #: What belongs to entries that were dropped with their segment, and can only be counted: see `exports.Borne`.
     dropped: dict[str, int] = {}
+    #: What the entries make of balances and holdings; see `sums`.
+    sums: list[Sum] = []
+    held: list[Held] = []
     marks: list[Mark] = []
     more: int = 0
 
@@ -85,7 +90,7 @@ class Tally(msgspec.Struct):
             self.more += 1
 
     def add(self, other: Tally) -> None:
-        """All but the findings."""
+        """All but the findings, and what stands in accounts."""
         self.entries += other.entries
         self.envelopes += other.envelopes
         self.more += other.more
@@ -114,7 +119,7 @@ def _steps(ledger: Ledger, heads: Mapping[int, Head], part: Part, progress: Call
     tally, lengths = Tally(), {number: head.length for number, head in heads.items()}
     placed = dict.fromkeys(lengths, 0)
     gone = exports_of(ledger)
-    ends = _Ends(ledger, part, tally, gone)
+    ends, sums = _Ends(ledger, part, tally, gone), Sums()
     sha256, decode, unpack, tags = hashlib.sha256, chains.decode, decode_envelope, _TAGS
     # The table of transitions knows states and types: it is asked once for each pair.
     moves: dict[tuple[str, str], str | None] = {}
@@ -132,6 +137,7 @@ def _steps(ledger: Ledger, heads: Mapping[int, Head], part: Part, progress: Call
         if envelope != current:
             if current is not None:
                 ends.check(current, state, closed, where)
+                sums.end(current, hidden=hidden)
             current, expected, state, hidden = envelope, 0, ASKED, False
             envelopes += number in lengths and position < lengths[number]
             if bound:
@@ -210,8 +216,11 @@ def _steps(ledger: Ledger, heads: Mapping[int, Head], part: Part, progress: Call
         if kind is Bound and (data.kind, data.reference) not in bound:
             bound.add((data.kind, data.reference))
             references += counts
+        elif (kind is Budgeted or kind is Late) and counts:
+            sums.add(entries_of(data))
     if current is not None:
         ends.check(current, state, closed, where)
+        sums.end(current, hidden=hidden)
     ends.finish()
     progress(entries % _REPORT)
     tally.entries, tally.envelopes, tally.placed = (
@@ -220,6 +229,7 @@ def _steps(ledger: Ledger, heads: Mapping[int, Head], part: Part, progress: Call
         {n: count for n, count in placed.items() if count},
     )
     tally.asked = {"keys": keys, "families": families, "references": references}
+    tally.sums, tally.held = sums.sums, sums.held
     return tally
 
 

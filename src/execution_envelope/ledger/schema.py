@@ -8,8 +8,9 @@ from typing import Final
 
 from execution_envelope.errors import LedgerUnavailable
 
-#: The schema that this version makes; it works with one older and one newer, so that rolling deploys pass.
-VERSION: Final = 3
+#: The schema that this version makes; it works with the two older ones, as far as they have room for what is recorded,
+#: and with one newer, so that rolling deploys pass.
+VERSION: Final = 4
 OLDEST: Final = 2
 NEWEST: Final = VERSION + 1
 #: Chain numbers of a segment, from its number times this on.

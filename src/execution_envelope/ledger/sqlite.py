@@ -15,17 +15,27 @@ import sqlite3
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
+from execution_envelope.budgets import Balance, Holding, Key
 from execution_envelope.errors import LedgerUnavailable
 from execution_envelope.ledger import chain as chains
 from execution_envelope.ledger import projection_sqlite, schema, sqlite_database
+from execution_envelope.ledger.balances import SINCE, too_old
 from execution_envelope.ledger.commit import Commit, KeyRow, SequenceConflict, Stored
-from execution_envelope.ledger.contract import MAX_ATTEMPTED, AttemptedRequest, ChainHead, Conservation, Row, Step
+from execution_envelope.ledger.contract import (
+    MAX_ATTEMPTED,
+    AttemptedRequest,
+    ChainHead,
+    Conservation,
+    Moment,
+    Row,
+    Step,
+)
 from execution_envelope.ledger.projection import Projection
 from execution_envelope.ledger.sqlite_database import Database, open_read_only, open_to_write, unavailable
 from execution_envelope.ledger.sqlite_segments import SqliteSegments
@@ -113,6 +123,26 @@ class SqliteLedger:
                 raise SequenceConflict
         return True
 
+    def currency(self, code: str) -> str:
+        with self._read() as database:
+            found: str | None = database.one("currency") if database.at_least(SINCE) else None
+        if found is None:
+            with self._beside() as database:
+                self._check_room(database)
+                database.run("set_currency", code)
+                found = database.one("currency")
+        assert found is not None
+        return found
+
+    def move_cursor(self, consumer: str, positions: Mapping[str, int]) -> None:
+        with self._beside() as database:
+            self._check_room(database)
+            database.put("move_cursor", [(consumer, *one) for one in positions.items()])
+
+    def _check_room(self, database: Database) -> None:
+        if not database.at_least(SINCE):
+            raise too_old(f"`{self._path}`", database.version)
+
     @contextmanager
     def _beside(self) -> Iterator[Database]:
         """A transaction for what stands beside the log, and is rare: with a connection for itself."""
@@ -176,6 +206,21 @@ class SqliteLedger:
         with self._read() as database:
             return database.one("lease", chain) if database.version >= 3 else None
 
+    def balances(self, *, account: str | None = None, window: str | None = None) -> list[Balance]:
+        with self._read() as database:
+            return _balances(database, account, window)
+
+    def holders(self, key: Key, limit: int) -> tuple[list[Holding], int]:
+        with self._read() as database:
+            if not database.at_least(SINCE):
+                return [], 0
+            found = [Holding(*row) for row in database.all("holders", *key, limit)]
+            return found, max(0, database.one("count_holders", *key) - len(found))
+
+    def cursor(self, consumer: str) -> dict[str, int]:
+        with self._read() as database:
+            return dict(database.all("cursor", consumer)) if database.at_least(SINCE) else {}
+
     def attempted(self, limit: int) -> list[AttemptedRequest]:
         return [AttemptedRequest(*row) for row in self._all("attempted", limit)]
 
@@ -186,14 +231,19 @@ class SqliteLedger:
 
     def chains(self) -> list[ChainHead]:
         with self._read() as database:
-            heads = []
-            for number, id in database.all("chains"):
-                found = database.of_chain(number, "head", number)
-                if not found and (gone := database.exports().chains.get(number)) is not None:
-                    found = [(gone.length - 1, bytes.fromhex(gone.head))]
-                position, hash = (found or [(-1, chains.GENESIS)])[0]
-                heads.append(ChainHead(number, id, position + 1, hash))
-            return heads
+            return _chains(database)
+
+    def moment(self) -> Moment:
+        with self._read() as database:
+            room = database.at_least(SINCE)
+            # In one snapshot.
+            database.connection.execute("BEGIN")
+            try:
+                holdings = database.all("holdings") if room else []
+                held = [(Key(*row[:3]), Holding(*row[3:])) for row in holdings]
+                return Moment(_chains(database), _balances(database, None, None), held)
+            finally:
+                database.connection.execute("COMMIT")
 
     def rows(self, chain: str, *, after: int = -1, until: int | None = None) -> Iterator[Row]:
         number = self._one("chain_number", chain)
@@ -370,6 +420,24 @@ class SqliteLedger:
         while page := self._all(query, *start, _PAGE):
             yield from page
             start = page[-1][:width]
+
+
+def _chains(database: Database) -> list[ChainHead]:
+    heads = []
+    for number, id in database.all("chains"):
+        found = database.of_chain(number, "head", number)
+        if not found and (gone := database.exports().chains.get(number)) is not None:
+            found = [(gone.length - 1, bytes.fromhex(gone.head))]
+        position, hash = (found or [(-1, chains.GENESIS)])[0]
+        heads.append(ChainHead(number, id, position + 1, hash))
+    return heads
+
+
+def _balances(database: Database, account: str | None, window: str | None) -> list[Balance]:
+    if not database.at_least(SINCE):
+        return []
+    bounds = account or "", account or _TEXT_END, window or "", window or _TEXT_END
+    return [Balance(*row) for row in database.all("balances", *bounds)]
 
 
 _open_ledgers: weakref.WeakSet[SqliteLedger] = weakref.WeakSet()

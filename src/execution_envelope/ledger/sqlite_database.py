@@ -11,8 +11,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
+from msgspec.structs import astuple
+
+from execution_envelope.budgets import Balance, Key
 from execution_envelope.errors import LedgerUnavailable
 from execution_envelope.ledger import schema
+from execution_envelope.ledger.balances import Balances
 from execution_envelope.ledger.commit import KeyRow, Stored
 from execution_envelope.ledger.exports import Export, Exports, refuse
 
@@ -186,11 +190,19 @@ class Database:
 
     def exports(self) -> Exports:
         """The segments that were dropped."""
-        if self.version < 3:
-            self.check()  # it may have been migrated since
-        if self.version >= 3 and [number for (number,) in self.all("exported")] != list(self._exports.rows):
+        if self.at_least(3) and [number for (number,) in self.all("exported")] != list(self._exports.rows):
             self._exports = Exports(Export(*row) for row in self.all("exports"))
         return self._exports
+
+    def at_least(self, version: int) -> bool:
+        """Whether its schema is so new; it may have been migrated since it was checked."""
+        if self.version < version:
+            self.check()
+        return self.version >= version
+
+    def put(self, query: str, rows: Iterable[Sequence[Any]]) -> None:
+        """Run a statement for each row."""
+        self.connection.executemany(self._sql[query], rows)
 
     def insert(self, table: str, rows: Sequence[Sequence[Any]]) -> None:
         """Insert rows, as many as there are in one statement."""
@@ -208,6 +220,37 @@ class Database:
 
     def _segments_of(self, envelope: str) -> list[int]:
         return [segment for (segment,) in self.all("segments_of", envelope)]
+
+    # What stands in accounts
+
+    def balance(self, key: Key) -> Balance | None:
+        """One balance; None where nothing was entered before. Raises `LedgerUnavailable` for one that is no number."""
+        rows = self.all("balance", *key)
+        if not rows:
+            return None
+        if not all(isinstance(number, int) for number in rows[0][3:]):
+            raise self._no_number(key)
+        return Balance(*rows[0])
+
+    def holding(self, key: Key, envelope: str) -> int:
+        """What an execution holds of a balance. Raises `LedgerUnavailable` for what is no number."""
+        found = self.one("holding", *key, envelope)
+        if not isinstance(found, int | None):
+            raise self._no_number(key)
+        return found or 0
+
+    def _no_number(self, key: Key) -> LedgerUnavailable:
+        # A column takes whatever somebody writes there.
+        return LedgerUnavailable(
+            f"expected numbers in the balance {' '.join(key)} of `{self._path}`, somebody changed it", retryable=False
+        )
+
+    def put_balances(self, balances: Balances) -> None:
+        """Keep what was changed."""
+        self.put("put_balance", map(astuple, balances.changed.values()))
+        held = balances.holdings.items()
+        self.put("put_holding", [(*key, id, amount) for (key, id), amount in held if amount])
+        self.put("end_holding", [(*key, id) for (key, id), amount in held if not amount])
 
     # What a commit is checked against, see `contract.Standing`
 

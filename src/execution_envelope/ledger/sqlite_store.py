@@ -13,10 +13,11 @@ from typing import Final
 import uuid_utils
 
 from execution_envelope.envelope import timestamp
-from execution_envelope.errors import Damaged, Exported, LedgerUnavailable, ReferenceTaken
+from execution_envelope.errors import Damaged, Exported, InvalidField, LedgerUnavailable, ReferenceTaken
 from execution_envelope.ledger import chain as chains
 from execution_envelope.ledger import schema, sqlite_database
-from execution_envelope.ledger.commit import Commit, KeyTaken, SequenceConflict
+from execution_envelope.ledger.balances import SINCE, Balances, too_old
+from execution_envelope.ledger.commit import BudgetExhausted, Commit, KeyTaken, SequenceConflict
 from execution_envelope.ledger.contract import Conservation, check
 from execution_envelope.ledger.sqlite_database import Database, open_to_write, unavailable
 from execution_envelope.ledger.submission import Outcome, Submission
@@ -32,6 +33,9 @@ MAX_LEASED: Final = 1000
 MAX_REMEMBERED: Final = 100_000
 #: Entries of a chain; the process opens another one then. Far below what a place has room for.
 MAX_CHAIN: Final = 2**31
+#: Why budget entries are not taken; and why a commit is not stored, though all others of its group are.
+_UNFIT: Final = (BudgetExhausted, InvalidField, LedgerUnavailable)
+_REFUSED: Final = (SequenceConflict, KeyTaken, ReferenceTaken, Damaged, Exported, *_UNFIT)
 
 
 class _Rows:
@@ -121,24 +125,25 @@ class Store:
     ) -> tuple[list[chains.Link], list[Outcome]]:
         """Insert a group. Not `careful`, it relies on the unique keys of the tables where they say all there is to."""
         rows, links, outcomes = _Rows(), list[chains.Link](), list[Outcome]()
+        balances = Balances(database.balance, database.holding)
         segment = self._number // schema.CHAINS_PER_SEGMENT
         for submission in group:
             commits: Sequence[Commit] = submission.commits
             looked_at = careful or not all(self._plain(commit, ahead) for commit in commits)
-            if looked_at:
+            # One that does not fit is looked at in full: whose key is taken has to hear of that.
+            if looked_at or not self._fit(commits, database, balances):
+                looked_at = True
                 rows.insert(segment, database)
                 try:
-                    for commit in commits:
-                        check(commit, database)
-                except (SequenceConflict, KeyTaken, ReferenceTaken, Damaged, Exported) as refusal:
-                    if submission.window is None:
+                    self._check(commits, database, balances)
+                except _REFUSED as refusal:
+                    if submission.window is None or isinstance(refusal, _UNFIT):
                         outcomes.append(refusal)
                         continue
                     try:
                         commits = submission.settle(database.stored)
-                        for commit in commits:
-                            check(commit, database)
-                    except (SequenceConflict, KeyTaken, ReferenceTaken, Damaged, Exported) as lost:
+                        self._check(commits, database, balances)
+                    except _REFUSED as lost:
                         outcomes.append(lost)
                         continue
             groups = [commit.events() for commit in commits]
@@ -149,7 +154,30 @@ class Store:
                 rows.insert(segment, database)
             outcomes.append(groups)
         rows.insert(segment, database)
+        if balances.changed:
+            database.put_balances(balances)
         return links, outcomes
+
+    def _check(self, commits: Sequence[Commit], database: Database, balances: Balances) -> None:
+        """Raises any of `_REFUSED`; else their budget entries are taken."""
+        for commit in commits:
+            check(commit, database)
+        self._take(commits, database, balances)
+
+    def _take(self, commits: Sequence[Commit], database: Database, balances: Balances) -> None:
+        """Take their budget entries. Raises any of `_UNFIT`, and takes none then."""
+        if any(commit.budgeted for commit in commits):
+            if not database.at_least(SINCE):
+                raise too_old(f"`{self._path}`", database.version)
+            balances.take(commits)
+
+    def _fit(self, commits: Sequence[Commit], database: Database, balances: Balances) -> bool:
+        """Whether they could be taken."""
+        try:
+            self._take(commits, database, balances)
+        except _UNFIT:
+            return False
+        return True
 
     def _plain(self, commit: Commit, ahead: dict[str, int]) -> bool:
         """Whether nothing but the unique keys of the tables could refuse it."""

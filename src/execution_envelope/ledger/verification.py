@@ -2,10 +2,11 @@
 
 What it finds, and names: a changed, missing, swapped or forked entry, a chain that was taken out, an envelope that does
 not match its digest, a history that the lifecycle table does not allow, rows beside the log (keys, bindings, children,
-closings) that the log does not bear out or that it misses, a count that is not conserved, and a database whose guards
-were removed.
+closings, balances, holdings) that the log does not bear out or that it misses, a count that is not conserved, and a
+database whose guards were removed.
 What it cannot know from the ledger alone: whether entries or whole chains were cut off from the end with everything
-that speaks of them, a chain was written anew from some entry on, or a whole older copy was put back.
+that speaks of them, a chain was written anew from some entry on, or a whole older copy was put back. Nor, where
+segments were dropped, what their envelopes spent of budgets: balances then have spent at least what the others did.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Final
 
 import msgspec
 
+from execution_envelope.budgets import Key
 from execution_envelope.errors import LedgerUnavailable
 from execution_envelope.ledger import chain as chains
 from execution_envelope.ledger.contract import Ledger, Row
@@ -35,6 +37,7 @@ from execution_envelope.ledger.recomputation import (
     unmatched,
 )
 from execution_envelope.ledger.schema import CHAINS_PER_SEGMENT
+from execution_envelope.ledger.sums import Held, Sum, differences, merge
 from execution_envelope.ledger.workers import Workers
 
 #: Beyond so many entries all cores take part.
@@ -96,10 +99,12 @@ def verify(
 def _verified(
     ledger: Ledger, schema: list[str], gone: Exports, progress: Callable[[int], None], jobs: int | None
 ) -> Verification:
-    listed = ledger.chains()
+    moment = ledger.moment()
+    listed = moment.chains
     heads = {head.number: Head(head.id, head.length) for head in listed}
     entries = sum(head.length for head in listed if head.number not in gone)
     total, kept = Tally(), _Kept()
+    sums, held = dict[Key, Sum](), list[Held]()
     done = 0
 
     def move(count: int) -> None:
@@ -109,6 +114,8 @@ def _verified(
 
     for tally in _tallies(ledger, heads, entries, jobs, move):
         total.add(tally)
+        merge(sums, tally.sums)
+        held += tally.held
         kept.add(tally.marks)
     kept.add(Mark((0, number, 0), "schema", problem) for number, problem in enumerate(schema))
     kept.add(_chains(ledger, heads, total.placed, gone))
@@ -116,6 +123,7 @@ def _verified(
     short = [table for table, asked in total.asked.items() if asked != total.borne.get(table, 0)]
     if short:
         kept.add(Mark((BESIDE, 0, 0), *found) for found in unmatched(ledger, short, Part("steps")))
+    kept.add(Mark((BESIDE, 0, 0), *found) for found in differences(moment, sums, held, dropped=bool(gone)))
     progress(entries)
     findings, more = kept.findings()
     return Verification(total.envelopes, entries, len(heads), findings, more + total.more)

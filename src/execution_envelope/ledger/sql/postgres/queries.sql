@@ -372,3 +372,63 @@ SELECT count(*) FROM gone
 
 -- name: size
 SELECT pg_total_relation_size(to_regclass(%s::text))
+
+-- name: account_locks
+-- Whoever changes balances holds the locks of their accounts until its end, taken in one order.
+SELECT count(pg_advisory_xact_lock(1702258005, bucket)::text) FROM unnest(%s::int[]) AS l (bucket)
+
+-- name: standing_balances
+SELECT b.account, b.period, b.resource, b.quota, b.reserved, b.spent, b.unknown
+FROM unnest(%s::text[], %s::text[], %s::text[]) AS k (account, period, resource)
+JOIN balances AS b ON b.account = k.account AND b.period = k.period AND b.resource = k.resource
+
+-- name: standing_holdings
+SELECT h.account, h.period, h.resource, h.envelope, h.reserved
+FROM unnest(%s::text[], %s::text[], %s::text[], %s::text[]) AS k (account, period, resource, envelope)
+JOIN holdings AS h
+    ON h.account = k.account AND h.period = k.period AND h.resource = k.resource AND h.envelope = k.envelope
+
+-- name: put_balances
+INSERT INTO balances (account, period, resource, quota, reserved, spent, unknown)
+SELECT * FROM unnest(%s::text[], %s::text[], %s::text[], %s::bigint[], %s::bigint[], %s::bigint[], %s::bigint[])
+ON CONFLICT (account, period, resource) DO UPDATE
+SET quota = excluded.quota, reserved = excluded.reserved, spent = excluded.spent, unknown = excluded.unknown
+
+-- name: put_holdings
+INSERT INTO holdings (account, period, resource, envelope, reserved)
+SELECT * FROM unnest(%s::text[], %s::text[], %s::text[], %s::text[], %s::bigint[])
+ON CONFLICT (account, period, resource, envelope) DO UPDATE SET reserved = excluded.reserved
+
+-- name: end_holdings
+DELETE FROM holdings AS h USING unnest(%s::text[], %s::text[], %s::text[], %s::text[]) AS k (account, period, resource, envelope)
+WHERE h.account = k.account AND h.period = k.period AND h.resource = k.resource AND h.envelope = k.envelope
+
+-- name: balances
+SELECT account, period, resource, quota, reserved, spent, unknown FROM balances
+WHERE account BETWEEN %s::text AND %s::text AND period BETWEEN %s::text AND %s::text
+ORDER BY account, period, resource
+
+-- name: holders
+SELECT envelope, reserved FROM holdings
+WHERE account = %s::text AND period = %s::text AND resource = %s::text AND reserved > 0
+ORDER BY reserved DESC, envelope LIMIT %s::int
+
+-- name: count_holders
+SELECT count(*) FROM holdings WHERE account = %s::text AND period = %s::text AND resource = %s::text AND reserved > 0
+
+-- name: holdings
+SELECT account, period, resource, envelope, reserved FROM holdings ORDER BY account, period, resource, envelope
+
+-- name: currency
+SELECT code FROM currency
+
+-- name: set_currency
+INSERT INTO currency (one, code) VALUES (1, %s::text) ON CONFLICT (one) DO NOTHING
+
+-- name: cursor
+SELECT chain, position FROM cursors WHERE consumer = %s::text ORDER BY chain
+
+-- name: move_cursor
+INSERT INTO cursors AS c (consumer, chain, position)
+SELECT %s::text, m.chain, m.position FROM unnest(%s::text[], %s::bigint[]) AS m (chain, position) ORDER BY m.chain
+ON CONFLICT (consumer, chain) DO UPDATE SET position = greatest(c.position, excluded.position)

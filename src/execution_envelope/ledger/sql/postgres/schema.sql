@@ -1,6 +1,6 @@
--- The ledger on PostgreSQL, version 3. The log (all but the last tables) only grows; triggers refuse the rest.
+-- The ledger on PostgreSQL, version 4. The log (all but the last tables) only grows; triggers refuse the rest.
 CREATE TABLE ledger_schema (version integer NOT NULL);
-INSERT INTO ledger_schema VALUES (3);
+INSERT INTO ledger_schema VALUES (4);
 
 -- A segment is a partition of its own, for chains from number * 1000000 on.
 CREATE TABLE segments (number integer PRIMARY KEY);
@@ -108,3 +108,34 @@ CREATE TABLE exports (
 );
 CREATE TRIGGER exports_keep BEFORE UPDATE OR DELETE ON exports FOR EACH ROW EXECUTE FUNCTION ledger_only_grows();
 CREATE TRIGGER exports_stay BEFORE TRUNCATE ON exports FOR EACH STATEMENT EXECUTE FUNCTION ledger_only_grows();
+
+-- Beside the log, since version 4: what stands in the accounts of budgets, in base units, and which executions hold it;
+-- the one currency that costs are in; how far consumers of the log have come. State, which follows from the log.
+CREATE TABLE balances (
+    account  text COLLATE "C" NOT NULL,
+    period   text COLLATE "C" NOT NULL,
+    resource text COLLATE "C" NOT NULL,
+    quota    bigint NOT NULL,
+    reserved bigint NOT NULL,
+    spent    bigint NOT NULL,
+    unknown  bigint NOT NULL,
+    PRIMARY KEY (account, period, resource)
+);
+CREATE TABLE holdings (
+    account  text COLLATE "C" NOT NULL,
+    period   text COLLATE "C" NOT NULL,
+    resource text COLLATE "C" NOT NULL,
+    envelope text COLLATE "C" NOT NULL,
+    reserved bigint NOT NULL,
+    PRIMARY KEY (account, period, resource, envelope)
+);
+CREATE TABLE currency (
+    one  integer PRIMARY KEY CHECK (one = 1),
+    code text NOT NULL
+);
+CREATE TABLE cursors (
+    consumer text COLLATE "C" NOT NULL,
+    chain    text COLLATE "C" NOT NULL,
+    position bigint NOT NULL,
+    PRIMARY KEY (consumer, chain)
+);

@@ -229,3 +229,46 @@ SELECT sql FROM sqlite_schema WHERE type = 'trigger' AND name = ?
 
 -- name: size
 SELECT sum(pgsize) FROM dbstat WHERE name = ? AND aggregate = 1
+
+-- name: balance
+SELECT account, period, resource, quota, reserved, spent, unknown FROM balances
+WHERE account = ? AND period = ? AND resource = ?
+
+-- name: holding
+SELECT reserved FROM holdings WHERE account = ? AND period = ? AND resource = ? AND envelope = ?
+
+-- name: put_balance
+INSERT OR REPLACE INTO balances (account, period, resource, quota, reserved, spent, unknown) VALUES (?, ?, ?, ?, ?, ?, ?)
+
+-- name: put_holding
+INSERT OR REPLACE INTO holdings (account, period, resource, envelope, reserved) VALUES (?, ?, ?, ?, ?)
+
+-- name: end_holding
+DELETE FROM holdings WHERE account = ? AND period = ? AND resource = ? AND envelope = ?
+
+-- name: balances
+SELECT account, period, resource, quota, reserved, spent, unknown FROM balances
+WHERE account BETWEEN ? AND ? AND period BETWEEN ? AND ? ORDER BY account, period, resource
+
+-- name: holders
+SELECT envelope, reserved FROM holdings WHERE account = ? AND period = ? AND resource = ? AND reserved > 0
+ORDER BY reserved DESC, envelope LIMIT ?
+
+-- name: count_holders
+SELECT count(*) FROM holdings WHERE account = ? AND period = ? AND resource = ? AND reserved > 0
+
+-- name: holdings
+SELECT account, period, resource, envelope, reserved FROM holdings ORDER BY account, period, resource, envelope
+
+-- name: currency
+SELECT code FROM currency
+
+-- name: set_currency
+INSERT INTO currency (one, code) VALUES (1, ?) ON CONFLICT (one) DO NOTHING
+
+-- name: cursor
+SELECT chain, position FROM cursors WHERE consumer = ? ORDER BY chain
+
+-- name: move_cursor
+INSERT INTO cursors (consumer, chain, position) VALUES (?, ?, ?)
+ON CONFLICT (consumer, chain) DO UPDATE SET position = max(position, excluded.position)

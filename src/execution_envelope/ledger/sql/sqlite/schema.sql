@@ -1,6 +1,6 @@
--- The ledger on SQLite, version 3. The log (all but the last tables) only grows; triggers refuse the rest.
+-- The ledger on SQLite, version 4. The log (all but the last tables) only grows; triggers refuse the rest.
 CREATE TABLE ledger_schema (version INTEGER NOT NULL);
-INSERT INTO ledger_schema VALUES (3);
+INSERT INTO ledger_schema VALUES (4);
 
 -- A segment is a table of its own, for chains from number * 1000000 on.
 CREATE TABLE segments (number INTEGER PRIMARY KEY);
@@ -98,3 +98,34 @@ CREATE TABLE exports (
 );
 CREATE TRIGGER exports_keep BEFORE UPDATE ON exports BEGIN SELECT RAISE(ABORT, 'the ledger only grows'); END;
 CREATE TRIGGER exports_stay BEFORE DELETE ON exports BEGIN SELECT RAISE(ABORT, 'the ledger only grows'); END;
+
+-- Beside the log, since version 4: what stands in the accounts of budgets, in base units, and which executions hold it;
+-- the one currency that costs are in; how far consumers of the log have come. State, which follows from the log.
+CREATE TABLE balances (
+    account  TEXT NOT NULL,
+    period   TEXT NOT NULL,
+    resource TEXT NOT NULL,
+    quota    INTEGER NOT NULL,
+    reserved INTEGER NOT NULL,
+    spent    INTEGER NOT NULL,
+    unknown  INTEGER NOT NULL,
+    PRIMARY KEY (account, period, resource)
+) WITHOUT ROWID;
+CREATE TABLE holdings (
+    account  TEXT NOT NULL,
+    period   TEXT NOT NULL,
+    resource TEXT NOT NULL,
+    envelope TEXT NOT NULL,
+    reserved INTEGER NOT NULL,
+    PRIMARY KEY (account, period, resource, envelope)
+) WITHOUT ROWID;
+CREATE TABLE currency (
+    one  INTEGER PRIMARY KEY CHECK (one = 1),
+    code TEXT NOT NULL
+);
+CREATE TABLE cursors (
+    consumer TEXT NOT NULL,
+    chain    TEXT NOT NULL,
+    position INTEGER NOT NULL,
+    PRIMARY KEY (consumer, chain)
+) WITHOUT ROWID;
