@@ -134,6 +134,16 @@ async def test_who_may_approve_is_decided_by_policy(by: Subject, code: str) -> N
     assert (record.state, record.approval) == ("held", None)
 
 
+async def test_who_may_approve_is_enforced_in_shadow_too() -> None:
+    house = House()
+    held = await house.hold()
+    rolling_out = AdmissionController(
+        house.controller.ledger, hooks=[HOLDS, APPROVERS], mode="shadow", clock=house.clock
+    )
+    with pytest.raises(Denied):
+        await rolling_out.approve(held.envelope_id or "", by=Subject("user", "sam", tenant="acme"), reason="please")
+
+
 async def test_where_nobody_decides_who_may_nobody_may() -> None:
     house = House(HOLDS)
     held = await house.hold()

@@ -124,7 +124,9 @@ class Judge:
         approved: frozenset[str] = frozenset()
         if held is not None:
             approved, _ = lifted(held, timestamp(now))
-        outcome = decisions.combine(verdicts, mode=self._mode, approved=approved)
+        # Who may approve is enforced in any case.
+        mode: Mode = "enforce" if must_decide else self._mode
+        outcome = decisions.combine(verdicts, mode=mode, approved=approved)
         if isinstance(outcome, lifecycle.Held):
             expires_at = timestamp(until(now, self.approvals.expires))
             outcome = msgspec.structs.replace(outcome, expires_at=expires_at)
