@@ -27,7 +27,7 @@ from execution_envelope.record import Record
 from execution_envelope.resources import UNKNOWN, VOCABULARY, Amount
 
 #: Of the rows, the roll-ups and the tables. A projection of another version is dropped and made again.
-VERSION: Final = 1
+VERSION: Final = 2
 #: The state of an envelope whose entries cannot be read as a record.
 DAMAGED: Final = "damaged"
 
