@@ -12,11 +12,13 @@ from execution_envelope import (
     AdmissionController,
     Decision,
     Denied,
+    Duty,
     Held,
     InvalidField,
     KeyConflict,
     NotFound,
     NotHeld,
+    OpenObligations,
     Rule,
     SelfApproval,
     Subject,
@@ -142,6 +144,15 @@ async def test_who_may_approve_is_enforced_in_shadow_too() -> None:
     )
     with pytest.raises(Denied):
         await rolling_out.approve(held.envelope_id or "", by=Subject("user", "sam", tenant="acme"), reason="please")
+
+
+async def test_an_obligation_that_nobody_can_fulfil_lets_nobody_approve() -> None:
+    house = House(HOLDS, Rule("everything", lambda e: Decision.allow(obligations=[Duty("scan")])))
+    held = await house.hold()
+    with pytest.raises(OpenObligations):
+        await house.controller.approve(held.envelope_id or "", by=KIM, reason="please")
+    record = await house.controller.read(held.envelope_id or "")
+    assert (record.state, record.approval) == ("held", None)
 
 
 async def test_where_nobody_decides_who_may_nobody_may() -> None:

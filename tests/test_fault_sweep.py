@@ -26,9 +26,11 @@ from execution_envelope import (
     KeyConflict,
     LedgerUnavailable,
     Rule,
+    Violation,
 )
 from execution_envelope import journal as journals
 from execution_envelope.admission import Admission
+from execution_envelope.budgets import Budget, Budgets
 from execution_envelope.hooks import HookChain
 from execution_envelope.ledger import Ledger, MemoryLedger, SqliteLedger, spool, verify, writer
 from execution_envelope.ledger.submission import Outcome, Submission
@@ -97,7 +99,7 @@ async def whole_life(client: Client) -> Ends:
 async def held_and_approved(client: Client) -> Ends:
     opened: list[bool] = []
     gate = Rule("gate", lambda _: Decision.allow() if opened else Decision.hold("wait"))
-    client.controller._hooks = HookChain([gate], deadline=2)
+    client.controller._judge._chain = HookChain([gate], deadline=2)
     with pytest.raises(Held) as held:
         await client.begin(idempotency_key="k")
     opened.append(True)
@@ -121,6 +123,22 @@ async def superseded(client: Client) -> Ends:
     ]
 
 
+async def within_a_budget(client: Client) -> Ends:
+    budgets = Budgets([Budget(name="gpus", resource="gpu", limit=10)])
+    client.controller._judge._budgets = lambda: budgets
+    first = await client.begin(requested={"gpu": 3})
+    await client.surely(lambda: first.grant(Grant({"gpu": 1})))
+    second = await client.begin(requested={"gpu": 3}, idempotency_key=client.key and "k2")
+    with pytest.raises(Violation):
+        await client.surely(lambda: second.grant(Grant({"gpu": 10})))
+    await client.surely(first.complete)
+    await second.leave(failed=("OOM", "killed"))
+    return [
+        (first.id, "sealed admitted budgeted granted budgeted budgeted completed"),
+        (second.id, "sealed admitted budgeted granted budgeted violation budgeted failed"),
+    ]
+
+
 async def left(client: Client) -> Ends:
     """Two blocks, one after the other: neither way out raises."""
     ends = []
@@ -132,7 +150,7 @@ async def left(client: Client) -> Ends:
     return ends
 
 
-STORIES: Final = (whole_life, held_and_approved, superseded, left)
+STORIES: Final = (whole_life, held_and_approved, superseded, within_a_budget, left)
 
 
 class FaultyCalls(FaultyLedger):
@@ -194,6 +212,7 @@ async def check(client: Client, ledger: Ledger, ends: Ends, where: str) -> None:
     counts = controller.conservation()
     assert counts.pending == 0 and counts.dropped == 0, where
     assert verify(ledger).findings == (), where
+    assert [balance for balance in ledger.balances() if balance.reserved or balance.spent] == [], where
 
 
 def sweep(story: Any, kind: str, make: Callable[[int], tuple[Ledger, Any]], backend: str, path: Path) -> int:

@@ -16,7 +16,19 @@ import pytest
 import rfc8785
 from hypothesis import given
 
-from execution_envelope import AdmissionController, Ask, Candidate, Decision, EnvelopeError, Grant, Rule
+from execution_envelope import (
+    AdmissionController,
+    Ask,
+    Candidate,
+    Decision,
+    Duty,
+    EnvelopeError,
+    Grant,
+    Held,
+    Rule,
+    Subject,
+)
+from execution_envelope.budgets import Budget, Budgets
 from execution_envelope.envelope import Envelope, canonical, seal
 from execution_envelope.ledger import MemoryLedger, verify
 from execution_envelope.ledger.chain import Entry
@@ -62,11 +74,27 @@ async def everything() -> MemoryLedger:
     """A ledger that holds every type of event that the seam records."""
     ledger = MemoryLedger()
     answers = {"deny": Decision.deny("policy", "no"), "hold": Decision.hold("ask first")}
-    limits = Rule("limits", lambda e: answers.get(e.execution.operation, Decision.allow(limits={"gpu": 2})))
-    controller = AdmissionController(ledger, hooks=[limits])
+    allowed = Decision.allow(limits={"gpu": 2, "region": ["eu"]}, obligations=[Duty("scan", "scan it")])
+
+    def decide(envelope: Any) -> Decision:
+        if envelope.execution.kind == "maintenance":
+            return Decision.allow()
+        return answers.get(envelope.execution.operation, allowed)
+
+    limits = Rule("limits", decide)
+    budgets = Budgets(
+        [
+            Budget(name="gpus", resource="gpu", limit=9),
+            Budget(name="day", resource="steps", limit=9, window="day", unknown="admit", mode="shadow"),
+        ]
+    )
+    controller = AdmissionController(ledger, hooks=[limits], budgets=budgets)
     for operation in answers:
-        with pytest.raises(EnvelopeError):
+        with pytest.raises(EnvelopeError) as refused:
             await controller.begin(ask(operation=operation))
+    assert isinstance(refused.value, Held)
+    kim = Subject("user", "kim", tenant="acme", roles=["approver"])
+    await controller.approve(refused.value.envelope_id or "", by=kim, reason="fine")
     admission = await controller.begin(
         ask(schema="S", body={"password": "x"}, secrets=["password"], idempotency_key="k", facets={"a": ("p", None, 1)})
     )
@@ -98,6 +126,7 @@ async def everything() -> MemoryLedger:
     await admission.used({"steps": 1})
     for end in ("reject", "complete", "cancel"):
         other = await controller.begin(ask())
+        await other.oblige("scan", "fulfilled", "clean")
         await (other.reject("NoRoom", "full") if end == "reject" else getattr(other, end)())
     lost = await controller.begin(ask())
     await lost.bind("job", "j", owner="node")

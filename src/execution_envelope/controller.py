@@ -39,6 +39,7 @@ from execution_envelope.errors import (
     LedgerUnavailable,
     NotFound,
     NotHeld,
+    OpenObligations,
     Refused,
     Unidentified,
 )
@@ -243,6 +244,8 @@ class AdmissionController:
             record = await self.read(record.id)
         admission = await self._admitted(approving.request(record, decision, by, reason), must_decide=True)
         try:
+            if admission.record.open_obligations:  # before anything is said: nobody could fulfil them for an approval
+                raise OpenObligations(admission.id, admission.record.open_obligations)
             await self._approval(record, decision, admission, by, reason)
         except BaseException as error:
             await admission.leave(failed=(type(error).__name__, str(error)))
