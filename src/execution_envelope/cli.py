@@ -27,7 +27,7 @@ except ImportError as missing:
     sys.stderr.write("expected the extra: pip install 'execution-envelope[cli]'\n")
     raise SystemExit(2) from None
 
-from execution_envelope import cli_admission, cli_projection, cli_proof, cli_upkeep, presentation
+from execution_envelope import cli_admission, cli_projection, cli_proof, cli_relay, cli_upkeep, presentation
 from execution_envelope.cli_projection import catch_up
 from execution_envelope.cli_proof import Against
 from execution_envelope.cli_shared import (
@@ -96,9 +96,9 @@ class _Command(click.Group):
 def cli(context: click.Context, url: str | None) -> None:
     """Look into a ledger of execution envelopes: who asked for what, and what was really given.
 
-    Only `approve`, `deny`, `migrate` and `segment` change the ledger; `checkpoint` keeps a copy inside, and `list`,
-    `coverage`, `project` and `rebuild` write the projection beside it. Exit status: 0 all right, 1 something does not
-    fit, 2 cannot answer.
+    Only `approve`, `deny`, `migrate` and `segment` change the ledger; `checkpoint` keeps a copy inside, `relay` how far
+    it came, and `list`, `coverage`, `project` and `rebuild` write the projection beside it. Exit status: 0 all right, 1
+    something does not fit, 2 cannot answer.
     """
     context.obj = url
     if context.invoked_subcommand is None:
@@ -325,6 +325,7 @@ def tail(context: click.Context, url: str | None, as_json: bool, follow: bool, s
 cli_admission.add_to(cli)
 cli_proof.add_to(cli)
 cli_projection.add_to(cli)
+cli_relay.add_to(cli)
 cli_upkeep.add_to(cli)
 
 

@@ -28,6 +28,8 @@ PAGE: Final = 200
 MAX_PAGES: Final = 32
 #: Envelopes that are remembered: how far they came, and what was sealed. Of others the ledger is asked.
 MAX_REMEMBERED: Final = 10_000
+#: Envelopes in several chains of which it is remembered where their events are.
+MAX_PLACED: Final = 256
 
 
 class _Place(NamedTuple):
@@ -52,11 +54,14 @@ class OrderedLog:
         #: Envelope -> the sequence that was taken in last.
         self._came: OrderedDict[str, int] = OrderedDict()
         self._sealed: OrderedDict[str, Envelope] = OrderedDict()
+        #: Envelope -> sequence -> where that event is.
+        self._places: OrderedDict[str, dict[int, _Place]] = OrderedDict()
 
     def snapshot(self, taken: Mapping[str, int]) -> int:
         """Begin anew behind `taken`: how many entries are new."""
         self.taken = dict(taken)
         self._pages.clear()
+        self._places.clear()
         heads = {head.id: head.length - 1 for head in self._ledger.chains()}
         self._until = {chain: last for chain, last in heads.items() if last > self.taken.get(chain, -1)}
         return sum(last - self.taken.get(chain, -1) for chain, last in self._until.items())
@@ -106,10 +111,10 @@ class OrderedLog:
                 # Of a chain that was dropped with its segment nothing is there; of one that was changed, this much.
                 page = deque(islice(self._ledger.rows(chain, after=after, until=until), PAGE))
             if not page:
-                self._counters["missing"] += until - after
+                self._pages.pop(chain, None)
+                self._counters["missing"] += 1  # the last; those before it are counted with it
                 self._take(chain, until)
                 return None
-            self._counters["missing"] += page[0].position - after - 1
             self._pages.pop(chain, None)
             while len(self._pages) >= MAX_PAGES:
                 del self._pages[next(iter(self._pages))]
@@ -117,6 +122,7 @@ class OrderedLog:
         return page[0]
 
     def _take(self, chain: str, position: int) -> None:
+        self._counters["missing"] += position - self.taken.get(chain, -1) - 1
         self.taken[chain] = position
         if page := self._pages.get(chain):
             page.popleft()
@@ -137,11 +143,18 @@ class OrderedLog:
             return None
         if self._ledger.chain_of(envelope, sequence - 1) in (None, entry.chain):
             return None  # it is gone, or stands before this one
-        for row in self._ledger.rows_of(envelope):
-            with suppress(*DAMAGED):
-                if decode_entry(row.body).sequence == sequence - 1:
-                    return _Place(row.chain, row.position) if row.position > self.taken.get(row.chain, -1) else None
-        return None
+        place = self._placed(envelope).get(sequence - 1)
+        return place if place is not None and place.position > self.taken.get(place.chain, -1) else None
+
+    def _placed(self, envelope: str) -> dict[int, _Place]:
+        places = self._places.get(envelope)
+        if places is None:
+            places = {}
+            for row in self._ledger.rows_of(envelope):
+                with suppress(*DAMAGED):
+                    places[decode_entry(row.body).event().sequence] = _Place(row.chain, row.position)
+            self._remember(self._places, envelope, places, MAX_PLACED)
+        return places
 
     def _envelope(self, id: str, row: Row) -> Envelope | None:
         known = self._sealed.get(id)
@@ -158,8 +171,8 @@ class OrderedLog:
         return known
 
     @staticmethod
-    def _remember(remembered: OrderedDict[str, Any], id: str, value: object) -> None:
+    def _remember(remembered: OrderedDict[str, Any], id: str, value: object, most: int | None = None) -> None:
         remembered[id] = value
         remembered.move_to_end(id)
-        if len(remembered) > MAX_REMEMBERED:
+        if len(remembered) > (most or MAX_REMEMBERED):
             remembered.popitem(last=False)

@@ -68,7 +68,7 @@ class Relay:
 
     `park` keeps an event that is refused for good, and why; without it `Refused` is raised, and the relay comes to the
     same event again. `trouble` is told why an event cannot be sent, once, and None when events can be sent again.
-    `progress` is told how many entries were taken in. Raises `InvalidField` for a consumer without a name.
+    Raises `InvalidField` for a consumer without a name.
     """
 
     def __init__(
@@ -80,7 +80,6 @@ class Relay:
         events: CloudEvents | None = None,
         park: Callable[[Message, str], None] | None = None,
         trouble: Callable[[str | None], None] = lambda _: None,
-        progress: Callable[[int], None] = lambda _: None,
     ) -> None:
         if not isinstance(consumer, str) or not 0 < len(consumer) <= MAX_CONSUMER:
             raise InvalidField("consumer", f"expected a name of up to {MAX_CONSUMER} characters, got {shown(consumer)}")
@@ -91,7 +90,6 @@ class Relay:
         self._events = CloudEvents() if events is None else events
         self._park = park
         self._trouble = trouble
-        self._progress = progress
         self._log = OrderedLog(ledger, self.counters)
         self._troubled = False
 
@@ -99,10 +97,12 @@ class Relay:
         """How many entries of the log the consumer has not taken in."""
         return await anyio.to_thread.run_sync(self._snapshot)
 
-    async def catch_up(self) -> int:
+    async def catch_up(self, progress: Callable[[int], None] = lambda _: None) -> int:
         """Send what the log holds now: how many events that were. Goes on for as long as the sink is away.
 
-        Raises `LedgerUnavailable`, `Damaged` and, without `park`, `Refused`; the cursor is behind what was sent by then.
+        `progress` is told how many entries of the log were taken in, each time that the cursor was moved.
+        Raises `LedgerUnavailable`, `Damaged` and, without `park`, `Refused`. Of what was sent by then up to `BATCH`
+        events are sent again at the next call.
         """
         if not await self.lag():
             return 0
@@ -117,7 +117,7 @@ class Relay:
             moves = {chain: position for chain, position in log.taken.items() if moved.get(chain) != position}
             if moves:
                 await anyio.to_thread.run_sync(self._ledger.move_cursor, self._consumer, moves)
-                self._progress(sum(position - moved.get(chain, -1) for chain, position in moves.items()))
+                progress(sum(position - moved.get(chain, -1) for chain, position in moves.items()))
                 moved |= moves
             done += len(batch)
             if len(batch) < BATCH:
@@ -131,23 +131,22 @@ class Relay:
         for message in batch:
             of_envelopes.setdefault(message.envelope, []).append(message)
         at_once = anyio.Semaphore(MAX_AT_ONCE)
-        refused: list[Refused] = []
+        failed: list[Exception] = []
 
         async def send(messages: Sequence[Message]) -> None:
             async with at_once:
-                for message in messages:
-                    try:
+                try:
+                    for message in messages:
                         await self._send_one(message)
-                    except Refused as error:
-                        refused.append(error)
-                        group.cancel_scope.cancel()
-                        return
+                except Exception as error:
+                    failed.append(error)
+                    group.cancel_scope.cancel()
 
         async with anyio.create_task_group() as group:
             for messages in of_envelopes.values():
                 group.start_soon(send, messages)
-        if refused:
-            raise refused[0]
+        if failed:
+            raise failed[0]
 
     async def _send_one(self, message: Message) -> None:
         delay = FIRST_DELAY
