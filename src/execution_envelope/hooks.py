@@ -3,44 +3,35 @@
 Those on the event loop that are not async answer one after the other; all others at the same time. A decider sees the
 sealed envelope and cannot change it. What it answers, or how it failed, is a `Verdict` on the record.
 
-A deadline cannot interrupt what blocks the event loop. Whoever does so for longer than `BLOCKED` is named on the
-record, counted, and quarantined: asked in a thread from then on, or, when it is async, not asked for `QUARANTINE`
-seconds, with its failure mode applied.
+A deadline cannot interrupt what blocks the event loop. Whoever does so for longer than `BLOCKED`, or than it may take
+altogether, is named on the record, counted, and quarantined: asked in a thread from then on, or, when it is async, not
+asked for `QUARANTINE` seconds, with its failure mode applied.
 """
 
 from __future__ import annotations
 
 import asyncio
 import inspect
-import resource
+import signal
+import threading
 import time
 from collections import Counter
 from collections.abc import Awaitable, Generator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Final, Literal, TypeAlias
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Final
 
 import anyio
-import anyio.to_process
 import msgspec
-from anyio.lowlevel import RunVar
 
-from execution_envelope.credentials import brief, invalid, scrub, shown
-from execution_envelope.decision import (
-    CODES,
-    OUTCOMES,
-    Decider,
-    Decision,
-    Declaration,
-    Duty,
-    Hook,
-    Observer,
-    Phase,
-)
-from execution_envelope.envelope import Envelope, Scope, bounded, canonical, decode
+from execution_envelope.answers import Answer, Failure, failed, raised, understood, watched
+from execution_envelope.credentials import invalid, shown
+from execution_envelope.decision import Decider, Declaration, Duty, Hook, Observer, Phase
+from execution_envelope.envelope import Envelope, canonical
 from execution_envelope.errors import InvalidField
+from execution_envelope.isolation import Processes
 from execution_envelope.lifecycle import Verdict
-from execution_envelope.resources import VOCABULARY, Amount, parse_amount
-from execution_envelope.threads import Busy, Threads
+from execution_envelope.threads import Threads
 
 #: For how long a hook may hold the event loop, in seconds, before it is quarantined, and for how long it then is.
 BLOCKED: Final = 0.5
@@ -48,12 +39,13 @@ QUARANTINE: Final = 60.0
 #: How many threads, and processes, one hook may keep busy; who comes then waits within the deadline.
 MAX_THREADS: Final = 8
 MAX_PROCESSES: Final = 2
-#: How many obligations, policies, errors, hints and limits one decision may name.
-MAX_SAID: Final = 64
-#: The raw answer of an engine elsewhere is cut at so many characters.
-MAX_ANSWER: Final = 4096
 
-Failure: TypeAlias = Literal["error", "timeout", "invalid", "quarantined"]
+_COUNTED: Final[Mapping[str, str]] = {
+    "error": "hooks_failed",
+    "invalid": "hooks_failed",
+    "timeout": "hooks_timed_out",
+    "quarantined": "hooks_quarantined",
+}
 
 
 @dataclass(slots=True)
@@ -75,20 +67,20 @@ class HookChain:
         # Not `<= 0`, because every comparison with NaN is false.
         if not isinstance(deadline, int | float) or not deadline > 0:
             raise InvalidField("deadline", f"expected more than 0 seconds, got {shown(deadline)}")
-        for hook in hooks:
+        self.hooks = tuple(hooks)
+        for hook in self.hooks:
             if not isinstance(hook, Decider | Observer):
                 raise invalid("hooks", f"expected `declaration` and `decide` or `observe`, got {shown(hook)}")
             if not isinstance(hook.declaration, Declaration):
                 raise invalid("hooks", f"expected a Declaration, got {shown(hook.declaration)}")
             hook.declaration.check()
-        names = [hook.declaration.name for hook in hooks]
+        names = [hook.declaration.name for hook in self.hooks]
         if len(set(names)) != len(names):
             raise InvalidField("hooks", f"expected hooks with different names, got {', '.join(names)}")
-        self.hooks = tuple(hooks)
         self._deadline = deadline
         self._counters = Counter[str]() if counters is None else counters
-        self._askers = [_Asker(hook, self._counters) for hook in hooks if isinstance(hook, Decider)]
-        #: (kind, phase) -> those that cover it, and those of them that are waited for together.
+        self._askers = [_Asker(hook, deadline, self._counters) for hook in self.hooks if isinstance(hook, Decider)]
+        #: (kind, phase) -> those that cover it.
         self._covering: dict[tuple[str, Phase], list[_Asker]] = {}
 
     @property
@@ -97,7 +89,10 @@ class HookChain:
         return tuple(hook for hook in self.hooks if isinstance(hook, Observer))
 
     async def decide(self, envelope: Envelope, *, phase: Phase = "admit", plan: bool = False) -> Decided:
-        """Ask every decider that covers the kind. With `plan` those are left out that may have side effects."""
+        """Ask every decider that covers the kind. With `plan` those are left out that may have side effects.
+
+        Raises what cancels the caller, and nothing else.
+        """
         decided = Decided()
         if not self._askers:
             return decided
@@ -106,28 +101,21 @@ class HookChain:
             decided.skipped = {a.name: why for a in covering if (why := _effects(a.declaration)) is not None}
             covering = [asker for asker in covering if asker.name not in decided.skipped]
         end = time.monotonic() + self._deadline
-        answers: list[_Answer | None] = [None] * len(covering)
+        answers: list[Answer | None] = [None] * len(covering)
         waiting = []
         for place, asker in enumerate(covering):
             if asker.inline:
                 answers[place] = asker.ask_now(envelope, end)
             else:
                 waiting.append((place, asker))
-        if len(waiting) == 1:
-            [(place, asker)] = waiting
-            answers[place] = await asker.ask(envelope, end)
-        elif waiting:
-
-            async def ask(place: int, asker: _Asker) -> None:
-                answers[place] = await asker.ask(envelope, end)
-
-            async with anyio.create_task_group() as group:
-                for place, asker in waiting:
-                    group.start_soon(ask, place, asker)
+        if waiting:
+            await _together(waiting, answers, envelope, end)
         for asker, answer in zip(covering, answers, strict=True):
             assert answer is not None
-            verdict, duties = answer
+            verdict, duties = answer.verdict, answer.duties
             decided.verdicts.append(verdict)
+            if verdict.failure is not None:
+                self._counters[_COUNTED[verdict.failure]] += 1
             if duties and not verdict.shadow and verdict.decision in ("allow", "warn", "hold"):
                 decided.duties[asker.name] = duties
         return decided
@@ -140,7 +128,27 @@ class HookChain:
         return found
 
 
-_Answer: TypeAlias = tuple[Verdict, Sequence[Duty]]
+async def _together(
+    waiting: Sequence[tuple[int, _Asker]], answers: list[Answer | None], envelope: Envelope, end: float
+) -> None:
+    """Ask all of these at the same time, and put what they answer into its place."""
+
+    async def ask(place: int, asker: _Asker) -> None:
+        answers[place] = await asker.ask(envelope, end)
+
+    if len(waiting) == 1:
+        await ask(*waiting[0])
+        return
+    try:
+        async with anyio.create_task_group() as group:
+            for place, asker in waiting:
+                group.start_soon(ask, place, asker)
+    except BaseExceptionGroup as several:
+        # Ctrl-C, which comes in one of them. Who called waits for no group.
+        error: BaseException = several
+        while isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        raise error from None
 
 
 def _effects(declaration: Declaration) -> str | None:
@@ -152,278 +160,162 @@ def _effects(declaration: Declaration) -> str | None:
 class _Asker:
     """Asks one decider, in the way that it is declared to be asked, and makes a verdict of whatever comes."""
 
-    def __init__(self, hook: Decider, counters: Counter[str]) -> None:
+    def __init__(self, hook: Decider, deadline: float, counters: Counter[str]) -> None:
         self.hook = hook
-        self.declaration = hook.declaration
-        self.name = hook.declaration.name
+        self.declaration = declared = hook.declaration
+        self.name = declared.name
         self._counters = counters
         self._is_async = inspect.iscoroutinefunction(hook.decide)
         #: On the event loop, and not waited for.
-        self.inline = self.declaration.inline and not self._is_async
-        self._threads = Threads(f"hook {self.name}", MAX_THREADS)
+        self.inline = declared.inline and not self._is_async
+        self._processes = Processes(hook, declared) if declared.isolated else None
+        self._threads = Threads(f"hook {self.name}", MAX_PROCESSES if declared.isolated else MAX_THREADS)
+        #: For how long it may hold the event loop. What is left of the deadline is not its doing.
+        self._hold = min(BLOCKED, deadline, declared.timeout or deadline)
         self._quarantined_until = 0.0
 
-    def ask_now(self, envelope: Envelope, end: float) -> _Answer:
+    def ask_now(self, envelope: Envelope, end: float) -> Answer:
         """One that is called on the event loop and answers at once."""
-        start = time.monotonic()
+        start, declared = time.monotonic(), self.declaration
+        if declared.timeout is not None:
+            end = min(end, start + declared.timeout)
+        shadow = declared.shadows(envelope)
         if start >= end:
-            return self._failed(envelope, "timeout", "the deadline passed before it was asked", 0)
-        watched, read = _watched(envelope)
+            return self._late((), shadow, start, "the deadline passed before it was asked")
+        seen, read = watched(envelope)
         try:
-            answer = self.hook.decide(watched)
-            if inspect.isawaitable(answer):
-                _discard(answer)
-                raise invalid(f"hooks.{self.name}", "expected `async def decide` of a hook that is waited for")
-            heard = self._verdict(envelope, answer, start, read)
-        except KeyboardInterrupt:
-            raise
-        except InvalidField as error:
-            heard = self._failed(envelope, "invalid", str(error), _since(start))
+            said = self.hook.decide(seen)
+            if inspect.isawaitable(said):
+                getattr(said, "close", str)()  # or it warns that it was never awaited
+                problem = invalid(f"hooks.{self.name}", "expected `async def decide` of a hook that is waited for")
+                answer = failed(declared, "invalid", str(problem), read, shadow=shadow, start=start)
+            else:
+                answer = understood(declared, said, read, shadow=shadow, start=start)
         except BaseException as error:  # a hook that calls sys.exit must not end the server
-            heard = self._failed(envelope, "error", f"{type(error).__name__}: {error}", _since(start))
-        held = time.monotonic() - start
-        if held > BLOCKED or start + held > end:
-            self.inline = False  # from now on in a thread
-            heard = self._blocked(envelope, heard, held, start + held > end, "it is asked in a thread from now on")
-        return heard
+            if _is_interrupt(error):
+                raise
+            answer = failed(declared, "error", raised(error), read, shadow=shadow, start=start)
+        now = time.monotonic()
+        held = now - start
+        if now > end and answer.verdict.failure is None:
+            answer = self._late(read, shadow, start)
+        if held > self._hold:
+            self.inline = False
+            answer = self._blocked(answer, held, "it is asked in a thread from now on")
+        return answer
 
-    async def ask(self, envelope: Envelope, end: float) -> _Answer:
+    async def ask(self, envelope: Envelope, end: float) -> Answer:
         """One that is waited for."""
-        start = time.monotonic()
-        if self.declaration.timeout is not None:
-            end = min(end, start + self.declaration.timeout)
+        start, declared = time.monotonic(), self.declaration
+        if declared.timeout is not None:
+            end = min(end, start + declared.timeout)
+        shadow = declared.shadows(envelope)
         if start >= end:
-            return self._failed(envelope, "timeout", "the deadline passed before it was asked", 0)
+            return self._late((), shadow, start, "the deadline passed before it was asked")
         if start < self._quarantined_until:
-            left = self._quarantined_until - start
-            return self._failed(envelope, "quarantined", f"it blocked the event loop, asked again in {left:.0f} s", 0)
-        watched, read = _watched(envelope)
-        measure = _Measure()
-        scope = anyio.move_on_after(end - start)
+            why = f"it blocked the event loop, asked again in {self._quarantined_until - start:.0f} s"
+            return failed(declared, "quarantined", why, (), shadow=shadow, start=start)
+        seen, read = watched(envelope)
+        if self._is_async and self._processes is None:
+            return await self._waited(_begun(self.hook, seen), read, shadow, start, end)
+        try:
+            call = self._threads.start(partial(self._called, seen, read, shadow, start, end))
+        except RuntimeError as error:  # no more threads
+            return failed(declared, "error", raised(error), (), shadow=shadow, start=start)
+        with anyio.move_on_after(end - start):
+            await call.wait()
+        # It may have answered in time while something else kept the event loop from hearing it.
+        if call.ended is None or call.ended > end:
+            return self._late(read, shadow, start, None if call.begun else f"all {self._threads.most} are busy")
+        said = call.answer()
+        return said if isinstance(said, Answer) else await self._waited(said, read, shadow, start, end)
+
+    def _called(
+        self, envelope: Envelope, read: Sequence[str], shadow: bool, start: float, end: float
+    ) -> Answer | Awaitable[Any]:
+        """In a thread: what it answers, or what has to be awaited for that. Raises nothing."""
+        declared = self.declaration
+        try:
+            if self._processes is not None:
+                return self._apart(self._processes.ask(canonical(envelope), end), shadow, start)
+            said = self.hook.decide(envelope)
+            if inspect.isawaitable(said):
+                return said
+            return understood(declared, said, read, shadow=shadow, start=start)
+        except TimeoutError as error:
+            failure: Failure = "timeout" if self._processes is not None else "error"
+            return failed(declared, failure, str(error) or raised(error), read, shadow=shadow, start=start)
+        except BaseException as error:
+            return failed(declared, "error", raised(error), read, shadow=shadow, start=start)
+
+    def _apart(self, answer: Answer, shadow: bool, start: float) -> Answer:
+        took = round((time.monotonic() - start) * 1_000_000)
+        return msgspec.structs.replace(
+            answer, verdict=msgspec.structs.replace(answer.verdict, shadow=shadow, duration_us=took)
+        )
+
+    async def _waited(
+        self, said: Awaitable[Any], read: Sequence[str], shadow: bool, start: float, end: float
+    ) -> Answer:
+        """What it answers on the event loop, and whether it held that up."""
+        declared, before = self.declaration, _cancellations()
+        measured = _Measured(said)
+        scope = anyio.move_on_after(end - time.monotonic())
+        heard: list[Any] = []
+        answer: Answer | None = None
         try:
             with scope:
-                heard = self._verdict(envelope, await self._answer(watched, measure, end), start, read)
-            if scope.cancelled_caught:
-                heard = self._failed(envelope, "timeout", "no answer before the deadline", _since(start))
-        except KeyboardInterrupt:
-            raise
-        except InvalidField as error:
-            heard = self._failed(envelope, "invalid", str(error), _since(start))
-        except Busy as busy:
-            heard = self._failed(envelope, "timeout", str(busy), _since(start))
-        except BaseException as error:  # a hook that calls sys.exit must not end the server
-            if isinstance(error, anyio.get_cancelled_exc_class()) and _is_cancelled():
+                heard.append(await measured)
+        except BaseException as error:
+            # Ours, or from around it: when the event loop is closed, for one.
+            if not measured.raised or _is_cancellation(error) or _is_interrupt(error):
                 raise
             # What it raises because the deadline came is no error of its own.
             failure: Failure = "timeout" if scope.cancel_called else "error"
-            heard = self._failed(envelope, failure, f"{type(error).__name__}: {error}", _since(start))
-        if measure.longest > BLOCKED:
-            self._quarantined_until = time.monotonic() + QUARANTINE
-            late = time.monotonic() > end
-            heard = self._blocked(envelope, heard, measure.longest, late, f"not asked for {QUARANTINE:g} s")
-        elif time.monotonic() > end and heard[0].failure is None:
-            heard = self._failed(envelope, "timeout", "it blocked the event loop past the deadline", _since(start))
-        return heard
-
-    async def _answer(self, envelope: Envelope, measure: _Measure, end: float) -> Any:
-        if self.declaration.isolated:
-            body = canonical(envelope)
-            return await anyio.to_process.run_sync(
-                _isolated, self.hook, body, self.declaration.memory, cancellable=True, limiter=_processes(self.name)
+            answer = failed(declared, failure, raised(error), read, shadow=shadow, start=start)
+        if _cancellations() > before:
+            # It kept for itself that somebody cancelled the request.
+            raise asyncio.CancelledError
+        if answer is None:
+            in_time = heard and time.monotonic() <= end
+            answer = (
+                understood(declared, heard[0], read, shadow=shadow, start=start)
+                if in_time
+                else self._late(read, shadow, start)
             )
-        if self._is_async:
-            answer = self.hook.decide(envelope)
-            return await _Measured(answer, measure) if inspect.isawaitable(answer) else answer
-        answer = await self._threads.call(lambda: self.hook.decide(envelope), end)
-        return await _Measured(answer, measure) if inspect.isawaitable(answer) else answer
+        if measured.longest > self._hold:
+            self._quarantined_until = time.monotonic() + QUARANTINE
+            answer = self._blocked(answer, measured.longest, f"not asked for {QUARANTINE:g} s")
+        return answer
 
-    def _blocked(self, envelope: Envelope, heard: _Answer, held: float, late: bool, then: str) -> _Answer:
+    def _late(self, read: Sequence[str], shadow: bool, start: float, why: str | None = None) -> Answer:
+        why = why or "no answer before the deadline"
+        return failed(self.declaration, "timeout", why, read, shadow=shadow, start=start)
+
+    def _blocked(self, answer: Answer, held: float, then: str) -> Answer:
         self._counters["hooks_blocked"] += 1
-        said = f"it blocked the event loop for {held:.1f} s, {then}"
-        verdict, duties = heard
-        if late and verdict.failure is None:
-            return self._failed(envelope, "timeout", f"no answer before the deadline: {said}", verdict.duration_us)
-        return msgspec.structs.replace(verdict, errors=(*verdict.errors, said)), duties
-
-    def _verdict(self, envelope: Envelope, decision: Any, start: float, read: Sequence[str]) -> _Answer:
-        declared, path = self.declaration, f"hooks.{self.name}"
-        if not isinstance(decision, Decision) or decision.outcome not in OUTCOMES:
-            raise invalid(path, f"expected a Decision, got `{type(decision).__name__}`")
-        code, outcome = decision.code, decision.outcome
-        if (outcome in ("deny", "hold") or code is not None) and code not in CODES:
-            raise invalid(f"{path}.code", f"expected one of {', '.join(CODES)}, got {shown(code)}")
-        limits, allowed = _limits(decision.limits, path) if decision.limits else (_NO_LIMITS, _NO_VALUES)
-        verdict = Verdict(
-            hook=declared.name,
-            version=declared.version,
-            decision=outcome,
-            code=code,
-            message=None if decision.message is None else scrub(decision.message, field=f"{path}.message"),
-            retryable=outcome == "deny" and CODES[code or ""][0],
-            duration_us=_since(start),
-            limits=limits,
-            allowed=allowed,
-            shadow=declared.shadows(envelope),
-            revision=None if decision.revision is None else scrub(decision.revision, field=f"{path}.revision"),
-            policies=_texts(decision.policies, f"{path}.policies"),
-            errors=_texts(decision.errors, f"{path}.errors"),
-            hints=_texts(list(read) if decision.hints is None else decision.hints, f"{path}.hints"),
-            answer=None if decision.answer is None else scrub(decision.answer[:MAX_ANSWER], field=f"{path}.answer"),
-        )
-        return verdict, _duties(decision.obligations, path) if decision.obligations else ()
-
-    def _failed(self, envelope: Envelope, failure: Failure, message: str, duration_us: int) -> _Answer:
-        self._counters[f"hooks_{_COUNTED[failure]}"] += 1
-        declared, mode = self.declaration, self.declaration.failure_mode
-        verdict = Verdict(
-            hook=declared.name,
-            version=declared.version,
-            decision=mode,
-            code=None if mode == "allow" else _CODE_OF[failure],
-            message=scrub(message),
-            retryable=mode == "deny",
-            duration_us=duration_us,
-            failure=failure,
-            failure_mode=mode,
-            shadow=declared.shadows(envelope),
-        )
-        return verdict, ()
+        errors = (*answer.verdict.errors, f"it blocked the event loop for {held:.1f} s, {then}")
+        return msgspec.structs.replace(answer, verdict=msgspec.structs.replace(answer.verdict, errors=errors))
 
 
-_NO_LIMITS: Final[Mapping[str, Amount]] = {}
-_NO_VALUES: Final[Mapping[str, tuple[Any, ...]]] = {}
-_CODE_OF: Final[Mapping[Failure, str]] = {
-    "error": "hook_error",
-    "invalid": "hook_error",
-    "timeout": "hook_timeout",
-    "quarantined": "hook_quarantined",
-}
-_COUNTED: Final[Mapping[Failure, str]] = {
-    "error": "failed",
-    "invalid": "failed",
-    "timeout": "timed_out",
-    "quarantined": "quarantined",
-}
-
-
-def _limits(said: Any, path: str) -> tuple[Mapping[str, Amount], Mapping[str, tuple[Any, ...]]]:
-    if not isinstance(said, Mapping) or len(said) > MAX_SAID:
-        raise invalid(f"{path}.limits", f"expected a mapping of up to {MAX_SAID} limits, got {shown(said)}")
-    limits: dict[str, Amount] = {}
-    allowed: dict[str, tuple[Any, ...]] = {}
-    for name, value in said.items():
-        field_name = f"{path}.limits.{brief(str(name))}"
-        if name in VOCABULARY or not isinstance(value, list | tuple):
-            limits[name] = parse_amount(name, value, field=field_name)
-        else:
-            allowed[str(name)] = tuple(bounded(item, field_name) for item in value[:MAX_SAID])
-    return limits, allowed
-
-
-def _texts(said: Sequence[str], path: str) -> tuple[str, ...]:
-    if not said:
-        return ()
-    if not isinstance(said, list | tuple | frozenset | set):
-        raise invalid(path, f"expected a list of texts, got {shown(said)}")
-    some = [scrub(text, field=path) for text in list(said)[:MAX_SAID]]
-    return (*some, f"and {len(said) - MAX_SAID} more") if len(said) > MAX_SAID else tuple(some)
-
-
-def _duties(said: Any, path: str) -> tuple[Duty, ...]:
-    if not isinstance(said, list | tuple) or len(said) > MAX_SAID or not all(isinstance(duty, Duty) for duty in said):
-        raise invalid(f"{path}.obligations", f"expected up to {MAX_SAID} duties, got {shown(said)}")
-    names = [duty.name for duty in said]
-    if len(set(names)) < len(names) or not all(isinstance(name, str) and name for name in names):
-        raise invalid(f"{path}.obligations", f"expected duties with different names, got {shown(names)}")
-    return tuple(
-        Duty(
-            scrub(duty.name, field=f"{path}.obligations"),
-            None if duty.text is None else scrub(duty.text, field=f"{path}.obligations"),
-            bool(duty.required),
-        )
-        for duty in said
-    )
-
-
-class _Hints(dict[str, Any]):
-    """Governance hints, and which of them were read."""
-
-    __slots__ = ("read",)
-
-    def __init__(self, values: Mapping[str, Any]) -> None:
-        super().__init__(values)
-        self.read: dict[str, None] = {}
-
-    def __getitem__(self, name: str) -> Any:
-        self.read[name] = None
-        return super().__getitem__(name)
-
-    def get(self, name: str, default: Any = None) -> Any:
-        self.read[name] = None
-        return super().get(name, default)
-
-    def __contains__(self, name: object) -> bool:
-        if isinstance(name, str):
-            self.read[name] = None
-        return super().__contains__(name)
-
-    def items(self) -> Any:
-        self.read.update(dict.fromkeys(super().keys()))
-        return super().items()
-
-    def values(self) -> Any:
-        self.read.update(dict.fromkeys(super().keys()))
-        return super().values()
-
-    def _refuse(self, *_: Any, **__: Any) -> Any:
-        raise TypeError("the sealed part of an envelope does not change")
-
-    __setitem__ = __delitem__ = pop = popitem = clear = update = setdefault = __ior__ = _refuse
-
-
-class _Read(Sequence[str]):
-    """The hints that were read and are there."""
-
-    def __init__(self, hints: _Hints) -> None:
-        self._hints = hints
-
-    def _names(self) -> list[str]:
-        return [name for name in self._hints.read if dict.__contains__(self._hints, name)]
-
-    def __getitem__(self, index: Any) -> Any:
-        return self._names()[index]
-
-    def __len__(self) -> int:
-        return len(self._names())
-
-
-def _watched(envelope: Envelope) -> tuple[Envelope, Sequence[str]]:
-    """The envelope, with hints that tell who reads them. Most have none."""
-    if not envelope.scope.hints:
-        return envelope, ()
-    hints = _Hints(envelope.scope.hints)
-    scope: Scope = msgspec.structs.replace(envelope.scope, hints=hints)
-    return msgspec.structs.replace(envelope, scope=scope), _Read(hints)
-
-
-class _Measure:
-    """The longest time for which the event loop was held."""
-
-    __slots__ = ("longest",)
-
-    def __init__(self) -> None:
-        self.longest = 0.0
+async def _begun(hook: Decider, envelope: Envelope) -> Any:
+    """Even `async def` may be something that raises when it is called."""
+    said: Any = hook.decide(envelope)
+    return await said
 
 
 class _Measured:
-    """Awaits, and measures each stretch between two pauses."""
+    """Awaits, and measures each stretch between two pauses: the longest, in seconds; and whether it `raised`."""
 
-    def __init__(self, awaitable: Awaitable[Any], measure: _Measure) -> None:
+    __slots__ = ("_awaitable", "longest", "raised")
+
+    def __init__(self, awaitable: Awaitable[Any]) -> None:
         self._awaitable = awaitable
-        self._measure = measure
+        self.longest = 0.0
+        self.raised = False
 
     def __await__(self) -> Generator[Any, Any, Any]:
-        inner: Any = self._awaitable.__await__()
+        inner: Any = _awaiting(self._awaitable)
         step, value = inner.send, None
         while True:
             start = time.monotonic()
@@ -431,8 +323,11 @@ class _Measured:
                 wanted = step(value)
             except StopIteration as end:
                 return end.value
+            except BaseException:
+                self.raised = True
+                raise
             finally:
-                self._measure.longest = max(self._measure.longest, time.monotonic() - start)
+                self.longest = max(self.longest, time.monotonic() - start)
             try:
                 step, value = inner.send, (yield wanted)
             except GeneratorExit:
@@ -442,54 +337,43 @@ class _Measured:
                 step, value = inner.throw, error
 
 
-def _isolated(hook: Decider, body: bytes, memory: int) -> Any:
-    """In a process of its own: decide with so much memory."""
-    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    resource.setrlimit(resource.RLIMIT_DATA, (memory if hard < 0 else min(memory, hard), hard))
-    envelope, read = _watched(decode(body))
-    answer: Any = hook.decide(envelope)
-    if inspect.isawaitable(answer):
-
-        async def wait() -> Any:
-            return await answer
-
-        answer = anyio.run(wait)
-    if isinstance(answer, Decision) and answer.hints is None and len(read):
-        answer = replace(answer, hints=list(read))
-    return answer
+async def _awaiting(awaitable: Awaitable[Any]) -> Any:
+    return await awaitable
 
 
-_process_limits: RunVar[dict[str, anyio.CapacityLimiter]] = RunVar("execution_envelope.hook_processes")
-
-
-def _processes(name: str) -> anyio.CapacityLimiter:
-    try:
-        limits = _process_limits.get()
-    except LookupError:
-        limits = {}
-        _process_limits.set(limits)
-    if name not in limits:
-        limits[name] = anyio.CapacityLimiter(MAX_PROCESSES)
-    return limits[name]
-
-
-def _discard(answer: Any) -> None:
-    close = getattr(answer, "close", None)
-    if close is not None:
-        close()
-
-
-def _is_cancelled() -> bool:
-    """Whether somebody cancelled this task, now that the exception of a cancellation was raised in it.
+def _is_cancellation(error: BaseException) -> bool:
+    """Whether somebody cancelled this task, and a hook did not only raise what a cancellation raises.
 
     With asyncio anybody can raise that by hand, or get it from another task; with trio nobody can.
     """
+    return isinstance(error, anyio.get_cancelled_exc_class()) and _cancellations() != 0
+
+
+def _cancellations() -> int:
+    """How many times the task was cancelled and nobody took it back; -1 where that is not counted: in trio a
+    cancellation comes again and again until it has its way."""
     try:
         task = asyncio.current_task()
     except RuntimeError:
+        return -1
+    return -1 if task is None else task.cancelling()
+
+
+def _is_interrupt(error: BaseException) -> bool:
+    """Whether Ctrl-C was pressed, and a hook did not only raise what that raises.
+
+    Then what the application does at Ctrl-C is among the frames, unless that is Python's own doing, which leaves none.
+    """
+    if not isinstance(error, KeyboardInterrupt) or threading.current_thread() is not threading.main_thread():
+        return False
+    handler: Any = signal.getsignal(signal.SIGINT)
+    if handler is signal.default_int_handler:
         return True
-    return task is None or task.cancelling() > 0
-
-
-def _since(start: float) -> int:
-    return round((time.monotonic() - start) * 1_000_000)
+    handler = getattr(handler, "func", handler)
+    code = getattr(getattr(handler, "__func__", handler), "__code__", None)
+    trace = error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code is code:
+            return True
+        trace = trace.tb_next
+    return False

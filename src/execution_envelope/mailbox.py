@@ -7,7 +7,6 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Final, Protocol, TypeAlias
-from weakref import WeakKeyDictionary
 
 import anyio
 from anyio.lowlevel import RunVar, current_token
@@ -27,8 +26,8 @@ class Mailbox(Protocol):
         """From any thread; in vain when the loop is gone."""
         ...
 
-    async def wait(self, told: Told, seconds: float) -> None:
-        """Until it is told, or about so long."""
+    async def wait(self, told: Told, seconds: float | None) -> None:
+        """Until it is told, or about so long; None: as long as it takes."""
         ...
 
 
@@ -64,25 +63,33 @@ class _AsyncioMailbox(_Posts):
         self._loop = loop
         self._waiting: dict[asyncio.Future[None], float] = {}
         self._timer: asyncio.TimerHandle | None = None
+        self._every = 0.0
 
     def expect(self) -> asyncio.Future[None]:
         return self._loop.create_future()
 
-    async def wait(self, told: asyncio.Future[None], seconds: float) -> None:
+    async def wait(self, told: asyncio.Future[None], seconds: float | None) -> None:
+        if seconds is None:
+            await told
+            return
         self._waiting[told] = self._loop.time() + seconds
-        if self._timer is None:
-            self._timer = self._loop.call_later(seconds / 4, self._look, seconds / 4)
+        if self._timer is None or seconds / 4 < self._every:
+            # As often as the most impatient needs it.
+            if self._timer is not None:
+                self._timer.cancel()
+            self._every = seconds / 4
+            self._timer = self._loop.call_later(self._every, self._look)
         try:
             await told
         finally:
             del self._waiting[told]
 
-    def _look(self, again: float) -> None:
+    def _look(self) -> None:
         now = self._loop.time()
         for told, until in self._waiting.items():
             if until <= now:
                 _fulfil(told)
-        self._timer = self._loop.call_later(again, self._look, again) if self._waiting else None
+        self._timer = self._loop.call_later(self._every, self._look) if self._waiting else None
 
 
 class _AnyMailbox(_Posts):
@@ -95,12 +102,16 @@ class _AnyMailbox(_Posts):
     def expect(self) -> anyio.Event:
         return anyio.Event()
 
-    async def wait(self, told: anyio.Event, seconds: float) -> None:
+    async def wait(self, told: anyio.Event, seconds: float | None) -> None:
+        if seconds is None:
+            await told.wait()
+            return
         with anyio.move_on_after(seconds):
             await told.wait()
 
 
-_of_asyncio: Final[WeakKeyDictionary[asyncio.AbstractEventLoop, _AsyncioMailbox]] = WeakKeyDictionary()
+#: A mailbox refers to its loop, so that one that is closed has to be taken out, or it would stay for ever.
+_of_asyncio: Final[dict[asyncio.AbstractEventLoop, _AsyncioMailbox]] = {}
 _of_others: Final[RunVar[_AnyMailbox]] = RunVar("execution_envelope.mailbox")
 
 
@@ -112,6 +123,9 @@ def mailbox() -> Mailbox:
         return _other()
     found = _of_asyncio.get(loop)
     if found is None:
+        for other in list(_of_asyncio):
+            if other.is_closed():
+                _of_asyncio.pop(other, None)
         found = _of_asyncio[loop] = _AsyncioMailbox(loop)
     return found
 

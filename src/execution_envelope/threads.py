@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-import queue
+import os
 import threading
 import time
+import weakref
+from collections import deque
 from collections.abc import Callable
-from typing import Any, Final, Generic, TypeVar
+from contextlib import suppress
+from contextvars import copy_context
+from typing import Final, Generic, TypeVar
 
 from execution_envelope.mailbox import Mailbox, Told, mailbox
 
@@ -16,30 +20,47 @@ T = TypeVar("T")
 _IDLE: Final = 10.0
 
 
-class Busy(Exception):
-    """The call did not begin in time, because all threads are busy with earlier ones."""
+class Call(Generic[T]):
+    """One call, queued for a thread.
 
+    `begun` says whether a thread has taken it, `ended` when it was through with it on the monotonic clock, None before.
+    """
 
-class _Call(Generic[T]):
-    def __init__(self, call: Callable[[], T], post: Mailbox, told: Told) -> None:
-        self._call = call
+    __slots__ = ("_answer", "_call", "_error", "_post", "_threads", "_told", "begun", "ended")
+
+    def __init__(self, threads: Threads, call: Callable[[], T], post: Mailbox, told: Told) -> None:
+        context = copy_context()
+        self._threads = threads
+        self._call: Callable[[], T] | None = lambda: context.run(call)
         self._post = post
         self._told = told
-        self._claimed = threading.Lock()
-        self.answer: T | None = None
-        self.error: BaseException | None = None
-        self.done = False
+        self._answer: T | None = None
+        self._error: BaseException | None = None
+        self.begun = False
+        self.ended: float | None = None
 
-    def claim(self) -> bool:
-        """Whether it is the caller's: to begin it, or to give it up."""
-        return self._claimed.acquire(blocking=False)
-
-    def run(self) -> None:
+    async def wait(self) -> None:
+        """Until it has ended. When that is cancelled it is never begun, or goes on alone if it is already."""
         try:
-            self.answer = self._call()
+            if self.ended is None:
+                await self._post.wait(self._told, None)
+        finally:
+            self._threads._withdraw(self)
+
+    def answer(self) -> T:
+        """What it answered; raises what it raised. It has to have ended."""
+        if self._error is not None:
+            raise self._error
+        return self._answer  # type: ignore[return-value]
+
+    def _run(self) -> None:
+        call, self._call = self._call, None
+        assert call is not None
+        try:
+            self._answer = call()
         except BaseException as error:  # whatever it is, it is for whoever waits
-            self.error = error
-        self.done = True
+            self._error = error
+        self.ended = time.monotonic()
         self._post.post(self._told)
 
 
@@ -47,57 +68,64 @@ class Threads:
     """At most `most` daemon threads, started as they are needed. A call that hangs keeps its thread, and no more."""
 
     def __init__(self, name: str, most: int) -> None:
+        self.most = most
         self._name = name
-        self._most = most
-        self._queue: queue.SimpleQueue[_Call[Any]] = queue.SimpleQueue()
-        self._lock = threading.Lock()
+        self._begin()
+        _all.add(self)
+
+    def _begin(self) -> None:
+        """With no threads, which is also what a forked child has: what waits is the parent's."""
+        self._wake = threading.Condition()
+        self._queue: deque[Call[object]] = deque()
         self._running = 0
         self._idle = 0
 
-    async def call(self, call: Callable[[], T], until: float) -> T:
-        """Call it in a thread, and wait until the monotonic clock says `until`, at least.
+    def start(self, call: Callable[[], T]) -> Call[T]:
+        """Call it in a thread, with the context variables of here, when one is free.
 
-        Raises what it raises, and `Busy` when no thread was free in time. One that was begun and is not waited for any
-        more goes on alone.
+        Raises `RuntimeError` when the machine gives no thread at all.
         """
         post = mailbox()
-        told = post.expect()
-        waiting = _Call(call, post, told)
-        with self._lock:
-            self._queue.put(waiting)
-            if self._idle < self._queue.qsize() and self._running < self._most:
-                self._running += 1
-                threading.Thread(target=self._run, name=self._name, daemon=True).start()
-        try:
-            while not waiting.done:
-                left = until - time.monotonic()
-                if left <= 0:
-                    if waiting.claim():
-                        raise Busy(f"all {self._most} threads of {self._name} are busy")
-                    left = 3600.0  # whoever waits has a deadline of its own, which is at hand
-                await post.wait(told, left)
-                if not waiting.done:
-                    told = waiting._told = post.expect()
-        finally:
-            waiting.claim()
-        if waiting.error is not None:
-            raise waiting.error
-        return waiting.answer  # type: ignore[return-value]
+        waiting = Call(self, call, post, post.expect())
+        with self._wake:
+            self._queue.append(waiting)  # type: ignore[arg-type]
+            if self._idle < len(self._queue) and self._running < self.most:
+                try:
+                    threading.Thread(target=self._run, name=self._name, daemon=True).start()
+                    self._running += 1
+                except RuntimeError:
+                    if self._running == 0:
+                        self._queue.pop()
+                        raise
+            self._wake.notify()
+        return waiting
+
+    def _withdraw(self, waiting: Call[T]) -> None:
+        if not waiting.begun:
+            with self._wake, suppress(ValueError):
+                self._queue.remove(waiting)  # type: ignore[arg-type]
 
     def _run(self) -> None:
         while True:
-            with self._lock:
+            with self._wake:
                 self._idle += 1
-            try:
-                call = self._queue.get(timeout=_IDLE)
-            except queue.Empty:
-                call = None
-            with self._lock:
+                found = self._wake.wait_for(lambda: self._queue, _IDLE)
                 self._idle -= 1
-                if call is None:
-                    if self._queue.empty():
-                        self._running -= 1
-                        return
-                    continue
-            if call.claim():
-                call.run()
+                if not found:
+                    self._running -= 1
+                    return
+                call = self._queue.popleft()
+                call.begun = True
+            call._run()
+            del call  # nor does a thread that waits keep what it was called with
+
+
+_all: weakref.WeakSet[Threads] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for threads in _all:
+        threads._begin()
+
+
+os.register_at_fork(after_in_child=_after_fork)
