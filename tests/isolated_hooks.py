@@ -6,18 +6,17 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from typing import Any
 
 from execution_envelope import Decision, Declaration
 from execution_envelope.envelope import Envelope
 
 
-@dataclass
 class Isolated:
     """Does what the operation of the envelope says."""
 
-    declaration: Declaration = Declaration(name="isolated", isolated=True)
+    def __init__(self, **declared: Any) -> None:
+        self.declaration = Declaration(name="isolated", isolated=True, **declared)
 
     def decide(self, envelope: Envelope) -> Any:
         return getattr(self, envelope.execution.operation)(envelope)

@@ -37,7 +37,7 @@ def envelope(operation: str, **overrides: object) -> Envelope:
 @pytest.fixture(scope="module")
 def chain() -> Iterator[HookChain]:
     """The same for all, over many event loops: each test finds what the one before left."""
-    chain = HookChain([Isolated(Declaration(name="isolated", isolated=True, memory=MEMORY))], deadline=STARTED)
+    chain = HookChain([Isolated(memory=MEMORY)], deadline=STARTED)
     asked(chain, "answer")
     yield chain
 

@@ -242,11 +242,12 @@ class _Asker:
             if inspect.isawaitable(said):
                 return said
             return understood(declared, said, read, shadow=shadow, start=start)
-        except TimeoutError as error:
-            failure: Failure = "timeout" if self._processes is not None else "error"
-            return failed(declared, failure, str(error) or raised(error), read, shadow=shadow, start=start)
         except BaseException as error:
-            return failed(declared, "error", raised(error), read, shadow=shadow, start=start)
+            if self._processes is None:
+                return failed(declared, "error", raised(error), read, shadow=shadow, start=start)
+            # Not the hook's, which stay in its process.
+            failure: Failure = "timeout" if isinstance(error, TimeoutError) else "error"
+            return failed(declared, failure, str(error) or raised(error), (), shadow=shadow, start=start)
 
     def _apart(self, answer: Answer, shadow: bool, start: float) -> Answer:
         took = round((time.monotonic() - start) * 1_000_000)
