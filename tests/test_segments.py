@@ -28,6 +28,7 @@ import pyarrow.parquet
 from click.testing import CliRunner
 
 from execution_envelope import AdmissionController, Grant, InvalidField, KeyConflict, LedgerUnavailable
+from execution_envelope.budgets import Balance
 from execution_envelope.envelope import canonical
 from execution_envelope.errors import Exported
 from execution_envelope.ledger import Ledger, MemoryLedger, open_ledger, schema, segments, sqlite_store, verify
@@ -42,7 +43,9 @@ from execution_envelope.ledger.checkpoint import (
 )
 from execution_envelope.ledger.segment_file import check
 from execution_envelope.ledger.segments import NotReady
+from execution_envelope.lifecycle import Completed
 from execution_envelope.testing import ask
+from execution_envelope.testing.commits import GPUS, admission_of, budgeted, commit_of, sealed_ask
 
 NOW = datetime(2027, 1, 1, tzinfo=UTC)
 KEY = SigningKey.generate()
@@ -292,6 +295,40 @@ def test_many_segments_are_read_without_making_a_table_of_them_all(aged: Aged) -
                 database.connection = connection
             assert plans
             assert not [plan for plan in plans if "MATERIALIZE" in plan or "SCAN events" in plan], name
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        ("spent = spent - 7", ["balance gpus/acme now gpu"]),
+        ("reserved = reserved + 1", ["balance gpus/acme now gpu"]),
+        ("unknown = unknown - 2", ["balance gpus/acme now gpu"]),
+        ("spent = spent + 1", []),
+    ],
+)
+def test_of_balances_as_much_is_verified_as_is_still_there(
+    request: pytest.FixtureRequest, url: str, ledger: Ledger, tmp_path: Path, change: str, found: list[str]
+) -> None:
+    """What envelopes of a dropped segment spent is known no more: balances have spent at least what the others did."""
+    gone, over = sealed_ask(), sealed_ask()
+    with closing(open_ledger(url)) as writer:
+        writer.commit(admission_of(gone, budgeted(3), budgeted(-3, 2, unknown=1), Completed()))
+        writer.commit(admission_of(over, budgeted(5)))
+        segments.of(ledger).begin()
+        moved(ledger, 2)
+        writer.commit(commit_of(over, 3, budgeted(-5, 4), Completed()))
+        writer.commit(admission_of(sealed_ask(), budgeted(2), budgeted(-1, 6, unknown=1)))
+    aged = Aged(url, ledger, tmp_path)
+    aged.drop()
+    assert ledger.balances() == [Balance(*GPUS, 10, 1, 12, 2)]
+    assert verify(ledger).findings == ()
+    statement = f"UPDATE balances SET {change}"
+    if url.startswith("sqlite"):
+        with sqlite3.connect(url.removeprefix("sqlite:///")) as database:
+            database.execute(statement)
+    else:
+        request.getfixturevalue("postgres").run(statement, url=url)
+    assert [finding.row for finding in verify(ledger).findings] == found
 
 
 # What may go
@@ -612,7 +649,7 @@ def test_the_commands(aged: Aged, monkeypatch: pytest.MonkeyPatch) -> None:
     KEY.public.save(keys / "public.pem")
     write_checkpoint(out, aged.checkpoint())
     proof = ("--against", str(out), "--public-key", str(keys / "public.pem"))
-    assert json.loads(call("migrate", "--json")) == {"before": 3, "after": 3}
+    assert json.loads(call("migrate", "--json")) == {"before": schema.VERSION, "after": schema.VERSION}
     assert len(call("list", "--json").splitlines()) == 12
     assert "Begin the next segment" in call("segment")
     assert [json.loads(line)["may_go"] for line in call("segment", "list", "--json").splitlines()] == [False, False]

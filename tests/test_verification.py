@@ -33,6 +33,7 @@ from execution_envelope.ledger.submission import Submission
 from execution_envelope.lifecycle import Admitted, Budgeted, BudgetEntry, Completed, Ready, Sealed
 from execution_envelope.process import current
 from execution_envelope.testing import START, ask
+from execution_envelope.testing.commits import admission_of, budgeted, sealed_ask
 from tests import strategies
 from tests.test_ledgers import admission, child
 
@@ -555,7 +556,13 @@ def many(path: Path, count: int = 300) -> None:
             sealed = seal(
                 ask(idempotency_key=str(number) if number % 3 == 0 else None), id=str(uuid_utils.uuid7()), now=START
             )
-            facts = Sealed(sealed.digest, sealed.request_digest, sealed.key_digest), Admitted(), Completed()
+            entry = BudgetEntry(f"gpus/{number % 7}", "now", "gpu", 8, number, 1, int(number % 5 == 0))
+            facts = (
+                Sealed(sealed.digest, sealed.request_digest, sealed.key_digest),
+                Admitted(),
+                *([Budgeted("settle", (entry,))] if number % 4 == 0 else []),
+                Completed(),
+            )
             commit = Commit(sealed.envelope.id, 0, timestamp(START), "test", facts, sealed=sealed)
             ledger.submit(Submission([commit], lambda outcome: None, window=5))
             if number % 50 == 49:
@@ -569,15 +576,18 @@ def test_processes_share_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     done: list[int] = []
     with closing(SqliteLedger(path, read_only=True)) as ledger:
         found = verify(ledger, jobs=2, progress=done.append)
-        assert found == verify(ledger, jobs=1) == Verification(300, 912, 6, ())
-        assert done == sorted(done) and done[-1] == 912 and len(set(done)) > 5
+        assert found == verify(ledger, jobs=1) == Verification(300, 987, 6, ())
+        assert done == sorted(done) and done[-1] == 987 and len(set(done)) > 5
     copy = Tampered(path)
     for row in copy.rows("places")[7::20]:
         copy.connection.execute("UPDATE events_1 SET hash = x'00' WHERE place = ?", (row["place"],))
     copy.connection.execute("DELETE FROM keys WHERE digest = (SELECT min(digest) FROM keys)")
     copy.connection.execute("DELETE FROM places WHERE place & 4294967295 = 9")
+    copy.connection.execute("UPDATE balances SET spent = spent + 1 WHERE account = 'gpus/3'")
+    copy.connection.execute("UPDATE holdings SET reserved = 2 WHERE account = 'gpus/4'")
     alone, shared = verify(copy.ledger, jobs=1), verify(copy.ledger, jobs=2)
     assert alone == shared and len(alone.findings) > 50
+    assert "balance gpus/3 now gpu" in [finding.row for finding in alone.findings]
     bad = [finding.row for finding in alone.findings if finding.row.startswith("event")]
     order = [row["id"] for row in copy.rows("chains")]
     assert bad == sorted(bad, key=lambda row: (order.index(row[6:42]), int(row[43:])))
@@ -643,4 +653,5 @@ async def some(ledger: Ledger, number: int) -> None:
         await admission.bind("deployment", f"d{number}", owner="node")
         await admission.grant(Grant({"gpu": 1}))
         await (await controller.begin(ask(part_of=admission.id))).cancel("no")
+        ledger.commit(admission_of(sealed_ask(), budgeted(3, 2)))
         last = admission.id
