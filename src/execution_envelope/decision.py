@@ -82,6 +82,8 @@ class Declaration:
         path = f"hooks.{self.name}"
         if not isinstance(self.name, str) or not self.name:
             raise invalid("hooks", f"expected a hook with a name, got {shown(self.name)}")
+        if not isinstance(self.version, str):
+            raise invalid(f"{path}.version", f"expected text, got {shown(self.version)}")
         for field_name, chosen, known in (("kinds", self.kinds or frozenset(), KINDS), ("phases", self.phases, PHASES)):
             if not isinstance(chosen, Set):
                 raise invalid(f"{path}.{field_name}", f"expected a set of {field_name}, got {shown(chosen)}")
