@@ -16,8 +16,8 @@ from execution_envelope.credentials import brief, shown
 from execution_envelope.decision import CODES, Decision, Duty
 from execution_envelope.envelope import KINDS, Envelope, Scoped
 from execution_envelope.policy.expression import Expression, wanted
+from execution_envelope.policy.limits import least
 from execution_envelope.policy.view import Wanted, view
-from execution_envelope.resources import VOCABULARY, Amount, smallest
 
 Action: TypeAlias = Literal["deny", "warn", "audit", "hold"]
 ACTIONS: Final[tuple[str, ...]] = get_args(Action)
@@ -43,7 +43,7 @@ class CelRule:
     message_expression: Expression | None = None
     reason: str = "policy"
     action: Action = "deny"
-    limits: Mapping[str, Amount | tuple[Any, ...]] = field(default_factory=dict)
+    limits: Mapping[str, Any] = field(default_factory=dict)
     obligations: tuple[Duty, ...] = ()
 
     @property
@@ -229,7 +229,7 @@ class _Heard:
         if self._failed:
             text = f"rule {', '.join(self._failed)} could not be evaluated"
             return Decision("deny", "hook_error", text, {}, (), revision, names, errors, read)
-        limits, duties = _combined(self._kept)
+        limits, duties = least([rule.limits for rule in self._kept]), _duties(self._kept)
         kept = [rule.name for rule in self._kept]
         if by_action["hold"]:
             held = self._refusal(
@@ -254,27 +254,14 @@ class _Heard:
         return Decision(outcome, code, message, {}, (), revision, names, errors, read)
 
 
-def _combined(rules: Sequence[CelRule]) -> tuple[dict[str, Any], tuple[Duty, ...]]:
-    """The least of all limits: of amounts the smallest, of lists what is in all of them. Each obligation once."""
-    limits: dict[str, Any] = {}
+def _duties(rules: Sequence[CelRule]) -> tuple[Duty, ...]:
+    """Each obligation once, required when any rule requires it."""
     duties: dict[str, Duty] = {}
     for rule in rules:
-        for name, value in rule.limits.items():
-            if name not in limits:
-                limits[name] = value
-            elif name in VOCABULARY:
-                limits[name] = smallest((limits[name], value))  # type: ignore[arg-type]
-            else:
-                limits[name] = tuple(one for one in limits[name] if _among(one, value))
         for duty in rule.obligations:
             before = duties.get(duty.name, duty)
             duties[duty.name] = Duty(duty.name, before.text or duty.text, before.required or duty.required)
-    return limits, tuple(duties.values())
-
-
-def _among(one: Any, values: Any) -> bool:
-    # Not `in`: True equals 1.
-    return any(type(one) is type(value) and one == value for value in values)
+    return tuple(duties.values())
 
 
 def _said(error: Exception) -> str:

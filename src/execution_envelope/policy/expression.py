@@ -15,7 +15,7 @@ from typing import Any, Final
 import cel
 
 from execution_envelope.credentials import brief, invalid, shown
-from execution_envelope.policy.view import OPEN, SHAPE, Shape, Wanted
+from execution_envelope.policy.view import NOTHING, OPEN, SHAPE, Shape, Wanted
 
 #: The longest expression, in characters; with its variables written out it may have four times as many.
 MAX_EXPRESSION: Final = 4096
@@ -192,7 +192,16 @@ def _chains(tokens: Sequence[tuple[str, str]]) -> Iterator[tuple[str, ...]]:
                 at += 3
             else:
                 break
-        yield tuple(chain)
+        # `has(x)` asks only whether it is there: of what has fields none is read.
+        asked = place >= 2 and tokens[place - 2][1] == "has" and at < len(tokens) and tokens[at][1] == ")"
+        yield (*chain, NOTHING) if asked and _has_fields(chain) else tuple(chain)
+
+
+def _has_fields(chain: Sequence[str]) -> bool:
+    shape: Shape | None = SHAPE
+    for name in chain:
+        shape = (shape or OPEN).get(name)
+    return bool(shape)
 
 
 def _known(chain: tuple[str, ...], path: str) -> tuple[str, ...]:
@@ -203,10 +212,10 @@ def _known(chain: tuple[str, ...], path: str) -> tuple[str, ...]:
             return chain[:place]
         if shape is OPEN:
             return chain[: place + 1]
-        if name not in shape:
+        if name not in shape and name is not NOTHING:
             where = ".".join(chain[:place])
             raise invalid(path, f"expected a field of {where} ({', '.join(shape)}), got {shown(name)}")
-        shape = shape[name]
+        shape = shape.get(name)
     return chain
 
 

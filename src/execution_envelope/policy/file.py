@@ -28,8 +28,9 @@ from execution_envelope.envelope import KINDS, Envelope
 from execution_envelope.errors import InvalidField
 from execution_envelope.policy.cel import ACTIONS, MATCHABLE, Action, CelRule, CelRules
 from execution_envelope.policy.expression import Expression, compile_expression, written_out
+from execution_envelope.policy.limits import read_limits
 from execution_envelope.policy.yaml_text import MAX_BYTES, read_yaml
-from execution_envelope.resources import VOCABULARY, Amount, parse_amount
+from execution_envelope.resources import parse_amount
 
 MAX_RULES: Final = 512
 MAX_VARIABLES: Final = 64
@@ -258,7 +259,7 @@ def _rule(keys: RuleKeys, path: str, variables: Mapping[str, str]) -> CelRule:
         message_expression=compiled("messageExpression", keys.message_expression),
         reason=reason,
         action=cast(Action, action),
-        limits=_limits(keys.limits, f"{path}.limits"),
+        limits=read_limits(keys.limits, f"{path}.limits"),
         obligations=_obligations(keys.obligations, f"{path}.obligations"),
     )
 
@@ -275,26 +276,6 @@ def _match(keys: Mapping[str, list[str]], path: str) -> dict[str, frozenset[str]
         if unknown:
             raise invalid(where, f"expected {', '.join(KINDS)}, got {shown(unknown[0])}")
     return {name: frozenset(values) for name, values in keys.items()}
-
-
-def _limits(keys: Mapping[str, Any], path: str) -> dict[str, Amount | tuple[Any, ...]]:
-    limits: dict[str, Amount | tuple[Any, ...]] = {}
-    for name, value in keys.items():
-        where = f"{path}.{brief(name)}"
-        if name in VOCABULARY:
-            amount = parse_amount(name, value, field=where)
-            if not isinstance(amount, int):
-                raise invalid(where, f"expected an amount, got {shown(value)}")
-            limits[name] = amount
-            continue
-        if not isinstance(value, list):
-            raise invalid(where, f"expected a resource ({', '.join(VOCABULARY)}), or a list of what is allowed")
-        _some(value, MAX_SET, where)
-        _text(name, path, MAX_NAME)
-        if any(not isinstance(one, str | int) or len(str(one)) > MAX_MESSAGE for one in value):
-            raise invalid(where, f"expected texts of up to {MAX_MESSAGE} characters, whole numbers, true or false")
-        limits[name] = tuple(value)
-    return limits
 
 
 def _obligations(keys: Sequence[ObligationKeys], path: str) -> tuple[Duty, ...]:

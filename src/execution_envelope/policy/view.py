@@ -44,12 +44,15 @@ Wanted: TypeAlias = "Mapping[str, Wanted | None]"
 Shape: TypeAlias = "Mapping[str, Shape | None]"
 OPEN: Final[Shape] = {}
 
-AMOUNT_FIELDS: Final = ("amount", "floor", "ceiling", "most", "per", "stated", "provenance")
+AMOUNT_FIELDS: Final = ("stated", "amount", "floor", "ceiling", "most", "per", "provenance")
 
 
 def _fields(struct: type[msgspec.Struct], **below: Shape) -> Shape:
     return {name: below.get(name) for name in struct.__struct_fields__}
 
+
+#: A name that nothing has: what is wanted of something that is only to be there.
+NOTHING: Final = ""
 
 #: Every name that a policy can read.
 SHAPE: Final[Mapping[str, Shape]] = {
@@ -135,6 +138,8 @@ def _requested(envelope: Envelope, wanted: Wanted | None) -> dict[str, Any]:
 
 def _amounts(envelope: Envelope, name: str, quantity: Quantity, wanted: Wanted | None) -> dict[str, Any]:
     amount = quantity.amount
+    if wanted is not None and len(wanted) == 1 and "amount" in wanted:
+        return {"amount": amount} if isinstance(amount, int) else {}
     plain: dict[str, Any] = {
         "per": quantity.per,
         "stated": "amount" if isinstance(amount, int) else amount,
