@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ from opentelemetry.trace import StatusCode
 from prometheus_client.parser import text_string_to_metric_families
 
 from execution_envelope import AdmissionController, Decision, Denied, Grant, Rule, Target
-from execution_envelope.decision import Observation
+from execution_envelope.decision import Declaration, Observation
 from execution_envelope.envelope import seal
 from execution_envelope.journal import COUNTERS
 from execution_envelope.ledger import MemoryLedger
@@ -38,6 +39,7 @@ from execution_envelope.lifecycle import (
 from execution_envelope.record import Record
 from execution_envelope.resources import VOCABULARY, Quantity
 from execution_envelope.telemetry import log, measures, otel, prometheus
+from execution_envelope.telemetry.log import LogObserver
 from execution_envelope.telemetry.otel import OpenTelemetryObserver
 from execution_envelope.telemetry.prometheus import PrometheusObserver, metrics_app
 from execution_envelope.testing import START, FakeClock, ask
@@ -227,6 +229,34 @@ async def test_metrics_add_up_and_a_report_counts_once(telemetry: Telemetry) -> 
         (*common, ("gen_ai.token.type", "input")): (3, 21),
         (*common, ("gen_ai.token.type", "output")): (3, 120),
     }
+
+
+async def test_observers_of_a_controller_hear_of_what_runs_through_the_seam(telemetry: Telemetry) -> None:
+    """Log, spans and metrics side by side, told by the controller itself; one of them is broken."""
+    lines, metrics, clock = list[str](), PrometheusObserver(), FakeClock()
+    logger = logging.Logger("test")
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logger.addHandler(handler)
+    observers = [LogObserver(logger), telemetry.observer, metrics, Broken()]
+    controller = AdmissionController(MemoryLedger(), hooks=[ALLOW, *observers], clock=clock)
+    record = await chat(clock, controller)
+    await controller.aclose()
+    said = [event.data.type for event in (await controller.read(record.id)).events]
+    assert said.count("error") + said.count("late") == 1  # what the broken one cost
+    assert {f"envelope.{type}" for type in ("sealed", "admitted", "granted", "used", "completed")} <= set(lines)
+    assert [span.name for span in telemetry.spans()] == ["chat smollm2-135m"]
+    labels = {"kind": "inference", "outcome": "admitted"}
+    assert metrics.registry.get_sample_value("execution_envelope_admissions_total", labels) == 1
+    assert controller.counters["observer_failed"] > 1
+    assert controller.counters["observer_dropped"] == controller.counters["observer_unreported"] == 0
+
+
+class Broken:
+    declaration = Declaration(name="broken")
+
+    def observe(self, observation: Observation) -> None:
+        raise ValueError("no")
 
 
 STORY = (
