@@ -193,7 +193,7 @@ def test_what_is_no_ledger_is_refused_and_left_alone(tmp_path: Path) -> None:
 
 def test_a_ledger_without_a_version_is_said_without_a_traceback(sample: Sample) -> None:
     tamper(sample.path, "DELETE FROM ledger_schema")
-    complains(in_order("list", sample=sample), f"expected ledger schema 2 to 4, `{sample.path}` has none")
+    complains(in_order("list", sample=sample), f"expected ledger schema 2 to 5, `{sample.path}` has none")
 
 
 @pytest.mark.parametrize("command", [["list"], ["list", "--attempted"], ["show", "deployment:dep-1"], ["verify"]])
