@@ -21,6 +21,7 @@ from execution_envelope.ledger.segments import PATIENCE as SEGMENT_PATIENCE
 from execution_envelope.ledger.spool import MAX_SPOOLED
 from execution_envelope.ledger.sqlite_database import BUSY_TIMEOUT, MAX_SEGMENTS
 from execution_envelope.ledger.writer import MAX_GROUP, MAX_WAITING
+from execution_envelope.observers import MAX_WAITING as MAX_UNTOLD
 from execution_envelope.reconciliation import PATIENCE, PROBE_TIMEOUT
 
 HERE = Path(__file__).parent / "reference"
@@ -134,6 +135,7 @@ def _limits() -> str:
             f"{ATTEMPTED_PER_SECOND} a second, {ATTEMPTED_BURST} at once",
             "left out and counted: `dropped` of the next one, `attempted_dropped` of the process",
         ),
+        ("commits that one observer was not told of yet", str(MAX_UNTOLD), "left out and counted: `observer_dropped`"),
         ("answer of an owner to reconciliation", f"{PROBE_TIMEOUT:g} s", "*unknown*: nothing is ended"),
         (
             "lease of a process that cannot be looked at from here",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import re
 from collections.abc import Iterator
@@ -379,6 +380,15 @@ def test_every_metric_is_documented() -> None:
         if name in measures.METRICS:
             assert prometheus.prometheus_name(name) in line
     assert rows("Of the process") == dict(prometheus.PROCESS)
+
+
+@pytest.mark.parametrize(
+    ("module", "face"),
+    [("log", LogObserver), ("otel", OpenTelemetryObserver), ("prometheus", PrometheusObserver)],
+)
+def test_every_setting_is_documented(module: str, face: type) -> None:
+    [line] = [line for line in PAGE.splitlines() if line.startswith(f"| `{module}` |")]
+    assert re.findall(r"`(\w+)`", line.split(" | ")[2]) == list(inspect.signature(face).parameters)
 
 
 def test_every_attribute_is_documented() -> None:

@@ -13,11 +13,15 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import anyio
+import httpx
 import nats
 import pytest
 from click.testing import CliRunner
@@ -25,10 +29,11 @@ from nats.js.api import StreamConfig
 
 from execution_envelope import cli
 from execution_envelope.errors import InvalidField
-from execution_envelope.ledger import Ledger, SqliteLedger, open_ledger
-from execution_envelope.telemetry.http_sink import HttpSink
+from execution_envelope.ledger import Ledger, MemoryLedger, SqliteLedger, open_ledger
+from execution_envelope.telemetry.cloudevents import Message
+from execution_envelope.telemetry.http_sink import HttpSink, _retry_after
 from execution_envelope.telemetry.nats_sink import NatsSink
-from execution_envelope.telemetry.outbox import COUNTERS, Relay
+from execution_envelope.telemetry.outbox import COUNTERS, Relay, Unavailable
 from tests.test_outbox import Received, commit, in_order
 
 if TYPE_CHECKING:
@@ -100,6 +105,16 @@ class Nats:
             return int((await stream.stream_info("S")).state.messages)
 
         return int(self.do(state))
+
+    def wait_for_more_than(self, count: int) -> None:
+        """Looks as often as it can: the relay is quick."""
+
+        async def look(stream: Any) -> None:
+            end = time.monotonic() + WAIT
+            while (await stream.stream_info("S")).state.messages <= count:
+                assert time.monotonic() < end, f"there never were {count}"
+
+        self.do(look)
 
     def ids(self) -> list[str]:
         """The ids of the events in the stream, in its order."""
@@ -241,7 +256,7 @@ def test_what_a_killed_relay_sends_again_is_no_second_time_in_the_stream(server:
     ids = fill(url, 2, 1200)
     to = ("--to", server.url, "--subject", SUBJECT, "--consumer", "c")
     with relaying(url, *to, "--follow") as process:
-        wait_for(lambda: server.count() > 300, "the three hundredth event")
+        server.wait_for_more_than(300)
         process.send_signal(signal.SIGKILL)
         process.wait(WAIT)
     time.sleep(0.2)  # what is on its way arrives
@@ -430,6 +445,75 @@ def test_what_cannot_be_done_is_one_line(url: str, options: Sequence[str], probl
 def test_what_is_no_url_is_refused(given: str) -> None:
     with pytest.raises(InvalidField, match="to"):
         HttpSink(given)
+
+
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_the_sink_works_on_both_event_loops(receiver: Receiver, backend: str) -> None:
+    ledger = MemoryLedger()
+    for n in range(3):
+        ledger.commit(commit("e", n and n + 1))
+
+    async def send() -> None:
+        async with HttpSink(receiver.url) as sink:
+            assert await Relay(ledger, sink, consumer="c").catch_up() == 4
+
+    receiver.answers = [(503, {}), (204, {})]
+    anyio.run(send, backend=backend)
+    assert receiver.ids == [f"e/{n}" for n in range(4)]
+
+
+class Endless(BaseHTTPRequestHandler):
+    """Answers without end."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self) -> None:
+        self.send_response(500)
+        self.end_headers()
+        with suppress(OSError):
+            while True:
+                self.wfile.write(b"x" * 1024)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def test_of_an_answer_without_end_only_the_beginning_is_read() -> None:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Endless)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+
+    async def send() -> None:
+        async with HttpSink(f"http://127.0.0.1:{server.server_address[1]}/") as sink:
+            with pytest.raises(Unavailable, match=r"^the receiver answered 500: x{200}$"):
+                await sink.send(Message("e/0", "t", "e", 0, b"{}"))
+
+    try:
+        anyio.run(send)
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+@pytest.mark.parametrize(
+    ("value", "least", "most"),
+    [
+        ("7", 7, 7),
+        (format_datetime(datetime.now(UTC) + timedelta(hours=1), usegmt=True), 3500, 3600),
+        ("Thu, 01 Jan 1970 00:00:00 GMT", 0, 0),
+        ("soon", None, None),
+        ("", None, None),
+        ("Thu, 01 Jan 1970 00:00:00 -0000", None, None),
+    ],
+)
+def test_a_receiver_says_when_to_come_again(value: str, least: float | None, most: float | None) -> None:
+    found = _retry_after(httpx.Response(503, headers={"retry-after": value}))
+    if least is None or most is None:
+        assert found is None
+    else:
+        assert found is not None
+        assert least <= found <= most
 
 
 # PostgreSQL

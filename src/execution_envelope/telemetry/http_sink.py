@@ -7,6 +7,7 @@ from email.utils import parsedate_to_datetime
 from types import TracebackType
 from typing import Final, Self
 
+import anyio
 import httpx
 
 from execution_envelope.credentials import redact_text
@@ -16,8 +17,10 @@ from execution_envelope.telemetry.outbox import Refused, Unavailable
 
 #: Answers that speak of the event itself: the same event gets the same answer for ever.
 REFUSALS: Final = frozenset({400, 413, 414, 415, 422, 431})
+#: For one event as a whole, in seconds.
 TIMEOUT: Final = 10.0
-#: How much of an answer is quoted.
+#: How much of an answer is read, and quoted, in bytes.
+_READ: Final = 16 * 1024
 _QUOTED: Final = 200
 
 
@@ -51,15 +54,27 @@ class HttpSink:
     async def send(self, message: Message) -> bool:
         """See `Sink`. Nobody answers that they knew it already."""
         try:
-            answer = await self._client.post(self._url, content=message.body)
-        except httpx.HTTPError as error:
-            raise Unavailable(f"{type(error).__name__}: {error}") from error
+            with anyio.fail_after(TIMEOUT):
+                async with self._client.stream("POST", self._url, content=message.body) as answer:
+                    said = await _read(answer)
+        except (httpx.HTTPError, TimeoutError) as error:
+            raise Unavailable(f"{type(error).__name__}: {error}".rstrip(": ")) from error
         if answer.is_success:
             return False
-        said = f"the receiver answered {answer.status_code}: {answer.text[:_QUOTED]}".rstrip(": ")
+        reason = f"the receiver answered {answer.status_code}: {said}".rstrip(": ")
         if answer.status_code in REFUSALS:
-            raise Refused(said)
-        raise Unavailable(said, _retry_after(answer))
+            raise Refused(reason)
+        raise Unavailable(reason, _retry_after(answer))
+
+
+async def _read(answer: httpx.Response) -> str:
+    """The beginning of what it says. What is short is read to its end, so that the connection can be used again."""
+    said = b""
+    async for piece in answer.aiter_bytes():
+        said += piece
+        if len(said) > _READ:
+            break
+    return said[:_QUOTED].decode("utf-8", "replace")
 
 
 def _retry_after(answer: httpx.Response) -> float | None:
