@@ -255,14 +255,12 @@ def _decision(answers: Sequence[_Evaluation], text: str) -> Decision:
 
 
 def _code(context: Mapping[str, Any]) -> str:
-    """``context.reason``, or ``context.id``, when it is one of our codes; an error of the service is one of a hook."""
-    if "error" in context:
-        return "hook_error"
+    """``context.reason``, or ``context.id``, when it is one of our codes; else an error of the service is a hook's."""
     for name in ("reason", "id"):
         code = context.get(name)
         if isinstance(code, str) and code in CODES:
             return code
-    return "policy"
+    return "hook_error" if context.get("error") is not None else "policy"
 
 
 def _message(context: Mapping[str, Any]) -> str:

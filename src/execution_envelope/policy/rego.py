@@ -21,6 +21,7 @@ from execution_envelope.decision import CODES, Decision, Declaration, Duty
 from execution_envelope.envelope import Envelope
 from execution_envelope.policy.limits import read_limits
 from execution_envelope.policy.view import SHAPE, Wanted, view
+from execution_envelope.values import canonical
 
 MAX_BYTES: Final = 262_144
 #: What of the document is read.
@@ -78,7 +79,8 @@ class Rego:
             interpreter = self._local.interpreter = _interpreter()
         hints = envelope.scope.hints
         read = [name for name in hints if self._hints is None or name in self._hints] if hints else []
-        interpreter.set_input(view(envelope, self._wanted))
+        # As JSON text: what the engine is given as data it does not escape, and a quote in it would end a text.
+        interpreter.set_input_term(canonical(view(envelope, self._wanted)).decode())
         try:
             output = interpreter.query_bundle(self._bundle)
             problem = None if output.ok() else _UNNAMED

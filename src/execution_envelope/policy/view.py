@@ -70,7 +70,8 @@ SHAPE: Final[Mapping[str, Shape]] = {
 
 def view(envelope: Envelope, wanted: Wanted | None = None) -> dict[str, Any]:
     """The envelope as plain data; of it only what is wanted."""
-    return {family: _FAMILIES[family](envelope, below) for family, below in (wanted or _EVERYTHING).items()}
+    families = _EVERYTHING if wanted is None else wanted
+    return {family: _FAMILIES[family](envelope, below) for family, below in families.items()}
 
 
 _EVERYTHING: Final[Wanted] = dict.fromkeys(SHAPE)
