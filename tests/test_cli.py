@@ -261,6 +261,9 @@ def test_without_the_extra_it_says_which_to_install(module: str) -> None:
         ("cryptography", "signing", ["keygen", "--out", "."]),
         ("pyarrow", "parquet", ["segment", "export", "1", "--out", "."]),
         ("psycopg", "postgres", ["list", "--ledger", "postgresql://nobody@localhost/nothing"]),
+        ("cloudevents", "cloudevents", ["relay", "--to", "http://127.0.0.1:1/"]),
+        ("httpx", "cloudevents", ["relay", "--to", "http://127.0.0.1:1/"]),
+        ("nats", "nats", ["relay", "--to", "nats://127.0.0.1:1", "--subject", "s"]),
     ],
 )
 def test_without_another_extra_only_what_needs_it_says_so(

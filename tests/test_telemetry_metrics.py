@@ -33,8 +33,10 @@ from execution_envelope.lifecycle import (
     EventData,
     Granted,
     Late,
+    Rejected,
     Sealed,
     Used,
+    Verdict,
     Violation,
 )
 from execution_envelope.record import Record
@@ -398,6 +400,11 @@ def test_every_attribute_is_documented() -> None:
 def test_every_attribute_that_is_emitted_is_known(telemetry: Telemetry) -> None:
     for overrides in ({}, CHAT, {"kind": "agent.run", "target": Target("agent", "a"), "request_id": "r"}):
         replay(record_of(*STORY, **overrides), telemetry.observer)
+    shadowed = Verdict("h", "1", "deny", "policy", "no", shadow=True, failure="timeout")
+    replay(record_of(STORY[0], shadowed, Admitted(shadow="denied"), Rejected("E", "no")), telemetry.observer)
+    [verdict, admission, _] = telemetry.spans()[-1].events
+    assert (verdict.attributes or {})["execution_envelope.shadow"] is True
+    assert (admission.attributes or {})["execution_envelope.shadowed"] == "denied"
     seen = {name for span in telemetry.spans() for name in span.attributes or ()}
     seen |= {name for span in telemetry.spans() for event in span.events for name in event.attributes or ()}
     known = {re.escape(name).replace("<resource>", f"({'|'.join(VOCABULARY)})") for name in otel.ATTRIBUTES}

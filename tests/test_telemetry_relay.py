@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -516,7 +518,7 @@ def test_a_receiver_says_when_to_come_again(value: str, least: float | None, mos
         assert least <= found <= most
 
 
-# PostgreSQL
+# Ledgers that others write to meanwhile
 
 
 def test_a_ledger_in_postgresql_is_relayed_in_order(postgres: Server) -> None:
@@ -529,5 +531,50 @@ def test_a_ledger_in_postgresql_is_relayed_in_order(postgres: Server) -> None:
         assert sorted(sink.ids) == ids
         assert in_order(sink.ids)
         assert asyncio.run(Relay(ledger, sink, consumer="c").catch_up()) == 0
+    finally:
+        ledger.close()
+
+
+@pytest.mark.parametrize("database", ["sqlite", "postgres"])
+def test_the_order_holds_while_processes_write(database: str, url: str, request: pytest.FixtureRequest) -> None:
+    """Four writers take turns with six envelopes as they come; whatever the relay sees, it sends nothing too early."""
+    address = url if database == "sqlite" else request.getfixturevalue("postgres").schema()
+    turns = [(threading.Lock(), itertools.count()) for _ in range(6)]
+    done = threading.Event()
+
+    def write(seed: int) -> None:
+        dice, mine = random.Random(seed), open_ledger(address)
+        try:
+            for _ in range(60):
+                n = dice.randrange(6)
+                lock, sequences = turns[n]
+                with lock:
+                    sequence = next(sequences)
+                    mine.commit(commit(f"e-{n}", 0) if sequence == 0 else commit(f"e-{n}", sequence + 1))
+        finally:
+            mine.close()
+
+    async def relay() -> None:
+        while True:
+            last = done.is_set()
+            await relaying.catch_up()
+            if last:
+                return
+
+    ledger, sink = open_ledger(address), Received()
+    ledger.commit(commit("first", 0))
+    relaying = Relay(ledger, sink, consumer="c")
+    writers = [threading.Thread(target=write, args=(seed,)) for seed in range(4)]
+    follower = threading.Thread(target=lambda: anyio.run(relay))
+    try:
+        for thread in (*writers, follower):
+            thread.start()
+        for thread in writers:
+            thread.join()
+        done.set()
+        follower.join()
+        assert in_order(sink.ids)
+        assert len(sink.ids) == len(set(sink.ids)) == 2 + 6 + 240
+        assert +relaying.counters == {"sent": len(sink.ids)}
     finally:
         ledger.close()

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 #: How often `--follow` looks for new entries, and tries a ledger again that does not answer, in seconds.
 POLL: Final = 0.25
 RETRY: Final = 2.0
+TO: Final = "EXECUTION_ENVELOPE_RELAY_TO"
 
 
 def add_to(group: click.Group) -> None:
@@ -34,7 +35,13 @@ def add_to(group: click.Group) -> None:
 
 @click.command()
 @ledger_option
-@click.option("--to", "to", required=True, metavar="URL", help="Where: http://, https://, nats:// or tls:// (NATS).")
+@click.option(
+    "--to",
+    required=True,
+    metavar="URL",
+    envvar=TO,
+    help=f"Where: http://, https://, nats:// or tls:// (NATS); else {TO} names it, where nobody reads the password.",
+)
 @click.option("--subject", help="The subject to publish on, with NATS: a stream has to take it.")
 @click.option("--consumer", metavar="NAME", help="Whose cursor it is; else the name is made of URL and subject.")
 @click.option("--source", metavar="URI", help="The source of the events; else urn:execution-envelope.")
@@ -161,7 +168,7 @@ def _sink(to: str, subject: str | None) -> AbstractAsyncContextManager[Any]:
 def _missing(error: ModuleNotFoundError, package: str, extra: str) -> Exception:
     if (error.name or "").partition(".")[0] != package:
         return error
-    return Problem(f"expected the package {package}: install `execution-envelope[cli,{extra}]`")
+    return Problem(f"expected the package {package}: install `execution-envelope[{extra}]`")
 
 
 def _is_nats(to: str) -> bool:

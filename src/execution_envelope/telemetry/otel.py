@@ -19,7 +19,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 
 from execution_envelope.decision import Declaration, Observation
 from execution_envelope.envelope import LINKS, Envelope, Scoped
-from execution_envelope.lifecycle import TERMINAL, Event, EventData, Granted, Used
+from execution_envelope.lifecycle import TERMINAL, Admitted, Event, EventData, Granted, Used, Verdict
 from execution_envelope.record import Record
 from execution_envelope.resources import UNKNOWN, UNLIMITED, Amount
 from execution_envelope.telemetry.measures import METRICS as MEASURES
@@ -70,6 +70,7 @@ ATTRIBUTES: Final[Mapping[str, str]] = {
     "execution_envelope.code": "of a verdict, a denial, a hold or a failure: reason code",
     "execution_envelope.failure": "of a verdict: how the hook failed",
     "execution_envelope.shadow": "of a verdict: true when it was not enforced",
+    "execution_envelope.shadowed": "of an admission: `denied` or `held`, which it would be if all were enforced",
     "execution_envelope.duration_us": "of a verdict: how long the hook took, in microseconds",
     "execution_envelope.part": "of a grant, a release or a part that serves: which",
     "execution_envelope.basis": "of a grant: `reserved`, `allocated` or `enforced`",
@@ -105,7 +106,6 @@ _FIELDS: Final = {
     "decision": "execution_envelope.decision",
     "code": "execution_envelope.code",
     "failure": "execution_envelope.failure",
-    "shadow": "execution_envelope.shadow",
     "duration_us": "execution_envelope.duration_us",
     "part": "execution_envelope.part",
     "basis": "execution_envelope.basis",
@@ -259,8 +259,12 @@ def _event_attributes(event: Event) -> dict[str, Any]:
     }
     for name, attribute in _FIELDS.items():
         value = getattr(event.data, name, None)
-        if value is not None and value is not False:
+        if value is not None:
             attributes[attribute] = value
+    if isinstance(event.data, Verdict) and event.data.shadow:
+        attributes["execution_envelope.shadow"] = True
+    if isinstance(event.data, Admitted) and event.data.shadow is not None:
+        attributes["execution_envelope.shadowed"] = event.data.shadow
     return attributes
 
 
