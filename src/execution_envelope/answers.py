@@ -101,7 +101,6 @@ def _understood(declared: Declaration, said: Any, read: Sequence[str], shadow: b
     else:
         raise invalid(f"{path}.code", f"expected one of {', '.join(CODES)}, got {shown(code)}")
     limits, allowed = _limits(said.limits, path) if said.limits else (_NO_LIMITS, _NO_VALUES)
-    hints = said.hints if said.hints is not None else read
     verdict = Verdict(
         hook=declared.name,
         version=declared.version,
@@ -116,7 +115,8 @@ def _understood(declared: Declaration, said: Any, read: Sequence[str], shadow: b
         revision=None if said.revision is None else scrub(said.revision, field=f"{path}.revision"),
         policies=_texts(said.policies, path, "policies") if said.policies else (),
         errors=_texts(said.errors, path, "errors") if said.errors else (),
-        hints=_texts(hints, path, "hints") if hints else (),
+        # Their names were sealed, and are fit for the record.
+        hints=tuple(islice(read, MAX_SAID)) if said.hints is None else _texts(said.hints, path, "hints"),
         answer=None if said.answer is None else _raw(said.answer, f"{path}.answer"),
     )
     return Answer(verdict, _duties(said.obligations, path) if said.obligations else ())
