@@ -121,6 +121,10 @@ class FileKeys(_Section, frozen=True):
     approval: ApprovalKeys | None = None
 
 
+#: Every part of the file.
+SECTIONS: Final = (FileKeys, VariableKeys, RuleKeys, ObligationKeys, BudgetKeys, PriceKeys, ApprovalKeys)
+
+
 @dataclass(frozen=True, slots=True)
 class Policy:
     """What a policy file says. `decide` is what a decider answers; `revision` names it on the record."""
