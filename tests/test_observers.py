@@ -218,6 +218,21 @@ def test_every_commit_is_counted_when_threads_tell_and_close() -> None:
     wait_for(lambda: counters["observed"] + counters["observer_dropped"] == 2 * sum(told))
 
 
+def test_a_thread_that_has_nothing_to_do_ends_and_the_next_commit_starts_another(monkeypatch: Any) -> None:
+    monkeypatch.setattr(module, "IDLE", 0.001)
+    counters = Counter[str]()
+    observers, record = Observers([Watcher(lambda _: None, "idle")], counters), admitted()
+    for told in range(1, 400):
+        observers.tell(record, record.events[:2])
+        if told % 7 == 0:
+            time.sleep(0.002)
+    wait_for(lambda: counters["observed"] == told)
+    wait_for(lambda: "observer idle" not in {thread.name for thread in threading.enumerate()})
+    observers.tell(record, record.events[:2])
+    observers.close()
+    assert counters["observed"] == told + 1
+
+
 def test_a_forked_child_has_threads_of_its_own_and_tells_nothing_twice() -> None:
     go, counters = threading.Event(), Counter[str]()
     reader, writer = os.pipe()

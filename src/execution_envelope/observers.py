@@ -28,6 +28,9 @@ MAX_WAITING: Final = 10_000
 #: Of how many envelopes an observer's failures are remembered; the record itself says so of the others.
 MAX_REMEMBERED: Final = 10_000
 
+#: How long a thread that has nothing to do stays, in seconds.
+IDLE: Final = 10.0
+
 #: Told of the first failure of an observer for each envelope: (envelope id, what to record). From its thread.
 Report: TypeAlias = Callable[[str, Error], None]
 
@@ -153,7 +156,15 @@ class _Watching:
                     self._thread = thread
 
     def _run(self) -> None:
-        while (observation := self._queue.get()) is not None:
+        while True:
+            try:
+                observation = self._queue.get(timeout=IDLE)
+            except Empty:
+                if self._rest():
+                    return
+                continue
+            if observation is None:
+                return
             with self._lock:
                 self._busy = not self._left
                 self._counters["observer_dropped"] += self._left
@@ -166,6 +177,16 @@ class _Watching:
                 self._busy = False
             if failure is not None:
                 self._tell_of(observation, failure)
+
+    def _rest(self) -> bool:
+        """Whether the thread ends, for there is nothing to do; the next to be told starts another."""
+        with self._lock:
+            me, self._thread = self._thread, None
+            if self._queue.empty():
+                return True
+            # Put in meanwhile by somebody who still saw this thread.
+            self._thread = me
+            return False
 
     def _observe(self, observation: Observation) -> str | None:
         """Why it failed."""
