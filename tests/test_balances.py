@@ -191,9 +191,9 @@ def test_a_transaction_that_fails_leaves_nothing_half_done(tmp_path: Path, monke
         ledger.commit(reservation_of(sealed_ask(), 3))
         put = Database.put
 
-        def failing(database: Database, query: str, rows: Any) -> None:
-            put(database, query, rows)
-            if query == "put_holding":
+        def failing(database: Database, statement: str, *rest: Any) -> None:
+            put(database, statement, *rest)
+            if "holdings" in statement:
                 raise sqlite3.OperationalError("disk I/O error")
 
         with monkeypatch.context() as patch:

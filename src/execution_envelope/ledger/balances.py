@@ -74,7 +74,8 @@ class Balances:
                     place = key, commit.envelope
                     held = holdings.get(place)
                     if held is None:
-                        held = self._held(place)
+                        # One that is sealed just now holds nothing yet.
+                        held = 0 if commit.sealed is not None else self._held(place)
                     holdings[place] = held + entry.reserved
                     totals.append(holdings[place])
                 if any(abs(total) > MAX_TOTAL for total in totals):

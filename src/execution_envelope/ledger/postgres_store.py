@@ -181,7 +181,7 @@ class Store:
         return batch
 
     def _plain(self, commit: Commit, ahead: Mapping[str, int]) -> bool:
-        if commit.siblings is not None or commit.budgeted or any(type(fact) is Bound for fact in commit.facts):
+        if commit.siblings is not None or commit.budgeted or commit.binds:
             return False
         if commit.sealed is not None:
             return commit.sequence == 0 and "\0" not in (commit.sealed.envelope.correlation.part_of or "")
@@ -244,7 +244,7 @@ class Store:
         parents |= {c.envelope: self._known[c.envelope].parent for c in commits if c.envelope in self._known}
         bodies = {c.envelope: c.sealed.body for c in commits if c.sealed is not None}
         bound = [fact for c in commits for fact in c.facts if type(fact) is Bound]
-        binding = {c.envelope for c in commits if any(type(fact) is Bound for fact in c.facts)}
+        binding = {c.envelope for c in commits if c.binds}
         unread = ({c.envelope for c in commits} - parents.keys()) | (binding - bodies.keys())
         if unread:
             found = dict(database.all("bodies", Texts(_storable(unread))))

@@ -137,7 +137,8 @@ class SqliteLedger:
     def move_cursor(self, consumer: str, positions: Mapping[str, int]) -> None:
         with self._beside() as database:
             self._check_room(database)
-            database.put("move_cursor", [(consumer, *one) for one in positions.items()])
+            for chain, position in positions.items():
+                database.run("move_cursor", consumer, chain, position)
 
     def _check_room(self, database: Database) -> None:
         if not database.at_least(SINCE):

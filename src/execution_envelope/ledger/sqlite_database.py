@@ -200,16 +200,16 @@ class Database:
             self.check()
         return self.version >= version
 
-    def put(self, query: str, rows: Iterable[Sequence[Any]]) -> None:
-        """Run a statement for each row."""
-        self.connection.executemany(self._sql[query], rows)
-
     def insert(self, table: str, rows: Sequence[Sequence[Any]]) -> None:
         """Insert rows, as many as there are in one statement."""
+        self.put(f"INSERT INTO {table}", rows)
+
+    def put(self, statement: str, rows: Sequence[Sequence[Any]]) -> None:
+        """Run a statement that goes on with ``VALUES``, with as many rows as it may have."""
         for start in range(0, len(rows), MAX_ROWS):
             part = rows[start : start + MAX_ROWS]
             values = [value for row in part for value in row]
-            self.connection.execute(_insertion(table, len(part[0]), len(part)), values)
+            self.connection.execute(_with_values(statement, len(part[0]), len(part)), values)
 
     def stored(self, envelope: str) -> Stored | None:
         """One envelope with its events. Raises `Damaged` and `Exported`."""
@@ -247,10 +247,11 @@ class Database:
 
     def put_balances(self, balances: Balances) -> None:
         """Keep what was changed."""
-        self.put("put_balance", map(astuple, balances.changed.values()))
+        self.put("INSERT OR REPLACE INTO balances", [astuple(balance) for balance in balances.changed.values()])
         held = balances.holdings.items()
-        self.put("put_holding", [(*key, id, amount) for (key, id), amount in held if amount])
-        self.put("end_holding", [(*key, id) for (key, id), amount in held if not amount])
+        self.put("INSERT OR REPLACE INTO holdings", [(*key, id, amount) for (key, id), amount in held if amount])
+        # One by one: SQLite would look through the whole table for several.
+        self.connection.executemany(self._sql["end_holding"], [(*key, id) for (key, id), amount in held if not amount])
 
     # What a commit is checked against, see `contract.Standing`
 
@@ -289,9 +290,9 @@ def _queries() -> dict[str, str]:
 
 
 @cache
-def _insertion(table: str, columns: int, rows: int) -> str:
+def _with_values(statement: str, columns: int, rows: int) -> str:
     row = f"({', '.join('?' * columns)})"
-    return f"INSERT INTO {table} VALUES {', '.join([row] * rows)}"
+    return f"{statement} VALUES {', '.join([row] * rows)}"
 
 
 def _of_segments(first: dict[str, str], numbers: Iterable[int]) -> dict[str, str]:

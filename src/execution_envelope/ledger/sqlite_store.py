@@ -173,6 +173,11 @@ class Store:
 
     def _fit(self, commits: Sequence[Commit], database: Database, balances: Balances) -> bool:
         """Whether they could be taken."""
+        for commit in commits:
+            if commit.budgeted:
+                break
+        else:
+            return True
         try:
             self._take(commits, database, balances)
         except _UNFIT:
@@ -181,7 +186,7 @@ class Store:
 
     def _plain(self, commit: Commit, ahead: dict[str, int]) -> bool:
         """Whether nothing but the unique keys of the tables could refuse it."""
-        if commit.siblings is not None or any(type(fact) is Bound for fact in commit.facts):
+        if commit.siblings is not None or commit.binds:
             return False
         if commit.sealed is not None:
             return commit.sequence == 0

@@ -237,12 +237,6 @@ WHERE account = ? AND period = ? AND resource = ?
 -- name: holding
 SELECT reserved FROM holdings WHERE account = ? AND period = ? AND resource = ? AND envelope = ?
 
--- name: put_balance
-INSERT OR REPLACE INTO balances (account, period, resource, quota, reserved, spent, unknown) VALUES (?, ?, ?, ?, ?, ?, ?)
-
--- name: put_holding
-INSERT OR REPLACE INTO holdings (account, period, resource, envelope, reserved) VALUES (?, ?, ?, ?, ?)
-
 -- name: end_holding
 DELETE FROM holdings WHERE account = ? AND period = ? AND resource = ? AND envelope = ?
 
