@@ -24,6 +24,7 @@ from execution_envelope.budgets import Balance, Holding, Key
 from execution_envelope.errors import InvalidField, LedgerUnavailable
 from execution_envelope.ledger import Ledger, SqliteLedger, open_ledger, schema, verify
 from execution_envelope.ledger.commit import BudgetExhausted, Commit
+from execution_envelope.ledger.spool import Spool
 from execution_envelope.ledger.submission import Outcome, Submission
 from execution_envelope.lifecycle import Budgeted, BudgetEntry, Completed, Late
 from execution_envelope.testing.commits import (
@@ -212,6 +213,26 @@ def together(ledger: Ledger, *commits: Commit) -> list[Outcome]:
     for commit, heard in zip(commits, told, strict=True):
         ledger.submit(Submission([commit], heard.put))
     return [heard.get(timeout=10) for heard in told]
+
+
+def test_what_was_spooled_changes_balances_once_when_it_is_drained(ledger: Ledger, tmp_path: Path) -> None:
+    """Also where it comes late, and where only the answer to its COMMIT was lost."""
+    ended, open_ = sealed_ask(), sealed_ask()
+    for sealed in (ended, open_):
+        ledger.commit(reservation_of(sealed, 5))
+    ledger.commit(commit_of(ended, 3, Completed()))
+    stored = commit_of(open_, 3, budgeted(-1, 1))
+    ledger.commit(stored)
+    spool = Spool(tmp_path / "spool.db", ledger)
+    spool.append([commit_of(ended, 3, budgeted(-5, 4))])
+    spool.append([stored])
+    deadline = time.monotonic() + 10
+    while spool.counts()[0] and time.monotonic() < deadline:
+        time.sleep(0.01)
+    spool.close()
+    assert spool.counts() == (0, 0, 1)
+    assert ledger.balances() == [Balance(*GPUS, 10, 4, 5)]
+    assert ledger.holders(GPUS, 9) == ([Holding(open_.envelope.id, 4)], 0)
 
 
 def test_a_row_that_is_no_number_disturbs_nobody_else(tmp_path: Path) -> None:
