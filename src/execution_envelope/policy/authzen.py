@@ -171,7 +171,8 @@ class AuthZen:
         raise Unanswered(f"{problem}, tried {TRIES} times")
 
     async def _post(self, path: str, body: bytes, request_id: str) -> tuple[int, bytes]:
-        headers = {"content-type": "application/json", "accept": "application/json", "x-request-id": request_id}
+        headers = {"content-type": "application/json", "accept": "application/json", "accept-encoding": "identity"}
+        headers["x-request-id"] = request_id
         token = self._token() if callable(self._token) else self._token
         if token is not None:
             headers["authorization"] = f"Bearer {token}"
@@ -180,12 +181,15 @@ class AuthZen:
             # Redirects are not followed: a token would go where it was not meant to.
             client = httpx.AsyncClient(verify=self._verify, timeout=self._timeout, trust_env=False)
             self._client.set(client)
-        content = bytearray()
+        content, size = bytearray(), 0
         async with client.stream("POST", self._url + path, content=body, headers=headers) as response:
+            # Read to its end even when it is too long, within the timeout: the connection is fit for use again then.
             async for part in response.aiter_bytes():
-                content += part
-                if len(content) > MAX_ANSWER:
-                    raise Unanswered(f"expected an answer of up to {MAX_ANSWER} bytes, got more")
+                size += len(part)
+                if size <= MAX_ANSWER:
+                    content += part
+        if size > MAX_ANSWER:
+            raise Unanswered(f"expected an answer of up to {MAX_ANSWER} bytes, got {size}")
         return response.status_code, bytes(content)
 
 
