@@ -50,6 +50,8 @@ def redact(data: Any, rules: Sequence[str] = ()) -> tuple[Any, list[str]]:
         quoted.update(text for text in strings(value) if len(text) >= MIN_LITERAL)
 
     copy = credentials.remove_fields(data, check_rules(rules), found=found)
+    if not removed and (clean := _clean_copy(copy)) is not None:
+        return clean, []
     for text in sorted(quoted, key=len, reverse=True):
         copy = _without(copy, text)
     copy = credentials.redact(copy, path="", found=lambda path: removed.setdefault(path.lstrip(".")))
@@ -91,6 +93,16 @@ def exported(record: Record, rules: Sequence[str] = ()) -> dict[str, Any]:
     except Exception as error:
         return {"envelope_id": record.id, "state": record.state, "redaction_failed": type(error).__name__}
     return outgoing(data, rules)
+
+
+def _clean_copy(data: Any) -> Any:
+    """A copy by way of JSON when there is certainly no credential in it, as in most: ten times as fast as to look at
+    each text. None for what may hold one, and for what is no plain JSON data."""
+    try:
+        text = msgspec.json.encode(data)
+        return msgspec.json.decode(text) if credentials.clean((text.decode(),)) else None
+    except (TypeError, ValueError, RecursionError, msgspec.MsgspecError):
+        return None
 
 
 def _without(value: Any, text: str) -> Any:
