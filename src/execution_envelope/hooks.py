@@ -226,7 +226,8 @@ class _Asker:
             await call.wait()
         # It may have answered in time while something else kept the event loop from hearing it.
         if call.ended is None or call.ended > end:
-            return self._late(read, shadow, start, None if call.begun else f"all {self._threads.most} are busy")
+            busy = call.began is None or call.began >= end
+            return self._late(read, shadow, start, f"all {self._threads.most} were busy" if busy else None)
         said = call.answer()
         return said if isinstance(said, Answer) else await self._waited(said, read, shadow, start, end)
 
@@ -235,6 +236,8 @@ class _Asker:
     ) -> Answer | Awaitable[Any]:
         """In a thread: what it answers, or what has to be awaited for that. Raises nothing."""
         declared = self.declaration
+        if time.monotonic() >= end:
+            return self._late(read, shadow, start)  # it came off the queue while whoever waits gives up
         try:
             if self._processes is not None:
                 return self._apart(self._processes.ask(canonical(envelope), end), shadow, start)

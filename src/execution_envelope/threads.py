@@ -23,10 +23,10 @@ _IDLE: Final = 10.0
 class Call(Generic[T]):
     """One call, queued for a thread.
 
-    `begun` says whether a thread has taken it, `ended` when it was through with it on the monotonic clock, None before.
+    `began` says when a thread took it and `ended` when it was through with it, on the monotonic clock; None before.
     """
 
-    __slots__ = ("_answer", "_call", "_error", "_post", "_threads", "_told", "begun", "ended")
+    __slots__ = ("_answer", "_call", "_error", "_post", "_threads", "_told", "began", "ended")
 
     def __init__(self, threads: Threads, call: Callable[[], T], post: Mailbox, told: Told) -> None:
         context = copy_context()
@@ -36,7 +36,7 @@ class Call(Generic[T]):
         self._told = told
         self._answer: T | None = None
         self._error: BaseException | None = None
-        self.begun = False
+        self.began: float | None = None
         self.ended: float | None = None
 
     async def wait(self) -> None:
@@ -101,7 +101,7 @@ class Threads:
         return waiting
 
     def _withdraw(self, waiting: Call[T]) -> None:
-        if not waiting.begun:
+        if waiting.began is None:
             with self._wake, suppress(ValueError):
                 self._queue.remove(waiting)  # type: ignore[arg-type]
 
@@ -115,7 +115,7 @@ class Threads:
                     self._running -= 1
                     return
                 call = self._queue.popleft()
-                call.begun = True
+                call.began = time.monotonic()
             call._run()
             del call  # nor does a thread that waits keep what it was called with
 
