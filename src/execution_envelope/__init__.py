@@ -5,7 +5,7 @@ One sealed record of who asked for what, under which scope, what policy said, an
 
 from execution_envelope.admission import Admission
 from execution_envelope.controller import AdmissionController
-from execution_envelope.decision import Decision, Declaration, Duty, Rule
+from execution_envelope.decision import Decider, Decision, Declaration, Duty, Observation, Observer, Rule
 from execution_envelope.envelope import Ask, Envelope, Subject, Target, established
 from execution_envelope.errors import (
     Denied,
@@ -38,6 +38,7 @@ __all__ = [
     "AdmissionController",
     "Ask",
     "Candidate",
+    "Decider",
     "Decision",
     "Declaration",
     "Denied",
@@ -54,6 +55,8 @@ __all__ = [
     "Liveness",
     "NotFound",
     "NotHeld",
+    "Observation",
+    "Observer",
     "OpenObligations",
     "ReadOnly",
     "Record",
