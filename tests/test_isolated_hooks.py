@@ -189,10 +189,13 @@ async def test_the_processes_of_a_hook_are_bounded(anyio_backend: str) -> None:
         for _ in range(6):
             group.start_soon(hang)
         await anyio.sleep(1)
-        assert len(workers() - before) == MAX_PROCESSES
+        hung = workers() - before
+        assert len(hung) == MAX_PROCESSES
     assert time.monotonic() - start < 3
     assert failures == ["timeout"] * 6
-    assert all(gone(process) for process in workers() - before)
+    assert all(gone(process) for process in hung)
+    # One may have begun to start for a request that had almost no time left: it is for the next one.
+    assert len(workers() - before) <= MAX_PROCESSES
 
 
 @pytest.mark.anyio
