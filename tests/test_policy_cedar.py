@@ -111,6 +111,8 @@ def test_the_names_that_policies_read_are_all_that_is_handed_over() -> None:
         ("permit(principal == ?principal, action, resource);", "cedar", "a template"),
         ('permit(principal, action == Action::"x", resource);', "cedar.policy0", "unrecognized action"),
         ('permit(principal, action == Action::"model.deploy:any", resource);', "cedar.policy0", "ends in `:any`"),
+        ('permit(principal, action, resource) when { action == Action::"inference:any" };', "cedar.policy0", "`:any`"),
+        ("@limits permit(principal, action, resource);", "cedar.policy0.limits", "with a text, got none"),
         ('@id("a") permit(principal, action, resource) when { context.nope };', "cedar.a", "`nope`"),
         ("permit(principal, action, resource) when { principal.tenant == 1 };", "cedar.policy0", "expected a valid"),
         ("permit(principal, action, resource) when { principal.tenant == principal.id };", "cedar.policy0", "optional"),
@@ -120,11 +122,7 @@ def test_the_names_that_policies_read_are_all_that_is_handed_over() -> None:
         ('@reason("no") forbid(principal, action, resource);', "cedar.policy0.reason", "role_required"),
         ('@limits("replicas") permit(principal, action, resource);', "cedar.policy0.limits", "replicas=2"),
         ('@limits("replcas=2") permit(principal, action, resource);', "cedar.policy0.limits.replcas", "a resource"),
-        (
-            '@id("a") permit(principal, action, resource); @id("a") permit(principal, action, resource);',
-            "cedar",
-            "again",
-        ),
+        (f'@id("a") {PERMIT} @id("a") {PERMIT}', "cedar", "`a` again"),
     ],
 )
 def test_what_is_not_valid_is_refused_at_load(text: str, field: str, said: str) -> None:

@@ -20,8 +20,10 @@ from execution_envelope.decision import Duty
 from execution_envelope.envelope import KINDS, Envelope, seal
 from execution_envelope.ledger import MemoryLedger
 from execution_envelope.policy import file as module
+from execution_envelope.policy.cel import CelRule, CelRules
 from execution_envelope.policy.expression import FUNCTIONS, compile_expression
 from execution_envelope.policy.file import SECTIONS, PolicyFile, parse
+from execution_envelope.policy.view import view
 from execution_envelope.resources import VOCABULARY
 from execution_envelope.testing import START, ask
 
@@ -44,6 +46,9 @@ def refused(text: str) -> InvalidField:
 
 def rule(name: str, action: str = "deny", expression: str = "false", **more: Any) -> dict[str, Any]:
     return {"name": name, "action": action, "expression": expression, **more}
+
+
+_WHOLE = sealed(scope={"environment": "test", "hints": {"x": "acme", "acme": 1}}, requested={"gpu": 1, "memory": 5})
 
 
 # What rules come to
@@ -336,11 +341,54 @@ _pieces = st.sampled_from([*_PIECES.split(" "), "\n", '"' * 3])
 @given(st.lists(_pieces | st.characters(), max_size=20).map("".join))
 def test_whatever_the_expression_it_is_compiled_or_refused(source: str) -> None:
     try:
-        compile_expression(source, "policy.x")
+        expression = compile_expression(source, "policy.x")
     except InvalidField as error:
         assert error.field == "policy.x"
         return
-    decide({"name": "a", "expression": source}, scope={"hints": {"x": 1}})
+    assert CelRules([CelRule(name="a", expression=expression)]).decide(_WHOLE).outcome in ("allow", "deny")
+
+
+_PATHS = """identity|identity.subject|identity.subject.id|identity["roles"]|identity.delegation[0].type|scope
+identity.authentication|identity.authentication.issuer|execution.target|execution.request.sha256|scope.environment
+scope.hints|scope.hints.x|scope.hints["y"]|scope.hints[identity.tenant]|provenance.hints|provenance.environment
+requested|requested.resources|requested.resources.gpu|requested.resources.gpu.most|requested["resources"].memory
+requested.resources.cpu|requested.constraints.engine|requested.constraints|correlation.id|correlation.facets"""
+_paths = st.sampled_from(_PATHS.replace("\n", "|").split("|"))
+_conditions = st.recursive(
+    st.one_of(
+        _paths.map("has({})".format),
+        _paths.map("size({}) > 1".format),
+        st.tuples(_paths, _paths).map(" == ".join),
+        st.tuples(_paths, st.sampled_from(['"acme"', "1000", '"test"', "[]"])).map(" != ".join),
+        _paths.map("{}.exists(v, v == 'memory' || v == 'x')".format),
+        _paths.map("[{}].all(v, v.environment == 'test')".format),
+        _paths.map("{}.startsWith('a')".format),
+    ),
+    lambda inner: (
+        st.tuples(inner, st.sampled_from([" && ", " || ", " == "]), inner).map(lambda t: f"({''.join(t)})")
+        | inner.map("!({})".format)
+    ),
+    max_leaves=4,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(_conditions)
+def test_an_expression_says_the_same_of_what_is_handed_over_as_of_the_whole_envelope(source: str) -> None:
+    try:
+        compile_expression(source, "policy.x")
+    except InvalidField:
+        return  # what does not parse, such as `has` of an index
+    try:
+        whole = cel.compile(source).execute(cel.Context(view(_WHOLE)))
+    except Exception:
+        whole = None
+    decision = parse(json.dumps({"rules": [{"name": "a", "expression": source}]})).decide(_WHOLE)
+    assert (decision.outcome, decision.code) == {
+        True: ("allow", None),
+        False: ("deny", "policy"),
+        None: ("deny", "hook_error"),
+    }[whole]
 
 
 # Reload

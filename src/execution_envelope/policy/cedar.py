@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
@@ -149,21 +149,27 @@ def _names(plain: Any) -> tuple[frozenset[str], frozenset[str] | None]:
     """The attributes that policies name, and the governance hints; None for hints whose names are computed."""
     attributes, hints = set[str](), set[str]()
     computed = False
-    pending = [policy.get("conditions") for policy in plain["staticPolicies"].values()]
+    for node in _nodes(plain):
+        for operator, inner in node.items():
+            if operator in (".", "has") and "attr" in inner:
+                attributes.add(inner["attr"])
+            elif operator in ("hasTag", "getTag") and '"hints"' in msgspec.json.encode(inner["left"]).decode():
+                name = inner["right"].get("Value")
+                computed = computed or not isinstance(name, str)
+                hints.add(str(name))
+    return frozenset(attributes), None if computed else frozenset(hints)
+
+
+def _nodes(plain: Any) -> Iterator[dict[str, Any]]:
+    """Every object in JSON data."""
+    pending = [plain]
     while pending:
         node = pending.pop()
-        if isinstance(node, list):
+        if isinstance(node, dict):
+            yield node
+            pending.extend(node.values())
+        elif isinstance(node, list):
             pending.extend(node)
-        elif isinstance(node, dict):
-            for operator, inner in node.items():
-                if operator in (".", "has") and "attr" in inner:
-                    attributes.add(inner["attr"])
-                elif operator in ("hasTag", "getTag") and '"hints"' in msgspec.json.encode(inner["left"]).decode():
-                    name = inner["right"].get("Value")
-                    computed = computed or not isinstance(name, str)
-                    hints.add(str(name))
-                pending.append(inner)
-    return frozenset(attributes), None if computed else frozenset(hints)
 
 
 def _read(plain: Any) -> dict[str, _Known]:
@@ -171,7 +177,7 @@ def _read(plain: Any) -> dict[str, _Known]:
     known = {}
     for id, policy in plain["staticPolicies"].items():
         known[id] = _policy(id, policy)
-        if f'{ANY}"' in msgspec.json.encode(policy.get("action")).decode():
+        if any(node.get("type") == "Action" and str(node.get("id")).endswith(ANY) for node in _nodes(policy)):
             raise invalid(_path(known[id].name), f"expected an operation or a kind, got an action that ends in `{ANY}`")
     names = [one.name for one in known.values()]
     if twice := [name for name in names if names.count(name) > 1]:
@@ -187,6 +193,8 @@ def _policy(id: str, policy: Mapping[str, Any]) -> _Known:
         if effect not in ANNOTATIONS.get(annotation, ()):
             allowed = ", ".join(one for one, on in ANNOTATIONS.items() if effect in on)
             raise invalid(_path(name), f"expected the annotations {allowed} on {effect}, got {shown(annotation)}")
+        if not annotations[annotation]:
+            raise invalid(f"{_path(name)}.{annotation}", "expected an annotation with a text, got none")
     reason = annotations.get("reason") or "policy"
     if reason not in CODES:
         raise invalid(f"{_path(name)}.reason", f"expected one of {', '.join(CODES)}, got {shown(reason)}")

@@ -30,6 +30,7 @@ class Circuit:
 
     @property
     def state(self) -> Literal["closed", "open", "half-open"]:
+        """Closed: calls go through. Open: none does. Half-open: one may try."""
         if self._failures < self._most:
             return CLOSED
         return OPEN if self._clock() < self._until else HALF_OPEN

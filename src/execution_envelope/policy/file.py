@@ -340,12 +340,22 @@ def _within(path: str, theirs: str, check: Callable[[], _T]) -> _T:
 class PolicyFile:
     """The policy in a file, and what it says now. Raises `InvalidField` when it is wrong at first, or cannot be read.
 
+    `kinds` are the kinds that its decider, `name`, is asked about at all; about others it has no opinion, where None
+    means all of them and it abstains where no rule covers the kind.
+
     With `watch` it is looked at, at most once a second, while it is asked, and reloaded in a thread when its time or
     size changed. A file that is wrong then is not taken: the policy before it stays, `problem` says what is wrong, and
     every decision carries that in its errors. May be used by several threads.
     """
 
-    def __init__(self, path: str | Path, *, name: str = "policy", watch: bool = False) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        name: str = "policy",
+        kinds: frozenset[str] | None = None,
+        watch: bool = False,
+    ) -> None:
         self.path = Path(path)
         #: What is wrong with the file as it is now; None when it is the one that judges.
         self.problem: str | None = None
@@ -356,7 +366,7 @@ class PolicyFile:
         self._reloading = False
         self._text, self._seen = self._read()
         self._policy = parse(self._text)
-        self.decider = FileDecider(self)
+        self.decider = FileDecider(self, kinds)
 
     @property
     def name(self) -> str:
@@ -440,9 +450,9 @@ class PolicyFile:
 class FileDecider:
     """The decider of a `PolicyFile`. It runs on the event loop: rules take microseconds."""
 
-    def __init__(self, file: PolicyFile) -> None:
+    def __init__(self, file: PolicyFile, kinds: frozenset[str] | None) -> None:
         self._file = file
-        self.declaration = Declaration(name=file.name, side_effects=False, inline=True)
+        self.declaration = Declaration(name=file.name, kinds=kinds, side_effects=False, inline=True)
 
     def decide(self, envelope: Envelope) -> Decision:
         """What the policy says that the file held last, when it was right."""
