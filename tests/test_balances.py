@@ -138,7 +138,6 @@ def test_accounts_of_a_hierarchy_are_taken_of_together_or_not_at_all(url: str, l
         stored = set(ledger.newest(10_000))
         for child in children:
             assert child.heard("admitted") <= stored
-        conserved(ledger)
     assert len(ledger.balances()) == len(ACCOUNTS)
 
 
