@@ -141,6 +141,22 @@ def test_accounts_of_a_hierarchy_are_taken_of_together_or_not_at_all(url: str, l
     assert len(ledger.balances()) == len(ACCOUNTS)
 
 
+def test_balances_that_change_meanwhile_are_verified(url: str, ledger: Ledger) -> None:
+    """Chains and balances are those of one moment, whatever is written while they are recomputed."""
+    ledger.migrate()
+    children = [Child(churn, Part(url, f"p{n}", ACCOUNTS[0], 0, 100_000, 0, n)) for n in range(3)]
+    for child in children:
+        child.wait("ready")
+    with closing(open_ledger(url, read_only=True)) as reader:
+        found = [verify(reader, jobs=1) for _ in range(10)]
+    for child in children:
+        child.kill()
+    for child in children:
+        child.join()
+    assert {one.findings for one in found} == {()}
+    assert found[-1].entries > found[0].entries
+
+
 def test_a_currency_is_named_once_by_many(url: str) -> None:
     ledgers = [open_ledger(url) for _ in range(8)]
     ready, found = threading.Barrier(8), queue.SimpleQueue[str]()
