@@ -16,14 +16,16 @@ CORE = "execution_envelope"
 
 #: A module may import only from those before it; a name stands for the module or for everything in the folder.
 ORDER = """
-version errors credentials resources values envelope lifecycle delta record decision process mailbox threads answers isolation hooks grant
-budgets approvals ledger reconciliation observers journal reconciler judge admission blocking controller facets policy telemetry adapters integrations
-review presentation cli_shared cli_admission cli_proof cli_projection cli_relay cli_upkeep cli testing
+version errors credentials resources values envelope lifecycle delta record decision process mailbox threads answers
+isolation hooks grant budgets approvals ledger reconciliation observers journal reconciler judge admission blocking
+controller facets policy telemetry adapters integrations review presentation cli_shared cli_admission cli_proof
+cli_projection cli_relay cli_upkeep cli testing
 """
 LEDGER_ORDER = """
-merkle chain projection schema exports commit balances submission contract writer spool sqlite_database sqlite_segments
-sqlite_store projection_store projector projection_sqlite memory sqlite postgres_database postgres_segments
-postgres_store projection_postgres postgres sums recomputation workers verification checkpoint proof segment_file segments
+merkle chain projection schema exports commit balances submission contract writer spool sqlite_database
+sqlite_segments sqlite_store projection_store projector projection_sqlite memory sqlite postgres_database
+postgres_segments postgres_store projection_postgres postgres sums recomputation workers verification checkpoint proof
+segment_file segments
 """
 #: What only some deciders, adapters or commands need: the core does without.
 OPTIONAL = {
