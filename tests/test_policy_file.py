@@ -495,3 +495,20 @@ async def test_at_the_seam(tmp_path: Path) -> None:
         async with controller.admit(ask(scope={"hints": {"team": "b"}})):
             pass
     await controller.aclose()
+
+
+@pytest.mark.anyio
+async def test_about_other_kinds_it_is_not_asked(tmp_path: Path, anyio_backend: str) -> None:
+    path = tmp_path / "policy.yaml"
+    path.write_text("rules: [{name: a, match: {kinds: [model.deploy]}, expression: 'true'}]")
+    inference = ask(kind="inference", operation="chat")
+    controller = AdmissionController(MemoryLedger(), hooks=[PolicyFile(path).decider])
+    with pytest.raises(Denied) as denied:
+        await controller.begin(inference)
+    assert "abstained" in str(denied.value)
+    await controller.aclose()
+    only = PolicyFile(path, kinds=frozenset({"model.deploy"})).decider
+    controller = AdmissionController(MemoryLedger(), hooks=[only])
+    async with controller.admit(inference) as admission:
+        assert admission.record.verdicts == ()
+    await controller.aclose()

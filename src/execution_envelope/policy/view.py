@@ -80,7 +80,7 @@ _EVERYTHING: Final[Wanted] = dict.fromkeys(SHAPE)
 def _plain(value: Any, wanted: Wanted | None) -> Any:
     kind = type(value)
     if kind is tuple:
-        return [_plain(item, None) for item in value]
+        return [item if type(item) is str else _plain(item, None) for item in value]
     if isinstance(value, msgspec.Struct):
         return _of_struct(value, wanted)
     if isinstance(value, Mapping):
@@ -99,22 +99,23 @@ def _of_struct(struct: msgspec.Struct, wanted: Wanted | None) -> dict[str, Any]:
 
 
 def _scope(envelope: Envelope, wanted: Wanted | None) -> dict[str, Any]:
-    return _of_scope(envelope.scope, wanted, lambda scoped: _plain(scoped.value, None))
+    return _of_scope(envelope.scope, wanted, "value")
 
 
 def _provenance(envelope: Envelope, wanted: Wanted | None) -> dict[str, Any]:
-    return _of_scope(envelope.scope, wanted, lambda scoped: scoped.provenance)
+    return _of_scope(envelope.scope, wanted, "provenance")
 
 
-def _of_scope(scope: Scope, wanted: Wanted | None, read: Any) -> dict[str, Any]:
+def _of_scope(scope: Scope, wanted: Wanted | None, part: str) -> dict[str, Any]:
     plain: dict[str, Any] = {}
     for name in Scope.__struct_fields__ if wanted is None else wanted:
-        value = getattr(scope, name, None)
-        if name == "hints":
+        scoped = getattr(scope, name, None)
+        if type(scoped) is Scoped:
+            value = getattr(scoped, part)
+            plain[name] = value if type(value) is str else _plain(value, None)
+        elif name == "hints":
             some: Iterable[str] = scope.hints if wanted is None or wanted[name] is None else wanted[name] or ()
-            plain[name] = {hint: read(scope.hints[hint]) for hint in some if hint in scope.hints}
-        elif isinstance(value, Scoped):
-            plain[name] = read(value)
+            plain[name] = {hint: _plain(getattr(scope.hints[hint], part), None) for hint in some if hint in scope.hints}
     return plain
 
 
@@ -125,9 +126,9 @@ def _requested(envelope: Envelope, wanted: Wanted | None) -> dict[str, Any]:
         names: Iterable[str] = requested.resources if below is None else below
         resources = {}
         for name in names:
-            if name in requested.resources:
-                fields = None if below is None else below[name]
-                resources[name] = _amounts(envelope, name, requested.resources[name], fields)
+            quantity = requested.resources.get(name)
+            if quantity is not None:
+                resources[name] = _amounts(envelope, name, quantity, None if below is None else below[name])
         plain["resources"] = resources
     if wanted is None or "constraints" in wanted:
         below = None if wanted is None else wanted["constraints"]
