@@ -17,6 +17,7 @@ from execution_envelope.policy import cedar_schema
 from execution_envelope.policy.cedar import Cedar
 from execution_envelope.policy.cedar_schema import schema, wanted
 from execution_envelope.policy.view import SHAPE
+from execution_envelope.policy.watched import FileDecider
 from execution_envelope.resources import VOCABULARY
 from execution_envelope.testing import START, ask
 
@@ -176,6 +177,23 @@ def test_a_subject_of_one_type_is_not_one_of_another() -> None:
     assert decider.decide(FULL).outcome == "allow"
     assert decider.decide(sealed(subject=Subject("service", "dana"))).outcome == "deny"
     assert decider.decide(sealed(subject=Subject("user:dana", ""))).outcome == "deny"
+
+
+def test_a_file_of_policies_is_reloaded_or_kept(tmp_path: Path) -> None:
+    path = tmp_path / "policy.cedar"
+    path.write_text(PERMIT)
+    decider = FileDecider.of(path, lambda text: Cedar(text, name="ours", kinds=frozenset({"model.deploy"})))
+    assert (decider.declaration.name, decider.decide(FULL).outcome) == ("ours", "allow")
+    path.write_text("")
+    assert decider.file.reload() and decider.decide(FULL).outcome == "deny"
+    path.write_bytes(b"permit(\xff")
+    assert not decider.file.reload()
+    assert "expected text in UTF-8" in decider.decide(FULL).errors[0]
+    path.write_text("permit(principal, action, resource) when { context.nope };")
+    assert not decider.file.reload()
+    assert "policy file is broken since" in decider.decide(FULL).errors[0]
+    with pytest.raises(InvalidField):
+        FileDecider.of(path, Cedar)
 
 
 @settings(max_examples=60, deadline=None)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from execution_envelope.decision import Decider
-from execution_envelope.policy import authzen, cedar, expression, file, rego, yaml_text
+from execution_envelope.policy import authzen, cedar, expression, file, rego, watched, yaml_text
 from execution_envelope.policy.authzen import AuthZen
 from execution_envelope.policy.cel import ACTIONS, MATCHABLE
 from execution_envelope.policy.file import SECTIONS, parse
@@ -41,7 +41,7 @@ def test_every_name_is_documented(name: str) -> None:
 
 
 def test_every_engine_and_annotation_is_documented() -> None:
-    others = {"__init__", "cel", "cedar_schema", "circuit", "expression", "limits", "view", "yaml_text"}
+    others = {"__init__", "cel", "cedar_schema", "circuit", "expression", "limits", "view", "watched", "yaml_text"}
     engines = {path.stem for path in (ROOT / "src/execution_envelope/policy").glob("*.py")} - others
     assert engines == set(re.findall(r"`execution_envelope\.policy\.(\w+)`", PAGE))
     assert set(cedar.ANNOTATIONS) == set(re.findall(r"^\| `@(\w+)\(", PAGE, re.M))
@@ -49,7 +49,7 @@ def test_every_engine_and_annotation_is_documented() -> None:
 
 def test_what_is_bounded_is_documented() -> None:
     for bound in (
-        yaml_text.MAX_BYTES,
+        watched.MAX_BYTES,
         yaml_text.MAX_DEPTH,
         file.MAX_RULES,
         file.MAX_VARIABLES,

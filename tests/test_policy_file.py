@@ -20,6 +20,7 @@ from execution_envelope.decision import Duty
 from execution_envelope.envelope import KINDS, Envelope, seal
 from execution_envelope.ledger import MemoryLedger
 from execution_envelope.policy import file as module
+from execution_envelope.policy import watched
 from execution_envelope.policy.cel import CelRule, CelRules
 from execution_envelope.policy.expression import FUNCTIONS, compile_expression
 from execution_envelope.policy.file import SECTIONS, PolicyFile, parse
@@ -437,7 +438,7 @@ def test_a_file_that_is_wrong_at_first_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_watched_is_reloaded_while_it_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "WATCHED", 0.01)
+    monkeypatch.setattr(watched, "WATCHED", 0.01)
     path = tmp_path / "policy.yaml"
     path.write_text(GOOD.format(1, "acme", 5))
     file = PolicyFile(path, watch=True)

@@ -23,6 +23,7 @@ from execution_envelope.decision import CODES, Decision, Declaration
 from execution_envelope.envelope import KINDS, Envelope
 from execution_envelope.policy.cedar_schema import ANY, entities, request, schema, wanted
 from execution_envelope.policy.limits import least, read_limits
+from execution_envelope.policy.watched import MAX_BYTES
 
 #: What an annotation may be called, and on which policies it stands.
 ANNOTATIONS: Final[Mapping[str, tuple[str, ...]]] = {
@@ -31,7 +32,6 @@ ANNOTATIONS: Final[Mapping[str, tuple[str, ...]]] = {
     "message": ("forbid",),
     "limits": ("permit",),
 }
-MAX_BYTES: Final = 262_144
 
 _ERRING: Final = re.compile(r"policy `([^`]*)`")
 

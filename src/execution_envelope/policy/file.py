@@ -7,14 +7,11 @@ parameters of those names. Needs the extra ``policy``. All keys are in `docs/ref
 from __future__ import annotations
 
 import hashlib
-import logging
 import re
-import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from datetime import UTC, datetime, timedelta
+from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Final, TypeVar, cast
 
@@ -29,7 +26,8 @@ from execution_envelope.errors import InvalidField
 from execution_envelope.policy.cel import ACTIONS, MATCHABLE, Action, CelRule, CelRules
 from execution_envelope.policy.expression import Expression, compile_expression, written_out
 from execution_envelope.policy.limits import read_limits
-from execution_envelope.policy.yaml_text import MAX_BYTES, read_yaml
+from execution_envelope.policy.watched import FileDecider, WatchedFile
+from execution_envelope.policy.yaml_text import read_yaml
 from execution_envelope.resources import parse_amount
 
 MAX_RULES: Final = 512
@@ -40,10 +38,7 @@ MAX_NAME: Final = 128
 MAX_MESSAGE: Final = 500
 #: How many different limits, and obligations, all rules of a file may set together.
 MAX_SET: Final = 64
-#: How often a file that is watched is looked at, in seconds.
-WATCHED: Final = 1.0
 
-_logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 
@@ -341,11 +336,8 @@ class PolicyFile:
     """The policy in a file, and what it says now. Raises `InvalidField` when it is wrong at first, or cannot be read.
 
     `kinds` are the kinds that its decider, `name`, is asked about at all; about others it has no opinion, where None
-    means all of them and it abstains where no rule covers the kind.
-
-    With `watch` it is looked at, at most once a second, while it is asked, and reloaded in a thread when its time or
-    size changed. A file that is wrong then is not taken: the policy before it stays, `problem` says what is wrong, and
-    every decision carries that in its errors. May be used by several threads.
+    means all of them and it abstains where no rule covers the kind. `watch` reloads the file when it changed, see
+    `watched.WatchedFile`. May be used by several threads.
     """
 
     def __init__(
@@ -356,108 +348,35 @@ class PolicyFile:
         kinds: frozenset[str] | None = None,
         watch: bool = False,
     ) -> None:
-        self.path = Path(path)
-        #: What is wrong with the file as it is now; None when it is the one that judges.
-        self.problem: str | None = None
-        self._name = name
-        self._watch = watch
-        self._lock = threading.Lock()
-        self._next_look = time.monotonic() + WATCHED
-        self._reloading = False
-        self._text, self._seen = self._read()
-        self._policy = parse(self._text)
-        self.decider = FileDecider(self, kinds)
-
-    @property
-    def name(self) -> str:
-        return self._name
-
-    @property
-    def policy(self) -> Policy:
-        return self._policy
-
-    @property
-    def budgets(self) -> list[Budget]:
-        return list(self._policy.budgets)
-
-    @property
-    def prices(self) -> Prices | None:
-        return self._policy.prices
-
-    @property
-    def approvals(self) -> Approvals:
-        return self._policy.approvals
-
-    @property
-    def revision(self) -> str:
-        return self._policy.revision
+        self._file = WatchedFile(path, parse, watch=watch)
+        # On the event loop: rules take microseconds.
+        self.decider = FileDecider(self._file, Declaration(name=name, kinds=kinds, side_effects=False, inline=True))
 
     def reload(self) -> bool:
         """Read the file again. True when another policy judges from now on; all of it, or nothing of it."""
-        with self._lock:
-            try:
-                text, self._seen = self._read()
-                if text == self._text:
-                    self.problem = None
-                    return False
-                policy = parse(text)
-            except InvalidField as error:
-                since = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-                if self.problem is None or not self.problem.endswith(str(error)):
-                    judges = f"revision {self.revision} judges"
-                    self.problem = f"policy file is broken since {since}, {judges}: {error}"
-                    _logger.warning("%s", self.problem)
-                return False
-            self._text, self._policy, self.problem = text, policy, None
-            return True
+        return self._file.reload()
 
-    def look(self) -> None:
-        """Reload in a thread if it is time to look, and the file changed. Costs a comparison when it is not."""
-        now = time.monotonic()
-        if not self._watch or now < self._next_look or self._reloading:
-            return
-        self._next_look = now + WATCHED
-        if self._stat() != self._seen:
-            self._reloading = True
-            threading.Thread(target=self._reload, name=f"reload {self._name}", daemon=True).start()
+    @property
+    def policy(self) -> Policy:
+        return self._file.policy
 
-    def _reload(self) -> None:
-        try:
-            self.reload()
-        finally:
-            self._reloading = False
+    @property
+    def problem(self) -> str | None:
+        """What is wrong with the file as it is now; None when it is the one that judges."""
+        return self._file.problem
 
-    def _stat(self) -> tuple[int, int] | None:
-        try:
-            found = self.path.stat()
-        except OSError:
-            return None
-        return found.st_mtime_ns, found.st_size
+    @property
+    def budgets(self) -> list[Budget]:
+        return list(self.policy.budgets)
 
-    def _read(self) -> tuple[bytes, tuple[int, int] | None]:
-        # What is written while it is read has another time or size afterwards, and is read again.
-        seen = self._stat()
-        self._seen = seen
-        try:
-            with self.path.open("rb") as file:
-                return file.read(MAX_BYTES + 1), seen
-        except OSError as error:
-            raise invalid(
-                "policy", f"expected a file that can be read, {brief(error.strerror or str(error))}"
-            ) from None
+    @property
+    def prices(self) -> Prices | None:
+        return self.policy.prices
 
+    @property
+    def approvals(self) -> Approvals:
+        return self.policy.approvals
 
-class FileDecider:
-    """The decider of a `PolicyFile`. It runs on the event loop: rules take microseconds."""
-
-    def __init__(self, file: PolicyFile, kinds: frozenset[str] | None) -> None:
-        self._file = file
-        self.declaration = Declaration(name=file.name, kinds=kinds, side_effects=False, inline=True)
-
-    def decide(self, envelope: Envelope) -> Decision:
-        """What the policy says that the file held last, when it was right."""
-        file = self._file
-        file.look()
-        decision = file.policy.decide(envelope)
-        problem = file.problem
-        return decision if problem is None else replace(decision, errors=(*decision.errors, problem))
+    @property
+    def revision(self) -> str:
+        return self.policy.revision

@@ -21,9 +21,9 @@ from execution_envelope.decision import CODES, Decision, Declaration, Duty
 from execution_envelope.envelope import Envelope
 from execution_envelope.policy.limits import read_limits
 from execution_envelope.policy.view import SHAPE, Wanted, view
+from execution_envelope.policy.watched import MAX_BYTES
 from execution_envelope.values import canonical
 
-MAX_BYTES: Final = 262_144
 #: What of the document is read.
 DOCUMENT: Final = ("allow", "decision", "reasons", "message", "limits", "obligations")
 

@@ -11,8 +11,8 @@ from typing import Any, ClassVar, Final
 import yaml
 
 from execution_envelope.credentials import brief, invalid, shown
+from execution_envelope.policy.watched import MAX_BYTES
 
-MAX_BYTES: Final = 262_144
 MAX_DEPTH: Final = 12
 
 #: The C parser, where it was built; both read the same.
