@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from bench import append, growth, http, machine, memory, relaxed, seal, seam, table, verify
+from bench import append, growth, hooks, http, machine, memory, relaxed, seal, seam, table, verify
 from bench.rounds import Run
 from bench.table import GOALS, PAGE, RESULTS, Results, Row
 
@@ -24,6 +24,16 @@ from bench.table import GOALS, PAGE, RESULTS, Results, Row
 MEASURES: Final[Mapping[tuple[str, ...], Callable[[Run], Iterator[Row]]]] = {
     ("seal",): seal.measure,
     ("seam_in_process",): seam.measure,
+    (
+        "hooks_none",
+        "hooks_inline",
+        "hooks_recorded",
+        "hooks_thread",
+        "hooks_isolated",
+        "hooks_cel",
+        "hooks_cedar",
+        "budget",
+    ): hooks.measure,
     ("append_sqlite_64",): append.sqlite_64,
     ("append_sqlite_1",): append.sqlite_1,
     ("append_postgres_16",): append.postgres_16,
