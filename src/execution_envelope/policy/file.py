@@ -356,6 +356,10 @@ class PolicyFile:
         """Read the file again. True when another policy judges from now on; all of it, or nothing of it."""
         return self._file.reload()
 
+    def look(self) -> None:
+        """With `watch`: look at the file when nobody is asked, as the decider does whenever it is."""
+        self._file.look()
+
     @property
     def policy(self) -> Policy:
         return self._file.policy

@@ -74,12 +74,13 @@ class WatchedFile(Generic[_T]):
 
     def decide(self, envelope: Envelope) -> Decision:
         """What the policy says that the file held last when it was right. Looks whether it changed, if it is time."""
-        self._look()
+        self.look()
         decision = self.policy.decide(envelope)
         problem = self.problem
         return decision if problem is None else replace(decision, errors=(*decision.errors, problem))
 
-    def _look(self) -> None:
+    def look(self) -> None:
+        """With `watch`: reload in a thread if it is time to look and the file changed. Else it costs a comparison."""
         now = time.monotonic()
         if not self._watch or now < self._next_look or self._reloading:
             return
