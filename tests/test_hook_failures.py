@@ -20,7 +20,7 @@ import msgspec
 import pytest
 from anyio.lowlevel import checkpoint
 
-from execution_envelope import Decision, Declaration, hooks
+from execution_envelope import AdmissionController, Decision, Declaration, Denied, answers, hooks
 from execution_envelope.decision import Duty
 from execution_envelope.envelope import Envelope, canonical, seal
 from execution_envelope.hooks import MAX_THREADS, HookChain
@@ -625,3 +625,34 @@ async def test_duties_of_one_that_refuses_or_shadows_are_not_attached() -> None:
     decided = await HookChain(some, deadline=1).decide(ENVELOPE)
     assert set(decided.duties) == {"allows", "holds"}
     assert msgspec.json.encode(decided.verdicts)
+
+
+async def test_nothing_of_a_credential_is_remembered() -> None:
+    secret = "password=hunter2hunter2 sk-proj-abcdefghijklmnopqrstuvwxyz0123456789ABCD"
+    for _ in range(2):
+        [verdict] = await verdicts(Hook(lambda envelope: Decision.warn(secret), INLINE))
+        assert "abcdefghijkl" not in (verdict.message or "")
+    before = answers._ordinary.cache_info()
+    await verdicts(Hook(lambda envelope: Decision.warn(secret), INLINE))
+    after = answers._ordinary.cache_info()
+    assert (after.currsize, after.hits, after.misses) == (before.currsize, before.hits, before.misses + 1)
+
+
+async def test_what_failed_is_denied_and_on_the_record_and_the_next_request_is_not() -> None:
+    failing = [True]
+
+    def decide(envelope: Envelope) -> Decision:
+        return sys.exit(1) if failing.pop() else Decision.allow()
+
+    controller = AdmissionController.open("memory://", hooks=[Hook(decide, THREAD, version="7")])
+    with pytest.raises(Denied) as refused:
+        async with controller.admit(ask()):
+            pass
+    assert refused.value.retryable and refused.value.reasons[0].code == "hook_error"
+    [verdict] = (await controller.read(refused.value.envelope_id or "")).verdicts
+    assert (verdict.failure, verdict.failure_mode, verdict.version) == ("error", "deny", "7")
+    assert "SystemExit: 1" in (verdict.message or "")
+    failing.append(False)
+    async with controller.admit(ask()) as admission:
+        assert admission.state == "admitted"
+    assert controller.counters["hooks_failed"] == 1

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, KeysView, Mapping, Sequence
+from functools import lru_cache
 from itertools import islice
 from typing import Any, Final, Literal, TypeAlias, cast
 
@@ -106,13 +107,13 @@ def _understood(declared: Declaration, said: Any, read: Sequence[str], shadow: b
         version=declared.version,
         decision=outcome,
         code=code,
-        message=None if said.message is None else scrub(said.message, field=f"{path}.message"),
+        message=None if said.message is None else _scrubbed(said.message, path, "message"),
         retryable=retryable,
         duration_us=_since(start),
         limits=limits,
         allowed=allowed,
         shadow=shadow,
-        revision=None if said.revision is None else scrub(said.revision, field=f"{path}.revision"),
+        revision=None if said.revision is None else _scrubbed(said.revision, path, "revision"),
         policies=_texts(said.policies, path, "policies") if said.policies else (),
         errors=_texts(said.errors, path, "errors") if said.errors else (),
         # Their names were sealed, and are fit for the record.
@@ -120,6 +121,22 @@ def _understood(declared: Declaration, said: Any, read: Sequence[str], shadow: b
         answer=None if said.answer is None else _raw(said.answer, f"{path}.answer"),
     )
     return Answer(verdict, _duties(said.obligations, path) if said.obligations else ())
+
+
+def _scrubbed(text: Any, path: str, name: str) -> str:
+    """The same few texts come again and again."""
+    try:
+        return _ordinary(text)
+    except (TypeError, ValueError):
+        return scrub(text, field=f"{path}.{name}")
+
+
+# Of a text from which something has to be taken out nothing is remembered.
+@lru_cache(maxsize=1024)
+def _ordinary(text: Any) -> str:
+    if type(text) is not str or len(text) > 128 or scrub(text) != text:
+        raise ValueError("expected ordinary text")
+    return text
 
 
 def _since(start: float) -> int:
@@ -152,10 +169,9 @@ def _limits(said: Any, path: str) -> tuple[Mapping[str, Amount], Mapping[str, tu
 
 
 def _texts(said: Any, path: str, name: str) -> tuple[str, ...]:
-    path = f"{path}.{name}"
     if not isinstance(said, list | tuple | frozenset | set):
-        raise invalid(path, f"expected a list of texts, got {shown(said)}")
-    some = [scrub(text, field=path) for text in islice(said, MAX_SAID)]
+        raise invalid(f"{path}.{name}", f"expected a list of texts, got {shown(said)}")
+    some = [_scrubbed(text, path, name) for text in islice(said, MAX_SAID)]
     if isinstance(said, frozenset | set):
         some.sort()
     return (*some, f"and {len(said) - MAX_SAID} more") if len(said) > MAX_SAID else tuple(some)

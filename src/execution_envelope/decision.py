@@ -172,6 +172,9 @@ class Decision:
         return cls("abstain")
 
 
+_ALLOWED: Final = Decision.allow()
+
+
 @runtime_checkable
 class Decider(Protocol):
     """Says whether a request may go on. `decide` sees the sealed envelope and cannot change it; it may be async."""
@@ -254,7 +257,7 @@ class Rule:
         object.__setattr__(self, "declaration", declared)
 
     def decide(self, envelope: Envelope) -> Decision:
-        return self.check(envelope) or Decision.allow()
+        return self.check(envelope) or _ALLOWED
 
 
 # What they said together
