@@ -597,6 +597,20 @@ def test_threads_after_a_fork() -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
+@pytest.mark.parametrize("way", [INLINE, THREAD, ASYNC])
+async def test_a_copy_of_the_backend_that_a_hook_forks_ends_at_once(way: str) -> None:
+    forked: list[int] = []
+
+    def forks(envelope: Envelope) -> Decision:
+        forked.append(os.fork())
+        return Decision.warn("parent" if forked[-1] else "child")
+
+    for _ in range(2):
+        [verdict] = await verdicts(Hook(forks, way))
+        assert verdict.message == "parent"
+        assert os.waitstatus_to_exitcode(os.waitpid(forked[-1], 0)[1]) == 0  # noqa: ASYNC222
+
+
 async def test_verdicts_keep_the_order_of_the_hooks() -> None:
     ways = [ASYNC, INLINE, THREAD, INLINE, ASYNC, THREAD]
     said = await verdicts(*(Hook(allow, way, name=f"{n}-{way}") for n, way in enumerate(ways)))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import os
 import signal
 import threading
 import time
@@ -183,6 +184,7 @@ class _Asker:
         if start >= end:
             return self._late((), shadow, start, "the deadline passed before it was asked")
         seen, read = watched(envelope)
+        me = os.getpid()
         try:
             said = self.hook.decide(seen)
             if inspect.isawaitable(said):
@@ -195,6 +197,7 @@ class _Asker:
             if _is_interrupt(error):
                 raise
             answer = failed(declared, "error", raised(error), read, shadow=shadow, start=start)
+        _end_a_copy(me)
         now = time.monotonic()
         held = now - start
         if now > end and answer.verdict.failure is None:
@@ -241,7 +244,11 @@ class _Asker:
         try:
             if self._processes is not None:
                 return self._apart(self._processes.ask(canonical(envelope), end), shadow, start)
-            said = self.hook.decide(envelope)
+            me = os.getpid()
+            try:
+                said = self.hook.decide(envelope)
+            finally:
+                _end_a_copy(me)
             if inspect.isawaitable(said):
                 return said
             return understood(declared, said, read, shadow=shadow, start=start)
@@ -321,6 +328,7 @@ class _Measured:
     def __await__(self) -> Generator[Any, Any, Any]:
         inner: Any = _awaiting(self._awaitable)
         step, value = inner.send, None
+        me = os.getpid()
         while True:
             start = time.monotonic()
             try:
@@ -331,6 +339,7 @@ class _Measured:
                 self.raised = True
                 raise
             finally:
+                _end_a_copy(me)
                 self.longest = max(self.longest, time.monotonic() - start)
             try:
                 step, value = inner.send, (yield wanted)
@@ -343,6 +352,12 @@ class _Measured:
 
 async def _awaiting(awaitable: Awaitable[Any]) -> Any:
     return await awaitable
+
+
+def _end_a_copy(me: int) -> None:
+    """A copy of the backend that a hook forked ends here, or it would serve its requests a second time."""
+    if os.getpid() != me:
+        os._exit(0)
 
 
 def _is_cancellation(error: BaseException) -> bool:
