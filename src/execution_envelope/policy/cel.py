@@ -78,10 +78,31 @@ MATCHABLE: Final[Mapping[str, Callable[[Envelope], str | None]]] = {
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """The rules that match together, and what of the envelope their expressions read."""
+    """The rules that match together, and what of the envelope their expressions read.
+
+    Most requests violate nothing. Where the rules set nothing either, `checks`, the compiled `when` and `expression` of
+    each, are enough to say so; else it is None.
+    """
 
     rules: tuple[CelRule, ...]
     wanted: Wanted | None
+    checks: tuple[tuple[Any, Any], ...] | None
+
+    def holds(self, context: Any) -> bool:
+        """Whether certainly nothing is violated, fails, or is set."""
+        if self.checks is None:
+            return False
+        try:
+            for when, expression in self.checks:
+                if when is not None and (asked := when(context)) is not True:
+                    if asked is False:
+                        continue
+                    return False
+                if expression(context) is not True:
+                    return False
+        except Exception:  # it is evaluated again, where what failed is named
+            return False
+        return True
 
 
 class _Index:
@@ -119,7 +140,14 @@ class _Index:
             one for rule in rules for one in (rule.when, rule.expression, rule.message_expression) if one is not None
         ]
         reads = frozenset[tuple[str, ...]]().union(*(one.reads for one in expressions))
-        return _Plan(rules, wanted(reads) if expressions else None)
+        checks = None
+        if not any(rule.limits or rule.obligations for rule in rules):
+            checks = tuple((_execute(rule.when), _execute(rule.expression)) for rule in rules)
+        return _Plan(rules, wanted(reads) if expressions else None, checks)
+
+
+def _execute(expression: Expression | None) -> Any:
+    return None if expression is None else expression.program.execute
 
 
 class _Failed(Exception):
@@ -150,6 +178,8 @@ class CelRules:
         if not plan.rules:
             return self._allow
         context = None if plan.wanted is None else cel.Context(view(envelope, plan.wanted))
+        if not envelope.scope.hints and plan.holds(context):
+            return self._allow
         heard = _Heard(context, envelope.scope.hints)
         for rule in plan.rules:
             heard.judge(rule)
