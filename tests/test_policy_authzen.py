@@ -18,7 +18,7 @@ from execution_envelope.envelope import Envelope, seal
 from execution_envelope.hooks import HookChain
 from execution_envelope.ledger import MemoryLedger
 from execution_envelope.policy import authzen
-from execution_envelope.policy.authzen import AuthZen, Question, Unanswered
+from execution_envelope.policy.authzen import AuthZen, Question, Rejected, Unanswered
 from execution_envelope.policy.circuit import Circuit
 from execution_envelope.testing import START, ask
 from tests.policy_service import answer, serving
@@ -224,6 +224,20 @@ async def test_the_circuit_opens_tries_once_and_closes(service: Service, monkeyp
     await decider.aclose()
 
 
+async def test_callers_that_go_away_and_questions_that_are_rejected_do_not_open_the_circuit(service: Service) -> None:
+    service.answers.append(1.0)
+    decider = AuthZen(service.url, failures=2)
+    for _ in range(3):
+        with anyio.move_on_after(0.01):
+            await decider.decide(ENVELOPE)
+    service.answers[:] = [answer({}, 400)]
+    for _ in range(3):
+        with pytest.raises(Rejected):
+            await decider.decide(ENVELOPE)
+    assert decider.circuit.state == "closed"
+    await decider.aclose()
+
+
 def test_while_one_call_tries_no_other_does() -> None:
     now = [0.0]
     circuit = Circuit(1, 10, clock=lambda: now[0])
@@ -265,6 +279,12 @@ async def test_nobody_there(monkeypatch: pytest.MonkeyPatch) -> None:
         await decider.decide(ENVELOPE)
     assert TOKEN not in str(caught.value)
     await decider.aclose()
+
+
+async def test_a_token_that_cannot_be_sent_is_not_told(service: Service) -> None:
+    with pytest.raises(Unanswered, match="no connection") as caught:
+        await decide(service, answer({"decision": True}), token="one\ntwo")
+    assert "one" not in str(caught.value).replace("connection", "") and "two" not in repr(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ maps resources to the most, and constraints to a list of what is allowed, as `De
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -45,6 +46,10 @@ _clients: Final = itertools.count()
 
 class Unanswered(Exception):
     """The service gave no answer that can be used. The failure mode of the decider applies."""
+
+
+class Rejected(Unanswered):
+    """The service is there and will not answer this question: 400, 401, 403 and their like."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +139,7 @@ class AuthZen:
     async def _ask(self, path: str, body: Mapping[str, Any], envelope: Envelope) -> tuple[dict[str, Any], str]:
         if not self.circuit.allows():
             raise Unanswered(f"the circuit is open, it is tried again in {self.circuit.remaining:.1f} s")
+        start = time.monotonic()
         try:
             with anyio.fail_after(self._timeout):
                 content = await self._tried(path, canonical(body), envelope.id)
@@ -141,12 +147,17 @@ class AuthZen:
         except TimeoutError:
             self.circuit.failed()
             raise Unanswered(f"no answer within {self._timeout:g} s") from None
+        except Rejected:
+            self.circuit.succeeded()
+            raise
         except Unanswered:
             self.circuit.failed()
             raise
         except BaseException:
-            # Cancelled by the deadline over all hooks: no answer came either.
-            self.circuit.failed()
+            # Cancelled: by the deadline over all hooks, or because the caller went away, which is not the service's
+            # fault. Else a few callers that go away at once would keep everybody else from an answer.
+            if time.monotonic() - start >= self._timeout / 2:
+                self.circuit.failed()
             raise
         self.circuit.succeeded()
         return answer, content.decode("utf-8", "replace")
@@ -156,15 +167,15 @@ class AuthZen:
         for left in reversed(range(TRIES)):
             try:
                 status, content = await self._post(path, body, request_id)
-            except httpx.TransportError as error:
-                # Its text may hold a URL, never a header.
-                problem = f"no connection to the service: {type(error).__name__} {brief(str(error), 120)}".rstrip()
+            except httpx.RequestError as error:
+                # Not its text, which may quote a header.
+                problem = f"no connection to the service: {type(error).__name__}"
             else:
                 if status == 200:
                     return content
                 problem = f"expected the answer 200, got {status}"
                 if status != 429 and status < 500:
-                    raise Unanswered(problem)
+                    raise Rejected(problem)
             if left:
                 await anyio.sleep(wait)
                 wait *= 2
