@@ -1,6 +1,7 @@
-"""What this backend says to the execution envelope: who asks, its one rule, the facts of a deployment, who is alive."""
+"""What this backend says to the execution envelope: who asks, the facts of a deployment, who is alive."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
@@ -8,30 +9,32 @@ from execution_envelope import (
     Admission,
     AdmissionController,
     Candidate,
-    Decision,
-    Envelope,
     Grant,
     Record,
-    Rule,
     Subject,
     established,
     per_replica,
 )
 from execution_envelope.integrations.fastapi import Caller as EnvelopeCaller
 from execution_envelope.reconciliation import Liveness, Prober
-from proving_ground.auth import OPERATOR, CurrentCaller
+from execution_envelope.telemetry.prometheus import PrometheusObserver
+from proving_ground.auth import CurrentCaller
 from proving_ground.catalog import ENGINE, Catalog
 from proving_ground.deployment import Deployment, Instance
 from proving_ground.engine import Enforced, Usage
+from proving_ground.policy import BackendPolicy
 from proving_ground.quantities import in_words
 from proving_ground.resolver import NoRoom, Placement
 from proving_ground.settings import Settings
 from proving_ground.supervisor import Supervisor
-from proving_ground.wanted import Difference
+from proving_ground.telemetry import observers
+from proving_ground.wanted import Difference, Limits
 
 #: The owner of every bound deployment: reconciliation asks it.
 SUPERVISOR = "supervisor"
 RESOLVER = "resolver"
+#: The workroom that is production; all others are for development.
+PRODUCTION = "production"
 
 _KEPT = ("runtime", "architecture", "env", "weights", "alternatives", "isolation", "force_cpu")
 """Constraints that this backend gives as asked, unless it says otherwise."""
@@ -42,25 +45,69 @@ def ledger_url(settings: Settings) -> str:
     return f"sqlite:///{settings.data / 'envelopes.db'}"
 
 
-def open_controller(settings: Settings) -> AdmissionController:
-    """The backend's controller."""
-    return AdmissionController.open(ledger_url(settings), hooks=[OPERATORS_DEPLOY], component="proving-ground")
+@dataclass(frozen=True)
+class Seam:
+    """The controller with what it was made of."""
+
+    controller: AdmissionController
+    policy: BackendPolicy
+    metrics: PrometheusObserver
 
 
-def _operator(envelope: Envelope) -> Decision | None:
-    if OPERATOR in envelope.identity.roles:
-        return None
-    return Decision.deny("role_required", f"only a subject with the role `{OPERATOR}` deploys models")
+def open_seam(settings: Settings) -> Seam:
+    """The backend's controller. Raises `ValueError` for a policy file that is wrong."""
+    policy = BackendPolicy(settings)
+    log, metrics = observers(settings)
+    controller = AdmissionController.open(
+        ledger_url(settings),
+        hooks=[policy.file.decider, log, metrics],
+        budgets=policy.budgets,
+        approvals=lambda: policy.file.approvals,
+        # What has a budget is strict all the same.
+        write_modes={"inference": "relaxed:50"},
+        component="proving-ground",
+    )
+    return Seam(controller, policy, metrics)
 
 
-OPERATORS_DEPLOY = Rule("operators-deploy", _operator, kinds=frozenset({"model.deploy"}))
+def controller() -> AdmissionController:
+    """For ``envelope approve --controller proving_ground.admission:controller``, beside the running backend: by the
+    same environment, from the same directory."""
+    return open_seam(Settings.from_env()).controller
 
 
 def envelope_caller(caller: CurrentCaller) -> EnvelopeCaller:
     """A dependency: the caller of the backend's own authentication, as the envelope names who asks."""
     subject = Subject("user", caller.subject, tenant=caller.tenant, roles=caller.roles, method="bearer")
     workroom = {} if caller.workroom is None else {"workroom": established(caller.workroom, by="token")}
-    return EnvelopeCaller(subject, workroom)
+    by = "server default" if caller.workroom is None else "workroom"
+    return EnvelopeCaller(subject, {"environment": established(environment_of(caller.workroom), by=by), **workroom})
+
+
+def environment_of(workroom: str | None) -> str:
+    """The environment is the backend's to say: a workroom has one, whatever is asserted."""
+    return "prod" if workroom == PRODUCTION else "dev"
+
+
+def limits_of(admission: Admission, catalog: Catalog, model_id: UUID) -> Limits:
+    """What hooks allow at most, in the resolver's words."""
+    most = {name: amount for name, amount in admission.limits.items() if isinstance(amount, int)}
+    names = ("replicas", "memory", "cpu", "context", "concurrency", "duration")
+    gpu = most["gpu"] // 1000 if "gpu" in most else None
+    return Limits(
+        **{name: most.get(name) for name in names}, gpu=gpu, forbidden=_forbidden(admission, catalog, model_id)
+    )
+
+
+def _forbidden(admission: Admission, catalog: Catalog, model_id: UUID) -> str | None:
+    """Constraints that this backend has one value for: a sentence about the first that policy does not allow."""
+    asked, model = admission.envelope.requested.constraints, catalog.model(model_id)
+    given: dict[str, Any] = {name: asked[name].value for name in _KEPT if name in asked}
+    given |= {"engine": ENGINE} | ({} if model is None else {"model": model.repo_id})
+    for name, allowed in admission.allowed.items():
+        if name in given and not any(type(one) is type(given[name]) and one == given[name] for one in allowed):
+            return f"this backend gives {name} `{given[name]}`; policy allows {', '.join(map(str, allowed)) or 'none'}"
+    return None
 
 
 class EnvelopeRecorder:

@@ -13,8 +13,9 @@ from fastapi.responses import JSONResponse
 
 from execution_envelope import AdmissionController, LedgerUnavailable
 from execution_envelope.integrations.fastapi import install
+from execution_envelope.telemetry.prometheus import metrics_app
 from proving_ground import catalog_routes, runtime, serving
-from proving_ground.admission import SUPERVISOR, EnvelopeRecorder, open_controller, prober
+from proving_ground.admission import SUPERVISOR, EnvelopeRecorder, open_seam, prober
 from proving_ground.auth import TokenFile
 from proving_ground.catalog import Catalog
 from proving_ground.machine import this_node
@@ -26,6 +27,9 @@ from proving_ground.supervisor import Supervisor
 log = logging.getLogger(__name__)
 
 
+_SEALED = ("/serving/deploy_model", *(f"/runtime/models/{{deployment_id}}/v1/{path}" for path in runtime.COUNTED))
+"""Paths that start an execution: whatever they answer, an envelope was sealed before."""
+
 RECONCILE_SECONDS = 30.0
 """How often open envelopes are looked after, beside once at start."""
 
@@ -36,7 +40,8 @@ def create_app(settings: Settings, *, catalog: Catalog | None = None) -> FastAPI
     Everything that runs is started by the application's lifespan and ended with it. Routes answer under /api and /.
     """
     models = catalog or Catalog()
-    controller = open_controller(settings)
+    seam = open_seam(settings)
+    controller = seam.controller
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -44,7 +49,8 @@ def create_app(settings: Settings, *, catalog: Catalog | None = None) -> FastAPI
         store = Store(settings.data, keep_keys=settings.keep_engines)
         logs.mkdir(exist_ok=True, mode=0o700)
         # No deadline for an answer: a long completion is silent until its first token. No proxy: engines are local.
-        limits = httpx.Limits(max_connections=None)
+        # No connection is kept: an engine closes idle ones, and a request that meets that would be lost.
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
         async with httpx.AsyncClient(timeout=httpx.Timeout(None, connect=5.0), limits=limits, trust_env=False) as http:
             supervisor = Supervisor(
                 data=settings.data,
@@ -59,11 +65,13 @@ def create_app(settings: Settings, *, catalog: Catalog | None = None) -> FastAPI
             app.state.backend = Backend(settings, models, supervisor, http)
             await supervisor.recover()
             await controller.reconcile({SUPERVISOR: prober(supervisor)}, everything=True)
-            looking_after = asyncio.create_task(_look_after(controller, supervisor))
+            work = (_look_after(controller, supervisor), seam.policy.watch())
+            beside = [asyncio.create_task(one) for one in work]
             try:
                 yield
             finally:
-                looking_after.cancel()
+                for task in beside:
+                    task.cancel()
                 await supervisor.close()
                 store.close()
                 await controller.aclose()
@@ -71,11 +79,12 @@ def create_app(settings: Settings, *, catalog: Catalog | None = None) -> FastAPI
     app = FastAPI(title="proving ground", lifespan=lifespan)
     app.state.tokens = TokenFile.load(settings.tokens)
     app.add_exception_handler(RequestValidationError, _unprocessable)
-    install(app, controller, guard=["POST /serving/deploy_model", "POST /api/serving/deploy_model"])
+    install(app, controller, guard=[f"POST {prefix}{path}" for prefix in ("", "/api") for path in _SEALED])
     for router in (catalog_routes.router, serving.router, runtime.router):
         app.include_router(router, prefix="/api")
         app.include_router(router, include_in_schema=False)
     app.add_api_route("/health", _alive, methods=["GET"], tags=["backend"])
+    app.mount("/metrics", metrics_app(seam.metrics, controller))
     app.add_api_route("/api/health", _alive, methods=["GET"], include_in_schema=False)
     return app
 

@@ -77,7 +77,7 @@ class TokenFile:
 def write_demo(path: Path) -> None:
     """Make a token file of three people with random tokens, mode 0600."""
     people: dict[str, dict[str, Any]] = {
-        "dana": {"tenant": "acme", "roles": [OPERATOR], "workrooms": ["support-bot"]},
+        "dana": {"tenant": "acme", "roles": [OPERATOR], "workrooms": ["support-bot", "production"]},
         "sam": {"tenant": "acme", "roles": ["viewer"], "workrooms": []},
         "lee": {"tenant": "globex", "roles": [OPERATOR], "workrooms": []},
     }

@@ -9,7 +9,7 @@ from proving_ground.auth import Caller
 from proving_ground.engine import Enforced, Engine, Usage
 from proving_ground.resolver import InstanceGrant, Placement
 from proving_ground.schemas import CreateModelDeployment
-from proving_ground.wanted import Difference, Wanted, wanted_from
+from proving_ground.wanted import NO_LIMITS, Difference, Limits, Wanted, wanted_from
 
 Status = Literal["REQUESTED", "DEPLOYING", "INITIALIZING", "DEPLOYED", "STOPPED", "ERROR", "FAILED"]
 
@@ -54,7 +54,6 @@ class Deployment:
     requested_at: datetime
     env: dict[str, str] = field(default_factory=dict, repr=False)
     """The values asked for the engine's environment: in memory only."""
-    duration_minutes: int | None = None
     status: Status = "REQUESTED"
     deployed_at: datetime | None = None
     ended_at: datetime | None = None
@@ -70,6 +69,12 @@ class Deployment:
     @property
     def ended(self) -> bool:
         return self.status in ENDED
+
+    @property
+    def duration_minutes(self) -> int | None:
+        """After which it is stopped: as granted, which a limit may have cut; before that as asked."""
+        granted = self.instances[0].grant.minutes if self.instances else None
+        return self.wanted.minutes if granted is None else granted
 
     def take(self, placement: Placement, instance_ids: list[UUID]) -> None:
         """Become what was placed: one instance per grant."""
@@ -100,9 +105,13 @@ class Deployment:
 
 
 def new_deployment(
-    request: CreateModelDeployment, caller: Caller, deployment_id: UUID, requested_at: datetime
+    request: CreateModelDeployment,
+    caller: Caller,
+    deployment_id: UUID,
+    requested_at: datetime,
+    limits: Limits = NO_LIMITS,
 ) -> Deployment:
-    """A deployment that has been asked for and nothing else; pure."""
+    """A deployment that has been asked for and nothing else; pure. `limits` bound what may be given to it."""
     return Deployment(
         id=deployment_id,
         owner=caller.subject,
@@ -110,10 +119,9 @@ def new_deployment(
         workroom=caller.workroom,
         body=request.public_body(),
         model_id=request.m_id,
-        wanted=wanted_from(request),
+        wanted=wanted_from(request, limits),
         requested_at=requested_at,
         env=request.secret_env(),
-        duration_minutes=request.duration,
     )
 
 

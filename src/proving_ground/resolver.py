@@ -8,19 +8,24 @@ The rules, in order:
    context that fits is given, in steps of 256 and at least 512.
 4. Fewer cores or less memory than asked is given when that is what is free. Only when even the least does not fit
    is it *no room*: wait and retry. What would not fit on the empty node either is *unsatisfiable*: never.
+5. Limits of policy hold before capacity is looked at. What a limit does to its own quantity is on the record with the
+   limit, so that only what follows from it is said here. Limits below what was required are *unsatisfiable*.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from proving_ground.catalog import CatalogModel
 from proving_ground.node import NodeFree, Reservation
 from proving_ground.quantities import MIB, in_words
-from proving_ground.wanted import Cause, Difference, Wanted
+from proving_ground.wanted import Cause, Difference, Limits, Wanted
 
 DEFAULT_CONTEXT = 2048
 DEFAULT_CPU = 1000
 LEAST_CONTEXT = 512
 CONTEXT_STEP = 256
+MINUTE = 60_000
+"""Milliseconds; deployments last whole minutes."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,8 @@ class InstanceGrant:
     cpu_ids: tuple[int, ...]
     context: int
     gpus: int = 0
+    minutes: int | None = None
+    """After which it is stopped; None for never."""
 
     @property
     def cores(self) -> int:
@@ -121,7 +128,10 @@ def effective(wanted: Wanted, model: CatalogModel) -> Effective:
     elif cores * 1000 != millis:
         why.append(Difference("cpu", "policy", f"{millis}m CPU was asked; whole cores are pinned, so {cores} is given"))
 
-    context = wanted.context if wanted.context is not None else min(DEFAULT_CONTEXT, model.trained_context)
+    most = model.trained_context
+    if wanted.limits.context is not None:
+        most = min(most, _rounded(wanted.limits.context))
+    context = wanted.context if wanted.context is not None else min(DEFAULT_CONTEXT, most)
     if wanted.context is None:
         why.append(Difference("context", "default", f"no context was asked; {context} tokens are the default"))
     elif context > model.trained_context:
@@ -143,6 +153,13 @@ def effective(wanted: Wanted, model: CatalogModel) -> Effective:
             )
         )
         context = rounded
+    if context > most:
+        context = most
+        if context != wanted.limits.context:
+            text = (
+                f"of the {wanted.limits.context} tokens that policy allows, {context} are whole steps of {CONTEXT_STEP}"
+            )
+            why.append(Difference("context", "policy", text))
 
     floor = model.need.bytes_for(LEAST_CONTEXT)
     if wanted.memory is None:
@@ -174,7 +191,56 @@ def effective(wanted: Wanted, model: CatalogModel) -> Effective:
                 )
             )
             context = fits
-    return Effective(wanted.replicas, wanted.min_copies, cores, memory, context, wanted.gpu, floor, tuple(why))
+    replicas = wanted.replicas
+    for key, most_copies, sentence in _allowed_copies(wanted, floor):
+        if most_copies < replicas:
+            replicas = most_copies
+            if key != "replicas":
+                why.append(Difference("replicas", "policy", sentence))
+    return Effective(replicas, wanted.min_copies, cores, memory, context, wanted.gpu, floor, tuple(why))
+
+
+def _allowed_copies(wanted: Wanted, floor: int) -> list[tuple[str, int, str]]:
+    """Each limit that bounds the copies, with how many it leaves: the least that a copy needs is a core and `floor`."""
+    limits, found = wanted.limits, []
+    if limits.replicas is not None:
+        found.append(("replicas", limits.replicas, f"policy allows {limits.replicas} replicas"))
+    if limits.memory is not None:
+        copies = limits.memory // floor
+        text = (
+            f"{in_words(limits.memory)} that policy allows suffice for {copies} replicas of {in_words(floor)} or more"
+        )
+        found.append(("memory", copies, text))
+    if limits.cpu is not None:
+        copies = limits.cpu // 1000
+        found.append(("cpu", copies, f"{limits.cpu}m CPU that policy allows suffice for {copies} replicas of a core"))
+    if limits.concurrency is not None and wanted.concurrency is not None:
+        copies = limits.concurrency
+        text = f"policy allows {copies} requests at a time, and each replica serves one"
+        found.append(("concurrency", copies, text))
+    if limits.gpu is not None and wanted.gpu_floor:
+        copies = limits.gpu // wanted.gpu_floor
+        text = f"{limits.gpu} GPUs that policy allows suffice for {copies} replicas of {wanted.gpu_floor}"
+        found.append(("gpu", copies, text))
+    return found
+
+
+def _not_allowed(wanted: Wanted, model: CatalogModel) -> Unsatisfiable | None:
+    """Why no deployment that policy allows is of use to the caller; None when there may be one."""
+    limits = wanted.limits
+    if limits.forbidden is not None:
+        return Unsatisfiable("NOT_ALLOWED", limits.forbidden)
+    for _, copies, sentence in _allowed_copies(wanted, model.need.bytes_for(LEAST_CONTEXT)):
+        if copies < wanted.min_copies:
+            return Unsatisfiable(
+                "LIMIT_BELOW_FLOOR", f"at least {wanted.min_copies} replicas were required; {sentence}"
+            )
+    if limits.context is not None and limits.context < LEAST_CONTEXT:
+        text = f"the engine needs a context of {LEAST_CONTEXT}; policy allows {limits.context}"
+        return Unsatisfiable("LIMIT_BELOW_FLOOR", text)
+    if limits.duration is not None and limits.duration < MINUTE:
+        return Unsatisfiable("LIMIT_BELOW_FLOOR", "deployments last whole minutes; policy allows less than one")
+    return None
 
 
 def plan(wanted: Wanted, model: CatalogModel, node_free: NodeFree) -> Placement | NoRoom | Unsatisfiable:
@@ -184,6 +250,8 @@ def plan(wanted: Wanted, model: CatalogModel, node_free: NodeFree) -> Placement 
             "GPU_FLOOR",
             f"at least {wanted.gpu_floor} GPUs per replica were required; node `{node_free.name}` has {node_free.gpus}",
         )
+    if (refusal := _not_allowed(wanted, model)) is not None:
+        return refusal
     ask = effective(wanted, model)
     found = _fit(wanted, ask, model, node_free)
     if isinstance(found, NoRoom):
@@ -219,13 +287,14 @@ def _refusal(ask: Effective, node: NodeFree, replicas: int) -> Candidate | None:
 
 
 def _place(wanted: Wanted, ask: Effective, model: CatalogModel, node: NodeFree, replicas: int) -> Placement:
-    why = list(ask.why)
+    why, limits = list(ask.why), wanted.limits
     if replicas < ask.replicas:
+        said = "asked" if ask.replicas == wanted.replicas else "allowed"
         why.append(
             Difference(
                 "replicas",
                 "capacity",
-                f"{ask.replicas} replicas were asked; {replicas} fit into {len(node.free_cores)} cores "
+                f"{ask.replicas} replicas were {said}; {replicas} fit into {len(node.free_cores)} cores "
                 f"and {in_words(node.free_memory)} free on node `{node.name}`",
             )
         )
@@ -239,6 +308,11 @@ def _place(wanted: Wanted, ask: Effective, model: CatalogModel, node: NodeFree, 
                 f"for {replicas} replicas on node `{node.name}`, so {cores} is given",
             )
         )
+    if limits.cpu is not None and cores > (allowed := limits.cpu // 1000 // replicas):
+        cores = allowed
+        if cores * 1000 * replicas != limits.cpu:
+            text = f"{limits.cpu}m CPU that policy allows are {cores} whole cores for each of {replicas} replicas"
+            why.append(Difference("cpu", "policy", text))
     share = node.free_memory // replicas // MIB * MIB
     memory = ask.memory
     context = ask.context
@@ -254,16 +328,24 @@ def _place(wanted: Wanted, ask: Effective, model: CatalogModel, node: NodeFree, 
             )
         )
         memory = share
+    scarce: Cause = "capacity"
+    if limits.memory is not None and memory > (allowed := limits.memory // replicas // MIB * MIB):
+        memory, scarce = allowed, "policy"
+        if wanted.memory is None or memory * replicas != limits.memory:
+            text = (
+                f"{in_words(limits.memory)} that policy allows are {in_words(memory)} for each of {replicas} replicas"
+            )
+            why.append(Difference("memory", "policy", text))
     # The floor is for one core: an extra core that would push the engine below its least context is not worth having.
     while cores > 1 and model.need.context_in(memory, cores) < LEAST_CONTEXT:
         cores -= 1
-        why.append(Difference("cpu", "capacity", f"{in_words(memory)} suffice for an engine on {cores} cores only"))
+        why.append(Difference("cpu", scarce, f"{in_words(memory)} suffice for an engine on {cores} cores only"))
     fits = _rounded(model.need.context_in(memory, cores), context)
     if fits < context:
         why.append(
             Difference(
                 "context",
-                "capacity",
+                scarce,
                 f"a context of {context} needs {in_words(model.need.bytes_for(context, cores))}; "
                 f"{in_words(memory)} per replica allow {fits}",
             )
@@ -272,17 +354,35 @@ def _place(wanted: Wanted, ask: Effective, model: CatalogModel, node: NodeFree, 
         if wanted.memory is None:
             memory = model.need.bytes_for(context, cores)
     gpus = 0 if wanted.force_cpu else min(wanted.gpu, node.free_gpus // replicas)
+    if limits.gpu is not None:
+        gpus = min(gpus, limits.gpu // replicas)
+    minutes = _minutes(wanted.minutes, limits, why)
     grants = tuple(
-        _grant(index, memory, node.free_cores[index * cores : (index + 1) * cores], context, gpus, node)
-        for index in range(replicas)
+        InstanceGrant(part, memory, held, cpu_ids, context, gpus, minutes)
+        for part, held, cpu_ids in _shares(replicas, cores, node)
     )
     why += _about_the_machine(wanted, node, grants)
     return Placement(node.name, grants, tuple(why))
 
 
-def _grant(index: int, memory: int, indexes: tuple[int, ...], context: int, gpus: int, node: NodeFree) -> InstanceGrant:
-    cpu_ids = tuple(sorted({node.cpu_id(core) for core in indexes}))
-    return InstanceGrant(f"replica-{index}", memory, indexes, cpu_ids, context, gpus)
+def _minutes(asked: int | None, limits: Limits, why: list[Difference]) -> int | None:
+    """How long it may last; a limit ends what was to last for ever too."""
+    if limits.duration is None or (asked is not None and asked * MINUTE <= limits.duration):
+        return asked
+    minutes = limits.duration // MINUTE
+    if asked is None:
+        why.append(Difference("duration", "policy", f"no duration was asked; policy allows {minutes} minutes"))
+    elif minutes * MINUTE != limits.duration:
+        text = f"of the {limits.duration / 1000:g} s that policy allows, {minutes} minutes are whole"
+        why.append(Difference("duration", "policy", text))
+    return minutes
+
+
+def _shares(replicas: int, cores: int, node: NodeFree) -> Iterator[tuple[str, tuple[int, ...], tuple[int, ...]]]:
+    """The name, the counted cores and the real CPUs of each replica."""
+    for index in range(replicas):
+        held = node.free_cores[index * cores : (index + 1) * cores]
+        yield f"replica-{index}", held, tuple(sorted({node.cpu_id(core) for core in held}))
 
 
 def _about_the_machine(wanted: Wanted, node: NodeFree, grants: tuple[InstanceGrant, ...]) -> list[Difference]:

@@ -11,7 +11,7 @@ from fastapi import APIRouter, HTTPException
 from execution_envelope import Admission
 from execution_envelope.adapters.kamiwaza import describe_deployment
 from execution_envelope.integrations.fastapi import Admit
-from proving_ground.admission import SUPERVISOR, envelope_caller
+from proving_ground.admission import SUPERVISOR, envelope_caller, limits_of
 from proving_ground.auth import OPERATOR, CurrentCaller, require_role
 from proving_ground.catalog import ENGINE, Catalog
 from proving_ground.deployment import Deployment, Instance, new_deployment
@@ -50,7 +50,8 @@ async def deploy_model(
     _check_model(request, backend.catalog)
     if admission.replayed:
         return _deployed_before(admission)
-    deployment = new_deployment(request, caller, uuid4(), datetime.now(UTC))
+    limits = limits_of(admission, backend.catalog, request.m_id)
+    deployment = new_deployment(request, caller, uuid4(), datetime.now(UTC), limits)
     await admission.bind("deployment", str(deployment.id), owner=SUPERVISOR)
     await backend.supervisor.submit(deployment)
     return deployment.id

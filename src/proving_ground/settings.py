@@ -7,6 +7,9 @@ from pathlib import Path
 
 from proving_ground.quantities import memory_bytes
 
+EXAMPLE = Path(__file__).parents[2] / "examples" / "policy.yaml"
+"""The policy of a checkout: the file that people copy."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -26,10 +29,14 @@ class Settings:
     """Cores this node may promise; more than the real ones over-commits them."""
     retry_seconds: float = 5.0
     """Pause between two attempts to place a deployment for which there was no room."""
+    policy: Path = EXAMPLE
+    """The policy file: who may do what, limits, budgets, prices, approval. Looked at each second."""
+    log: Path | None = None
+    """File for one JSON line for each event of an envelope; None writes them to standard error."""
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] = os.environ) -> "Settings":
-        """Read PORT, DATA, TOKENS, KEEP_ENGINES, NODE_MEMORY (`600MiB`), NODE_CORES and RETRY_SECONDS."""
+        """Read PORT, DATA, TOKENS, KEEP_ENGINES, NODE_MEMORY (`600MiB`), NODE_CORES, RETRY_SECONDS, POLICY and LOG."""
         data = Path(env.get("DATA", ".data"))
         return cls(
             data=data,
@@ -39,6 +46,8 @@ class Settings:
             node_memory=memory_bytes(env["NODE_MEMORY"]) if "NODE_MEMORY" in env else None,
             node_cores=int(_number(env, "NODE_CORES", 1, 1, 1024)) if "NODE_CORES" in env else None,
             retry_seconds=_number(env, "RETRY_SECONDS", 5.0, 0.01, 3600),
+            policy=Path(env["POLICY"]) if "POLICY" in env else EXAMPLE,
+            log=None if env.get("LOG") == "-" else Path(env.get("LOG", data / "log.jsonl")),
         )
 
 

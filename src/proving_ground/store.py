@@ -140,7 +140,6 @@ def _deployment(row: sqlite3.Row, instances: list[Instance]) -> Deployment:
         model_id=request.m_id,
         wanted=wanted_from(request),
         requested_at=datetime.fromisoformat(row["requested_at"]),
-        duration_minutes=request.duration,
         status=row["status"],
         deployed_at=_time(row["deployed_at"]),
         ended_at=_time(row["ended_at"]),

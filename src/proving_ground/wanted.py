@@ -26,6 +26,30 @@ class Difference:
 
 
 @dataclass(frozen=True)
+class Limits:
+    """The most that policy allows; None where it says nothing. What it counts over all replicas is a total here too."""
+
+    replicas: int | None = None
+    memory: int | None = None
+    """Bytes over all replicas."""
+    cpu: int | None = None
+    """Milli-cores over all replicas."""
+    gpu: int | None = None
+    """Whole GPUs over all replicas."""
+    context: int | None = None
+    """Tokens of each replica."""
+    concurrency: int | None = None
+    """Requests at a time, over all replicas."""
+    duration: int | None = None
+    """Milliseconds."""
+    forbidden: str | None = None
+    """Why this backend cannot give anything that policy allows, in a sentence."""
+
+
+NO_LIMITS = Limits()
+
+
+@dataclass(frozen=True)
 class Wanted:
     """An ask in base units; None is *not asked*. All but the copies are per replica."""
 
@@ -45,11 +69,14 @@ class Wanted:
     architecture: str | None = None
     concurrency: int | None = None
     """Requests at a time, over all replicas."""
+    minutes: int | None = None
+    """After which it is stopped."""
+    limits: Limits = NO_LIMITS
     notes: tuple[Difference, ...] = ()
     """Differences that are certain from the request alone."""
 
 
-def wanted_from(request: CreateModelDeployment) -> Wanted:
+def wanted_from(request: CreateModelDeployment, limits: Limits = NO_LIMITS) -> Wanted:
     """Read a validated request; pure."""
     resources = request.inference_resources
     cpu: CpuRequest | None = None
@@ -71,6 +98,8 @@ def wanted_from(request: CreateModelDeployment) -> Wanted:
         alternative=gpu > 0 and cpu is not None,
         architecture=architecture(cpu.architecture) if cpu else None,
         concurrency=request.max_concurrent_requests,
+        minutes=request.duration,
+        limits=limits,
         notes=tuple(_notes(request)),
     )
 
