@@ -85,13 +85,12 @@ async def test_what_was_approved_is_admitted_once() -> None:
         "approval_required",
         "production is approved by somebody",
         key=record.id,
-        hooks=("production",),
         expires_at="2026-05-01T14:00:00.000000Z",
     )
     said = await house.controller.approve(record.id, by=KIM, reason="the launch")
     assert said.state == "held" and said.approval is not None
     approval = said.approval.data
-    assert (approval.approver, approval.reason, approval.hooks) == ("user:kim", "the launch", ("production",))
+    assert (approval.approver, approval.reason, approval.holds) == ("user:kim", "the launch", {"production": ()})
     admission = await house.again(held)
     assert (admission.id, admission.state, admission.replayed) == (record.id, "admitted", False)
     assert admission.record.verdicts[-1].decision == "hold"  # the rule still says so; it is lifted
@@ -191,7 +190,9 @@ async def test_an_approval_is_of_the_holds_that_were_there() -> None:
     more.append(late)
     with pytest.raises(Held) as still:
         await house.again(held)
-    assert [reason.hook for reason in still.value.reasons] == ["production", "later"]
+    assert [reason.hook for reason in still.value.reasons] == ["later"] and str(still.value) == "new"
+    await house.controller.approve(held.envelope_id or "", by=KIM, reason="that too")
+    assert (await house.again(held)).state == "admitted"
 
 
 async def test_a_denial_beats_an_approval() -> None:

@@ -16,7 +16,6 @@ from execution_envelope import (
     Denied,
     Grant,
     Held,
-    InvalidField,
     LedgerUnavailable,
     Rule,
     Subject,
@@ -329,7 +328,7 @@ async def test_who_asks_is_not_told_what_other_tenants_run(ledger: Ledger) -> No
     other = await controller.begin(ask(subject=Subject("user", "lee", tenant="globex")))
     with pytest.raises(Denied) as denied:
         await controller.begin(ask())
-    assert other.id not in str(denied.value) and "1 more" in str(denied.value)
+    assert other.id not in str(denied.value) and "by 1 execution;" in str(denied.value)
 
 
 # Sixty-four at once
@@ -379,9 +378,21 @@ async def test_what_it_costs_is_estimated_reserved_and_settled(ledger: Ledger) -
 async def test_a_ledger_has_one_currency(ledger: Ledger) -> None:
     await AdmissionController(ledger, budgets=Budgets(prices=PRICES)).begin(chat())
     dollars = Prices("2026-05", "USD", {"smollm2-*": {"output_tokens": 1}})
-    with pytest.raises(InvalidField) as refused:
-        await AdmissionController(ledger, budgets=Budgets(prices=dollars)).begin(chat())
-    assert refused.value.field == "prices.currency"
+    theirs = AdmissionController(ledger, budgets=Budgets(prices=dollars))
+    with pytest.raises(LedgerUnavailable) as refused:
+        await theirs.begin(chat())
+    assert "currency" in str(refused.value) and not refused.value.retryable
+    # What was used is recorded in any case, but no cost of another currency.
+    admission = await AdmissionController(ledger).begin(chat())
+    continued = await theirs.resume(admission.id, by="other")
+    await continued.used({"output_tokens": 5})
+    assert "cost" not in continued.record.used
+
+
+async def test_a_plan_names_no_currency(ledger: Ledger) -> None:
+    dollars = Prices("2026-05", "USD", {"smollm2-*": {"output_tokens": 1}})
+    assert (await AdmissionController(ledger, budgets=Budgets(prices=dollars)).plan(chat())).cost == 400
+    assert ledger.currency("EUR") == "EUR"
 
 
 # Plans, reload, failures

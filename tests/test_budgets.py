@@ -88,7 +88,7 @@ def granted(part: str | None = None, **resources: int) -> Granted:
         ({"window": "year"}, "budgets.memory.window"),
         ({"mode": "observe"}, "budgets.memory.mode"),
         ({"per": ["team"]}, "budgets.memory.per"),
-        ({"per": "tenant"}, "budgets.memory.per"),
+        ({"per": "tenant"}, "budgets.memory"),
         ({"match": {"team": "x"}}, "budgets.memory.match"),
         ({"kinds": frozenset({"baking"})}, "budgets.memory.kinds"),
         ({"kinds": ["inference"]}, "budgets.memory.kinds"),
@@ -205,7 +205,8 @@ def test_more_than_is_ever_allowed_is_never() -> None:
     for requested in ({"memory": "2GiB"}, {"memory": "unlimited"}):
         reservation = Budgets([memory()]).reserve(sealed(requested=requested), {}, START)
         assert [refusal.code for refusal in reservation.refused] == ["resource_forbidden"]
-        assert len(reservation.entries) == (requested["memory"] != "unlimited")  # counted, where nothing is enforced
+        [entry] = reservation.entries  # it is counted where nothing is enforced
+        assert entry.unknown == (requested["memory"] == "unlimited")
 
 
 def test_in_shadow_it_is_counted_and_not_enforced() -> None:

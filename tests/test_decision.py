@@ -17,6 +17,7 @@ from execution_envelope.decision import (
     Duty,
     attached,
     combine,
+    holding,
     limits,
     reasons,
 )
@@ -25,6 +26,8 @@ from execution_envelope.lifecycle import Admitted, Denied, Held, Verdict
 from execution_envelope.testing import START, ask
 
 NAMES = ["a", "b", "c", "d"]
+#: Hook -> the policies whose hold was approved.
+APPROVED = st.dictionaries(st.sampled_from(NAMES), st.sampled_from([(), ("p",), ("p", "q", "r")]))
 
 
 @st.composite
@@ -40,6 +43,7 @@ def some_verdicts(draw: st.DrawFn, shadow: bool | None = None) -> list[Verdict]:
             message=hook,
             retryable=draw(st.booleans()),
             shadow=draw(st.booleans()) if shadow is None else shadow,
+            policies=draw(st.sampled_from([(), ("p",), ("p", "q")])),
         )
         for hook in hooks
     ]
@@ -64,22 +68,23 @@ def test_deny_beats_hold_beats_allow(verdicts: list[Verdict]) -> None:
         assert outcome == Admitted(undecided=True)
 
 
-@given(some_verdicts(), st.randoms(), st.frozensets(st.sampled_from(NAMES)))
-def test_the_order_does_not_matter(verdicts: list[Verdict], random: Any, approved: frozenset[str]) -> None:
-    before = combine(verdicts, approved=approved)
+@given(some_verdicts(), st.randoms(), APPROVED)
+def test_the_order_does_not_matter(verdicts: list[Verdict], random: Any, approved: dict[str, tuple[str, ...]]) -> None:
+    before, left = combine(verdicts, approved=approved), {v.hook for v in holding(verdicts, approved)}
     random.shuffle(verdicts)
     after = combine(verdicts, approved=approved)
     assert type(before) is type(after)
-    if isinstance(before, Held) and isinstance(after, Held):
-        assert set(before.hooks) == set(after.hooks)
+    assert {v.hook for v in holding(verdicts, approved)} == left
     if isinstance(before, Denied) and isinstance(after, Denied):
         assert before.retryable == after.retryable
     if isinstance(before, Admitted):
         assert before == after
 
 
-@given(some_verdicts(), st.frozensets(st.sampled_from(NAMES)))
-def test_what_is_said_in_shadow_never_changes_the_outcome(verdicts: list[Verdict], approved: frozenset[str]) -> None:
+@given(some_verdicts(), APPROVED)
+def test_what_is_said_in_shadow_never_changes_the_outcome(
+    verdicts: list[Verdict], approved: dict[str, tuple[str, ...]]
+) -> None:
     with_them = combine(verdicts, approved=approved)
     without = combine([verdict for verdict in verdicts if not verdict.shadow], approved=approved)
     if isinstance(with_them, Admitted) and isinstance(without, Admitted):
@@ -91,22 +96,29 @@ def test_what_is_said_in_shadow_never_changes_the_outcome(verdicts: list[Verdict
         assert with_them == without
 
 
-@given(some_verdicts(shadow=False), st.frozensets(st.sampled_from(NAMES)))
-def test_approval_lifts_the_holds_of_the_hooks_that_it_names(verdicts: list[Verdict], approved: frozenset[str]) -> None:
+@given(some_verdicts(shadow=False), APPROVED)
+def test_approval_lifts_the_holds_on_the_grounds_that_it_names(
+    verdicts: list[Verdict], approved: dict[str, tuple[str, ...]]
+) -> None:
     outcome = combine(verdicts, approved=approved)
     held = [verdict.hook for verdict in verdicts if verdict.decision == "hold"]
-    left = [hook for hook in held if hook not in approved]
+    left = [
+        v.hook
+        for v in verdicts
+        if v.decision == "hold" and not (v.hook in approved and all(p in approved[v.hook] for p in v.policies))
+    ]
     if "deny" in said(verdicts):
         assert isinstance(outcome, Denied)
     elif left:
-        assert isinstance(outcome, Held) and outcome.hooks == tuple(left)
+        assert isinstance(outcome, Held) and outcome.message == left[0]
+        assert [v.hook for v in holding(verdicts, approved)] == left
     elif held:
         assert outcome == Admitted()
 
 
-@given(some_verdicts(), st.frozensets(st.sampled_from(NAMES)))
+@given(some_verdicts(), APPROVED)
 def test_the_mode_shadow_refuses_nothing_and_says_what_it_would_have(
-    verdicts: list[Verdict], approved: frozenset[str]
+    verdicts: list[Verdict], approved: dict[str, tuple[str, ...]]
 ) -> None:
     enforced = combine(verdicts, approved=approved)
     outcome = combine(verdicts, mode="shadow", approved=approved)

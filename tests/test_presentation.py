@@ -294,7 +294,7 @@ def test_a_failed_record_keeps_what_came_late(width: int) -> None:
     data = presentation.details(shown, now=NOW)
     assert data["late"] == 1
     assert data["held"] == {}
-    assert data["granted"] == {"memory": 512 * 2**20}
+    assert data["granted"] == {"memory": 512 * 2**20, "context": 32768, "replicas": 2}
 
 
 @pytest.mark.parametrize("width", [80, 100])

@@ -13,7 +13,7 @@ import msgspec
 
 from execution_envelope import grant as grants
 from execution_envelope import lifecycle
-from execution_envelope.budgets import Prices
+from execution_envelope.budgets import Prices, is_enforced, unbounded
 from execution_envelope.credentials import marker, scrub, shown
 from execution_envelope.envelope import Envelope, timestamp
 from execution_envelope.errors import (
@@ -159,7 +159,8 @@ class Admission:
         await self._say(fact)
 
     async def grant(self, grant: Grant) -> None:
-        """Record what was given. Raises `Violation`, after recording both, when it is beyond a limit or the parent.
+        """Record what was given. Raises `Violation`, after recording both, when it is beyond a limit, the parent
+        or a budget.
 
         The first grant of an envelope that supersedes another ends the older one and takes over its references. In
         shadow mode a violation is recorded and warned of, not raised.
@@ -170,7 +171,7 @@ class Admission:
 
         async def plan(record: Record) -> _Plan:
             siblings = None
-            violations[:] = _beyond_limits(record, fact)
+            violations[:] = [*_beyond_limits(record, fact), *unbounded(record, fact)]
             if record.envelope.correlation.part_of is not None:
                 found, siblings = await self._beyond_parent(record, fact)
                 violations.extend(found)
@@ -189,10 +190,11 @@ class Admission:
             take_over = False
             said = await self._write(plan, by=grant.by)
         # With those of budgets, which are only known once it is recorded.
-        violations = [fact for fact in said if isinstance(fact, lifecycle.Violation)] or violations
-        self._journal.counters["violations"] += len([fact for fact in said if isinstance(fact, lifecycle.Violation)])
-        if violations and self._enforce:
-            raise Violation(violations[0].text, envelope_id=self.id, resource=violations[0].resource)
+        found = [fact for fact in said if isinstance(fact, lifecycle.Violation)]
+        self._journal.counters["violations"] += len(found)
+        enforced = [violation for violation in found or violations if is_enforced(violation)]
+        if enforced and self._enforce:
+            raise Violation(enforced[0].text, envelope_id=self.id, resource=enforced[0].resource)
 
     async def release(self, part: str | None = None, *, reason: str | None = None, by: str | None = None) -> None:
         """A part's grant ended; None for the whole."""
@@ -225,7 +227,8 @@ class Admission:
         priced = None
         if self._prices is not None and "cost" not in amounts:
             cost = self._prices.cost(self.envelope.execution.target.id, amounts)
-            if cost is not None:
+            # What was used is recorded in any case; costs of another currency are not.
+            if cost is not None and await self._journal.priced_in(self._prices.currency):
                 amounts["cost"], priced = cost, self._prices.version
         fact = lifecycle.Used(amounts, kind, grants.label(part, "part"), grants.label(key, "used.key"), priced)
         said = await self._say(fact, by=by)

@@ -6,12 +6,14 @@ and is recorded there. Where no decider covers it nobody may.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Final, Literal
 
 from execution_envelope.credentials import shown
-from execution_envelope.envelope import Ask, Subject, Target, established
+from execution_envelope.decision import grounds
+from execution_envelope.envelope import Ask, Identity, Subject, Target, established, seal
 from execution_envelope.errors import InvalidField, NotHeld, SelfApproval
 from execution_envelope.lifecycle import Approval, Held
 from execution_envelope.record import Record
@@ -42,17 +44,12 @@ def request(held: Record, decision: Literal["approve", "deny"], approver: Subjec
     if held.state != "held":
         raise NotHeld(f"expected a held request, {held.id} is {held.state}", envelope_id=held.id)
     identity = held.envelope.identity
-    themselves = {(identity.subject.type, identity.subject.id)} | {(p.type, p.id) for p in identity.delegation}
-    behind = {(approver.type, approver.id), *((kind, id) for kind, id in approver.delegation)}
-    # Of another tenant a subject of the same name is somebody else.
-    if approver.tenant == identity.tenant and themselves & behind:
-        raise SelfApproval(f"expected another approver, {approver.id} asked for {held.id}", envelope_id=held.id)
     if not isinstance(reason, str) or not reason.strip():
         raise InvalidField("reason", f"expected a reason, got {shown(reason)}")
     scope = held.envelope.scope
     names = ("project", "workroom", "environment", "purpose", "classification", "regions", "priority")
     of_the_held = {name: value for name in names if (value := getattr(scope, name)) is not None}
-    return Ask(
+    ask = Ask(
         kind="maintenance",
         operation=OPERATION,
         target=Target("envelope", held.id, decision),
@@ -68,19 +65,34 @@ def request(held: Record, decision: Literal["approve", "deny"], approver: Subjec
         },
         entrypoint="approve",
     )
+    _check_another(identity, ask, held)
+    return ask
 
 
-def lifted(record: Record, now: str) -> tuple[frozenset[str], str | None]:
-    """The hooks whose holds an approval lifts now (RFC 3339), and what an approval that is there does not any more."""
+def _check_another(identity: Identity, ask: Ask, held: Record) -> None:
+    # As both are sealed: an id that is replaced by a marker is the same one on both sides.
+    approver = seal(ask, id=held.id, now=datetime.min.replace(tzinfo=UTC)).envelope.identity
+    if identity.tenant is not None and approver.tenant is not None and identity.tenant != approver.tenant:
+        return  # of another tenant a subject of the same name is somebody else
+    if {identity.subject, *identity.delegation} & {approver.subject, *approver.delegation}:
+        raise SelfApproval(f"expected another approver, {approver.subject.id} asked for {held.id}", envelope_id=held.id)
+
+
+def holds(record: Record) -> dict[str, tuple[str, ...]]:
+    """What holds a request by what its hooks said last: hook -> its grounds."""
+    newest = {verdict.hook: verdict for verdict in record.verdicts}
+    return {hook: grounds(verdict) for hook, verdict in newest.items() if verdict.decision == "hold"}
+
+
+def lifted(record: Record, now: str) -> Mapping[str, tuple[str, ...]]:
+    """The holds that an approval lifts now (RFC 3339): hook -> the grounds that were approved."""
     event, hold = record.approval, record.hold
     if event is None or hold is None or event.sequence < hold.sequence or not isinstance(event.data, Approval):
-        return frozenset(), None
+        return {}
     approval = event.data
-    if approval.decision != "approve":
-        return frozenset(), None
-    if approval.expires_at is not None and approval.expires_at <= now:
-        return frozenset(), f"the approval of {approval.approver} was to be taken up until {approval.expires_at}"
-    return frozenset(approval.hooks), None
+    if approval.decision != "approve" or (approval.expires_at is not None and approval.expires_at <= now):
+        return {}
+    return approval.holds
 
 
 def expired(record: Record, now: str) -> bool:
@@ -88,7 +100,7 @@ def expired(record: Record, now: str) -> bool:
     hold = record.hold
     if record.state != "held" or hold is None or not isinstance(hold.data, Held) or hold.data.expires_at is None:
         return False
-    return hold.data.expires_at <= now and not lifted(record, now)[0]
+    return hold.data.expires_at <= now and not lifted(record, now)
 
 
 def until(now: datetime, span: timedelta) -> datetime:

@@ -8,6 +8,8 @@ a report that comes late corrects what was assumed.
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -26,25 +28,41 @@ from execution_envelope.lifecycle import (
     TERMINAL,
     Budgeted,
     BudgetEntry,
-    Event,
     EventData,
     Granted,
     Late,
-    Ready,
-    Released,
     Violation,
 )
-from execution_envelope.record import WHOLE, Record
-from execution_envelope.resources import Amount, Quantity, human, known, parse_amount, smallest
+from execution_envelope.reckoning import Reckoning
+from execution_envelope.record import Record, check
+from execution_envelope.resources import (
+    MAX_AMOUNT,
+    UNKNOWN,
+    UNLIMITED,
+    Amount,
+    Quantity,
+    human,
+    known,
+    largest,
+    parse_amount,
+    smallest,
+)
 
 Window: TypeAlias = Literal["now", "day", "month"]
 WINDOWS: Final[tuple[str, ...]] = get_args(Window)
+_NAME: Final = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 #: What an account of a budget may be kept for.
 DIMENSIONS: Final = ("tenant", "project", "workroom", "environment", "subject", "kind")
 #: How many budgets one controller may have.
 MAX_BUDGETS: Final = 256
 #: Ends of an execution to which nothing was granted, in which nothing can have been used either.
 _NOTHING_USED: Final = frozenset({"denied", "rejected", "cancelled", "expired", "revoked"})
+#: What the source of a violation begins with that is counted only.
+_SHADOW: Final = "shadow "
+#: An account is cut at so many bytes, and ends in a digest then: it is a key of a table.
+MAX_ACCOUNT: Final = 200
+#: The most that a million of anything may cost, in units of the currency.
+MAX_PRICE: Final = 10**9
 
 
 class Key(NamedTuple):
@@ -107,8 +125,8 @@ class Budget:
     def checked(self) -> Budget:
         """With amounts in base units. Raises `InvalidField`."""
         path = f"budgets.{self.name}"
-        if not isinstance(self.name, str) or not self.name or not self.name.isascii() or "/" in self.name:
-            raise invalid("budgets", f"expected a name in ASCII without `/`, got {shown(self.name)}")
+        if not isinstance(self.name, str) or not _NAME.fullmatch(self.name):
+            raise invalid("budgets", f"expected a name of up to 64 letters, digits and `_.-`, got {shown(self.name)}")
         known(self.resource, field=f"{path}.resource")
         limit = parse_amount(self.resource, self.limit, field=f"{path}.limit")
         if not isinstance(limit, int):
@@ -116,26 +134,33 @@ class Budget:
         for name, value, words in (("window", self.window, WINDOWS), ("mode", self.mode, MODES)):
             if value not in words:
                 raise invalid(f"{path}.{name}", f"expected {', '.join(words)}, got {shown(value)}")
-        for name, chosen in (("per", self.per), ("match", self.match)):
-            if isinstance(chosen, str) or (unknown := [one for one in chosen if one not in DIMENSIONS]):
-                got = chosen if isinstance(chosen, str) else unknown[0]
-                raise invalid(f"{path}.{name}", f"expected some of {', '.join(DIMENSIONS)}, got {shown(got)}")
+        if not isinstance(self.per, list | tuple) or not isinstance(self.match, Mapping):
+            raise invalid(path, "expected a list in `per` and a mapping in `match`")
+        for name, chosen in (("per", list(self.per)), ("match", list(self.match))):
+            if unknown := [one for one in chosen if one not in DIMENSIONS or chosen.count(one) > 1]:
+                known_ones = ", ".join(DIMENSIONS)
+                raise invalid(f"{path}.{name}", f"expected some of {known_ones}, each once, got {shown(unknown[0])}")
+        match = {name: (value,) if isinstance(value, str) else value for name, value in self.match.items()}
+        for name, values in match.items():
+            if not isinstance(values, list | tuple) or not values or not all(isinstance(one, str) for one in values):
+                raise invalid(f"{path}.match.{name}", f"expected a text or some texts, got {shown(values)}")
         if self.kinds is not None and (
-            not isinstance(self.kinds, Set) or [kind for kind in self.kinds if kind not in KINDS]
+            not isinstance(self.kinds, Set) or not self.kinds or [kind for kind in self.kinds if kind not in KINDS]
         ):
             raise invalid(f"{path}.kinds", f"expected a set of {', '.join(KINDS)}, got {shown(self.kinds)}")
         assumed = self.unknown
         if assumed not in ("deny", "admit"):
             assumed = parse_amount(self.resource, assumed, field=f"{path}.unknown")
-            if not isinstance(assumed, int):
-                raise invalid(f"{path}.unknown", f"expected `deny`, `admit` or an amount, got {shown(self.unknown)}")
+            if not isinstance(assumed, int) or assumed > limit:
+                said = f"expected `deny`, `admit` or an amount within the limit, got {shown(self.unknown)}"
+                raise invalid(f"{path}.unknown", said)
         return Budget(
             name=self.name,
             resource=self.resource,
             limit=limit,
             window=self.window,
             per=tuple(self.per),
-            match={name: (value,) if isinstance(value, str) else tuple(value) for name, value in self.match.items()},
+            match={name: tuple(values) for name, values in match.items()},
             kinds=self.kinds,
             unknown=assumed,
             mode=self.mode,
@@ -149,7 +174,12 @@ class Budget:
 
     def account(self, envelope: Envelope) -> str:
         """The account of a request: different ones for whatever differs in any of `per`."""
-        return "/".join([self.name, *(_named(_dimension(envelope, name)) for name in self.per)])
+        account = "/".join([self.name, *(_named(_dimension(envelope, name)) for name in self.per)])
+        if len(account) <= MAX_ACCOUNT:
+            return account
+        # No value is written with a `#`, so that no other account is taken for it.
+        digest = hashlib.sha256(account.encode()).hexdigest()[:40]
+        return f"{account[: MAX_ACCOUNT - 41]}#{digest}"
 
 
 def _dimension(envelope: Envelope, name: str) -> str | None:
@@ -188,7 +218,11 @@ class Prices:
             raise invalid("prices.version", f"expected a version, got {shown(self.version)}")
         if not (isinstance(self.currency, str) and self.currency.isascii() and self.currency.isalpha()):
             raise invalid("prices.currency", f"expected a currency such as `EUR`, got {shown(self.currency)}")
+        if not isinstance(self.per_million, Mapping):
+            raise invalid("prices", "expected a mapping of targets to prices")
         for target, prices in self.per_million.items():
+            if not isinstance(target, str) or not isinstance(prices, Mapping):
+                raise invalid("prices", f"expected a mapping of resources to prices for {shown(target)}")
             for resource, price in prices.items():
                 path = f"prices.{target}.{resource}"
                 known(resource, field=path)
@@ -196,8 +230,8 @@ class Prices:
                     number = Decimal(str(price))
                 except ArithmeticError:
                     number = Decimal("NaN")
-                if resource == "cost" or not number.is_finite() or number < 0:
-                    raise invalid(path, f"expected a price of a million, got {shown(price)}")
+                if resource == "cost" or not number.is_finite() or not 0 <= number <= MAX_PRICE:
+                    raise invalid(path, f"expected a price of a million, up to {MAX_PRICE}, got {shown(price)}")
         return self
 
     def cost(self, target: str, amounts: Mapping[str, Amount]) -> Amount | None:
@@ -212,11 +246,13 @@ class Prices:
         total = Decimal(0)
         for name in priced:
             amount = amounts[name]
+            if not Decimal(str(table[name])):
+                continue
             if not isinstance(amount, int):
                 return amount
             # Millionths of a unit, for a millionth of the million.
             total += Decimal(str(table[name])) * amount
-        return int(total.to_integral_value(rounding="ROUND_CEILING"))
+        return min(int(total.to_integral_value(rounding="ROUND_CEILING")), MAX_AMOUNT)
 
     def prices(self, target: str) -> Mapping[str, str | int | Decimal]:
         """What has a price for a target."""
@@ -235,18 +271,30 @@ def worst_case(envelope: Envelope, limits: Mapping[str, Amount], prices: Prices 
     for name, asked in envelope.requested.resources.items():
         amount: Amount = asked.amount if asked.ceiling is None else asked.ceiling
         if name in limits and asked.per == "total":
-            amount = smallest((amount, limits[name]))
+            amount = smallest_known((amount, limits[name]))
         worst[name] = Quantity(amount, per=asked.per)
+    for name, counted in (("replicas", "replica"), ("gpu", "device")):
+        # For each of how many is not said: one is no worst case.
+        if name not in worst and any(asked.per == counted for asked in worst.values()):
+            most = limits.get(name, UNKNOWN)
+            worst[name] = Quantity(most)
     totals = granted_totals([Granted(worst, "reserved")])
+    totals = {name: amount for name, amount in totals.items() if name in envelope.requested.resources}
     totals.setdefault("requests", 1)  # an envelope is one
-    totals = {name: smallest((amount, limits[name])) if name in limits else amount for name, amount in totals.items()}
+    for name, most in limits.items():
+        totals[name] = smallest_known((totals.get(name, UNKNOWN), most))
     if prices is not None and "cost" not in totals:
         table = prices.prices(envelope.execution.target.id)
         asked_prices = {name: totals.get(name, "unknown") for name in table}
         cost = prices.cost(envelope.execution.target.id, asked_prices)
         if cost is not None:
-            totals["cost"] = smallest((cost, limits["cost"])) if "cost" in limits else cost
+            totals["cost"] = smallest_known((cost, limits["cost"])) if "cost" in limits else cost
     return totals
+
+
+def smallest_known(amounts: Sequence[Amount]) -> Amount:
+    """The least of those that are known: what is unknown is at most that."""
+    return smallest([amount for amount in amounts if amount != UNKNOWN] or [UNKNOWN])
 
 
 class Refusal(NamedTuple):
@@ -301,18 +349,18 @@ class Budgets:
                 if budget.unknown == "deny":
                     text = f"budget {account} counts {budget.resource}, and the request does not say how much"
                     refused.append(Refusal(budget, account, "amount_unknown", text))
-                    continue
-                unknown = int(budget.unknown == "admit")
+                # Where it is not refused after all, because nothing is enforced, it is counted as unknown.
+                unknown = int(budget.unknown in ("deny", "admit"))
                 amount = 0 if unknown else budget.unknown
             if amount == "unlimited" or (isinstance(amount, int) and amount > budget.limit):
                 asked, most = human(budget.resource, amount), human(budget.resource, budget.limit)
                 text = f"{budget.resource} {asked} is more than budget {account} ever allows, {most}"
                 refused.append(Refusal(budget, account, "resource_forbidden", text))
-                if not isinstance(amount, int):
-                    continue
+                amount, unknown = (amount, unknown) if isinstance(amount, int) else (0, 1)
             assert isinstance(amount, int)
+            counted, shadow = min(amount, MAX_AMOUNT), budget.mode == "shadow"
             place = (account, window(budget.window, now), budget.resource)
-            entries.append(BudgetEntry(*place, budget.limit, amount, 0, unknown, budget.mode == "shadow"))
+            entries.append(BudgetEntry(*place, budget.limit, counted, 0, unknown, shadow))
             if budget.mode == "enforce":
                 within.add(account)
         return Reservation(tuple(entries), frozenset(within), tuple(refused))
@@ -342,62 +390,59 @@ def consequences(record: Record, facts: Sequence[EventData]) -> Budgeted | None:
     """What recording `facts` changes in the budgets that the execution takes of; None for nothing."""
     if not record.budgets:
         return None
-    after = Record(record.envelope, record.events)
-    for sequence, fact in enumerate(facts, start=record.next_sequence):
-        after.apply(Event(record.id, sequence, "", "", fact))
-    ended = after.state in TERMINAL
+    after, state = record.reckoning.fork(), check(record.state, facts)
+    for fact in facts:
+        after.apply(fact)
     entries = []
     for key, has in record.budgets.items():
-        reserved, spent, unknown = standing(after, Key(*key))
+        reserved, spent, unknown = _standing(after, state, Key(*key), record.reserved[key])
         change = (reserved - has.reserved, spent - has.spent, unknown - has.unknown)
         if any(change):
-            entries.append(BudgetEntry(*key, has.limit, *change, has.shadow))
-    return Budgeted("settle" if ended else "adjust", tuple(entries)) if entries else None
+            account, window, resource = key
+            entries.append(BudgetEntry(account, window, resource, has.limit, *change, has.shadow))
+    return Budgeted("settle" if state in TERMINAL else "adjust", tuple(entries)) if entries else None
 
 
 def standing(record: Record, key: Key) -> tuple[int, int, int]:
     """(reserved, spent, unknown) that an execution should have in one balance, by its record.
 
     While its parts are being placed, until one serves or is released, a part alone only raises what is reserved:
-    another may follow. What nobody said was used is taken to be all that was held.
+    another may follow. What nobody said was used is taken to be all that was held. In a window that counts, room that
+    was given and may have been used is not given away before the end.
     """
-    first = _reserved_at_first(record, key)
-    totals, resource = record.granted if record.grants else {}, key.resource
-    held: Amount | None = None
-    if resource in totals:
-        held = record.held.get(resource, 0) if record.is_open else totals[resource]
-        if isinstance(held, int) and record.is_open and _placing(record):
-            held = max(held, first.reserved)
-    hold = held if isinstance(held, int) else first.reserved
-    usage = record.used.get(resource)
-    used = usage.amount if usage is not None and isinstance(usage.amount, int) else None
-    unknown = int(bool(first.unknown) and not isinstance(held, int) and used is None)
-    counts = key.window != "now"
-    if record.is_open:
-        if not counts:
-            return hold, 0, unknown
-        return max(0, hold - (used or 0)), used or 0, unknown
-    if not counts:
-        return 0, 0, 0
-    if used is None:
-        if not record.grants and record.state in _NOTHING_USED:
+    return _standing(record.reckoning, record.state, key, record.reserved.get(key, BudgetEntry(*key, limit=0)))
+
+
+def _standing(reckoning: Reckoning, state: str, key: Key, first: BudgetEntry) -> tuple[int, int, int]:
+    name, ended, granted = key.resource, state in TERMINAL, reckoning.was_granted(key.resource)
+    used = reckoning.used(name)
+    if key.window == "now":
+        if ended:
             return 0, 0, 0
-        used = hold
-    return 0, used, unknown
+        amount: Amount = reckoning.held(name) if granted else first.reserved
+        unknown = not isinstance(amount, int) or (not granted and bool(first.unknown))
+        hold = _capped(amount, first.reserved)
+        return max(hold, first.reserved) if reckoning.placing else hold, 0, int(unknown)
+    if granted:
+        amount = reckoning.taken(name, ended=ended)
+    elif used is not None:
+        amount = used if ended else largest((used, first.reserved))
+    else:
+        amount = 0 if ended and state in _NOTHING_USED else first.reserved
+    unknown = not isinstance(amount, int) or (not granted and used is None and bool(first.unknown))
+    if ended and state in _NOTHING_USED and not granted and used is None:
+        unknown = False
+    total, spent = _capped(amount, first.reserved), _capped(0 if used is None else used, 0)
+    if ended:
+        return 0, total, int(unknown)
+    if reckoning.placing:
+        total = max(total, first.reserved)
+    return max(0, total - spent), spent, int(unknown)
 
 
-def _placing(record: Record) -> bool:
-    return WHOLE not in record.grants and not any(isinstance(e.data, Ready | Released) for e in record.events)
-
-
-def _reserved_at_first(record: Record, key: Key) -> BudgetEntry:
-    for event in record.events:
-        data = event.data.fact if isinstance(event.data, Late) else event.data
-        if isinstance(data, Budgeted):
-            for entry in data.entries:
-                if (entry.account, entry.window, entry.resource) == key:
-                    return entry
-    return BudgetEntry(*key, 0)
+def _capped(amount: Amount, otherwise: int) -> int:
+    """In a balance one execution never counts for more than the largest amount that there is."""
+    return min(amount, MAX_AMOUNT) if isinstance(amount, int) else otherwise
 
 
 def entries_of(data: EventData) -> tuple[BudgetEntry, ...]:
@@ -408,10 +453,27 @@ def entries_of(data: EventData) -> tuple[BudgetEntry, ...]:
 
 def over_run(balance: Balance, entry: BudgetEntry) -> Violation:
     """What goes beyond a budget: `balance` as it was before `entry`."""
-    total = balance.reserved + balance.spent + entry.reserved + entry.spent
+    return _beyond(entry, balance.reserved + balance.spent + entry.reserved + entry.spent)
+
+
+def unbounded(record: Record, fact: EventData) -> list[Violation]:
+    """A grant without a bound goes beyond every budget of what it grants."""
+    if not isinstance(fact, Granted):
+        return []
+    given = granted_totals([fact])
+    return [_beyond(entry, UNLIMITED) for entry in record.budgets.values() if given.get(entry.resource) == UNLIMITED]
+
+
+def is_enforced(violation: Violation) -> bool:
+    """Whether what it goes beyond was to be kept to: not a budget that is only counted."""
+    return not violation.source.startswith(_SHADOW)
+
+
+def _beyond(entry: BudgetEntry, total: Amount) -> Violation:
     given, most = human(entry.resource, total), human(entry.resource, entry.limit)
     text = f"{entry.resource} {given} is beyond the {most} that budget {entry.account} allows ({entry.window})"
-    return Violation(entry.resource, entry.limit, total, f"budget {entry.account}", text)
+    source = f"{_SHADOW if entry.shadow else ''}budget {entry.account}"
+    return Violation(entry.resource, entry.limit, total, source, text + (", not enforced" if entry.shadow else ""))
 
 
 def exhausted(balance: Balance, asked: int, holders: Sequence[Holding], more: int = 0) -> str:
@@ -427,7 +489,8 @@ def exhausted(balance: Balance, asked: int, holders: Sequence[Holding], more: in
     parts = [f"{amount(balance.spent)} spent"] if balance.spent else []
     if balance.reserved:
         who = ", ".join(f"{amount(one.reserved)} by {one.envelope}" for one in holders)
-        who += f" and {more} more" if more else ""
+        if more:
+            who = f"{who} and {more} more" if who else f"by {more} {'execution' if more == 1 else 'executions'}"
         parts.append(f"{amount(balance.reserved)} held" + (f", {who}" if who else ""))
     end = window_ends(balance.window)
     frees = [f"at {end:%Y-%m-%dT%H:%MZ}"] if end else []

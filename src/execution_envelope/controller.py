@@ -12,23 +12,23 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Literal, Self, TypeAlias
+from typing import Any, Final, Self, TypeAlias
 
 import anyio
 import anyio.to_thread
-import msgspec
 import uuid_utils
+from msgspec.structs import replace as replace_struct
 
-from execution_envelope import approvals as approving
 from execution_envelope import decision as decisions
 from execution_envelope import lifecycle
 from execution_envelope.admission import Admission
-from execution_envelope.approvals import Approvals, expired, until
+from execution_envelope.approvals import Approvals, expired
+from execution_envelope.approver import Approver
 from execution_envelope.blocking import BlockingController
 from execution_envelope.budgets import Budgets
 from execution_envelope.credentials import scrub, shown
 from execution_envelope.decision import Hook, Mode
-from execution_envelope.envelope import Ask, Envelope, SealedEnvelope, Subject, key_digest, seal, timestamp
+from execution_envelope.envelope import Ask, Envelope, Identity, SealedEnvelope, Subject, key_digest, seal, timestamp
 from execution_envelope.errors import (
     Denied,
     Exported,
@@ -38,8 +38,6 @@ from execution_envelope.errors import (
     KeyConflict,
     LedgerUnavailable,
     NotFound,
-    NotHeld,
-    OpenObligations,
     Refused,
     Unidentified,
 )
@@ -124,6 +122,7 @@ class AdmissionController:
         #: Admissions that may be recorded though their callers were told that the ledger is away.
         self._unanswered: set[str] = set()
         self._reconciler = Reconciler(self._journal)
+        self._approver = Approver(self._journal, self._judge, self._reconciler, self._admitted_by_somebody)
         self._tokens = float(ATTEMPTED_BURST)
         self._refilled = time.monotonic()
 
@@ -165,6 +164,9 @@ class AdmissionController:
         """The way into the block, for integrations that call `Admission.leave` themselves."""
         return await self._admitted(ask)
 
+    async def _admitted_by_somebody(self, ask: Ask) -> Admission:
+        return await self._admitted(ask, must_decide=True)
+
     async def _admitted(self, ask: Ask, *, must_decide: bool = False) -> Admission:
         await self._settle()
         try:
@@ -196,7 +198,7 @@ class AdmissionController:
         key = sealed.key_digest
         if isinstance(judgement.outcome, lifecycle.Held) and key is None:
             assert ask.subject is not None  # or it could not have been sealed
-            judgement = replace(judgement, outcome=msgspec.structs.replace(judgement.outcome, key=sealed.envelope.id))
+            judgement = replace(judgement, outcome=replace_struct(judgement.outcome, key=sealed.envelope.id))
             key = key_digest(ask.subject, ask.operation, sealed.envelope.id)
         budgeted = any(isinstance(fact, lifecycle.Budgeted) for fact in judgement.conditions)
         window = None if budgeted else self._journal.mode(sealed.envelope, key).window_ms
@@ -210,7 +212,7 @@ class AdmissionController:
         if sealed.envelope.scope.hints:
             self.counters["hints_unread"] += sum(not hooks for hooks in record.hints_read.values())
         # 6. Answer.
-        return self._answer(record, judgement.verdicts)
+        return self._answer(record, judgement)
 
     async def plan(self, ask: Ask) -> Plan:
         """What would happen to a request now: nothing is recorded, reserved or admitted.
@@ -229,57 +231,11 @@ class AdmissionController:
         deciders say who may, and where none covers it nobody may. Raises `Denied` and `Held` of that, `NotHeld`,
         `SelfApproval`, `NotFound` and `InvalidField`. Returns the record of the held request.
         """
-        return await self._say_of_held("approve", reference, by, reason)
+        return await self._approver.say("approve", await self.read(*reference), by, reason)
 
     async def deny(self, *reference: str, by: Subject, reason: str) -> Record:
         """Refuse a held request, as `by`: it stays denied. As `approve`."""
-        return await self._say_of_held("deny", reference, by, reason)
-
-    async def _say_of_held(
-        self, decision: Literal["approve", "deny"], reference: Sequence[str], by: Subject, reason: str
-    ) -> Record:
-        record = await self.read(*reference)
-        if expired(record, timestamp(self._journal.now())):
-            await self._reconciler.expire(record, self.component)
-            record = await self.read(record.id)
-        admission = await self._admitted(approving.request(record, decision, by, reason), must_decide=True)
-        try:
-            if admission.record.open_obligations:  # before anything is said: nobody could fulfil them for an approval
-                raise OpenObligations(admission.id, admission.record.open_obligations)
-            await self._approval(record, decision, admission, by, reason)
-        except BaseException as error:
-            await admission.leave(failed=(type(error).__name__, str(error)))
-            raise
-        await admission.complete(f"{decision} {record.id}")
-        return record
-
-    async def _approval(
-        self,
-        record: Record,
-        decision: Literal["approve", "deny"],
-        admission: Admission,
-        by: Subject,
-        reason: str,
-    ) -> None:
-        who, why = scrub(f"{by.type}:{by.id}"), scrub(reason)
-        while record.state == "held":
-            held = record.hold
-            hooks = held.data.hooks if held is not None and isinstance(held.data, lifecycle.Held) else ()
-            taken_up_until = timestamp(until(self._journal.now(), self._judge.approvals.valid))
-            facts: list[EventData] = [
-                lifecycle.Approval(
-                    who, decision, why, admission.id, hooks, taken_up_until if decision == "approve" else None
-                )
-            ]
-            if decision == "deny":
-                facts.append(lifecycle.Denied("approval_refused", scrub(f"refused by {who}: {why}")))
-            try:
-                await self._journal.write([(record, facts)], by=self.component)
-                return
-            except SequenceConflict:
-                fresh = await self.read(record.id)
-                record.__dict__.update(fresh.__dict__)
-        raise NotHeld(f"expected a held request, {record.id} is {record.state}", envelope_id=record.id)
+        return await self._approver.say("deny", await self.read(*reference), by, reason)
 
     async def resume(self, *reference: str, by: str) -> Admission:
         """Continue an execution as yourself: ``resume(id, by=...)``, ``resume("deployment", id, by=...)``.
@@ -405,10 +361,10 @@ class AdmissionController:
         if record.state == "held":
             return await self._decide_again(sealed, record)
         if record.state == "denied" or not any(isinstance(e.data, lifecycle.Admitted) for e in record.events):
-            self._answer(record, record.verdicts)  # raises: it was never admitted
+            self._answer(record)  # raises: it was never admitted
         if unanswered and record.state == "admitted" and record.bound is None and self._is_ours(record):
             # Its caller was told that nothing was started, and has come again: the retry takes it up.
-            return self._answer(record, record.verdicts)
+            return self._answer(record)
         if record.is_open and record.bound is None:
             raise KeyConflict(
                 "the first request with this idempotency key is still in flight, try again later",
@@ -486,7 +442,7 @@ class AdmissionController:
 
     async def _decide_again(self, sealed: SealedEnvelope, record: Record) -> Admission:
         """A held request came back: who asks is looked at again, and the deciders run again."""
-        if sealed.envelope.identity != record.envelope.identity:
+        if _lasting(sealed.envelope.identity) != _lasting(record.envelope.identity):
             raise KeyConflict(
                 "expected the identity that was held, this request has other roles, delegation or authentication",
                 envelope_id=record.id,
@@ -494,19 +450,19 @@ class AdmissionController:
         now = timestamp(self._journal.now())
         if expired(record, now):
             await self._decided([lifecycle.Expired()], record)
-            return self._answer(record, ())
+            return self._answer(record)
         judgement = await self._judge.decide(record.envelope, held=record)
         if isinstance(judgement.outcome, lifecycle.Held):
             # Whoever asks again and again gets the same verdicts: only others are news.
             news = [verdict for verdict in judgement.verdicts if not _said(record, verdict)]
             if news:
                 await self._decided(news, record)
-            return self._answer(record, judgement.verdicts)
+            return self._answer(record, judgement)
         try:
             judgement = await self._record(record, judgement)
         except SequenceConflict as error:
             raise _decided_just_now(record) from error
-        return self._answer(record, judgement.verdicts)
+        return self._answer(record, judgement)
 
     async def _decided(self, facts: Sequence[EventData], record: Record) -> None:
         try:
@@ -514,10 +470,10 @@ class AdmissionController:
         except SequenceConflict as error:
             raise _decided_just_now(record) from error
 
-    def _answer(self, record: Record, verdicts: Sequence[lifecycle.Verdict]) -> Admission:
-        """Hand over the admission, or raise what was decided."""
+    def _answer(self, record: Record, judgement: Judgement | None = None) -> Admission:
+        """Hand over the admission, or raise what was decided: just now, or as the record says."""
         self.counters[record.state] += 1
-        reasons = decisions.reasons(verdicts)
+        reasons = decisions.reasons(record.verdicts) if judgement is None else judgement.reasons
         for event in reversed(record.events):
             fact = event.data
             if isinstance(fact, lifecycle.Denied):
@@ -530,7 +486,8 @@ class AdmissionController:
                 raise Denied(problem, envelope_id=record.id, reasons=reasons, retryable=False)
             if isinstance(fact, lifecycle.Held):
                 key = fact.key or record.envelope.correlation.idempotency_key or record.id
-                raise Held(fact.message or fact.code, envelope_id=record.id, reasons=reasons, idempotency_key=key)
+                message = next((reason.message for reason in reasons if reason.message), fact.message or fact.code)
+                raise Held(message, envelope_id=record.id, reasons=reasons, idempotency_key=key)
             if isinstance(fact, lifecycle.Admitted):
                 self.counters["undecided"] += fact.undecided
                 break
@@ -589,6 +546,16 @@ def _provided(given: Any, default: Any) -> Callable[[], Any]:
 
 
 def _said(record: Record, verdict: lifecycle.Verdict) -> bool:
-    """Whether the hook's newest verdict on the record is the same, but for how long it took."""
+    """Whether the hook's newest verdict on the record says the same, in whatever words and however long it took."""
     before = next((seen for seen in reversed(record.verdicts) if seen.hook == verdict.hook), None)
-    return before is not None and msgspec.structs.replace(before, duration_us=verdict.duration_us) == verdict
+    return before is not None and _gist(before) == _gist(verdict)
+
+
+def _gist(verdict: lifecycle.Verdict) -> tuple[object, ...]:
+    return verdict.decision, verdict.code, decisions.grounds(verdict), verdict.shadow, verdict.limits
+
+
+def _lasting(identity: Identity) -> Identity:
+    """Without the session: whoever waits for approval comes again in another one."""
+    how = identity.authentication
+    return identity if how is None else replace_struct(identity, authentication=replace_struct(how, session=None))

@@ -6,7 +6,7 @@ Pure: nothing here runs a hook. `hooks` does.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Awaitable, Callable, Mapping, Sequence, Set
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, Protocol, TypeAlias, get_args, runtime_checkable
 
@@ -15,6 +15,7 @@ from execution_envelope.envelope import KINDS, Envelope
 from execution_envelope.errors import InvalidField, Reason
 from execution_envelope.lifecycle import Admitted, Denied, Event, Held, Limit, Obligation, Verdict
 from execution_envelope.record import Record
+from execution_envelope.values import same
 
 Outcome: TypeAlias = Literal["allow", "deny", "hold", "warn", "abstain"]
 OUTCOMES: Final[tuple[str, ...]] = get_args(Outcome)
@@ -263,10 +264,15 @@ class Rule:
 # What they said together
 
 
+#: Hook -> on what grounds it held when that was approved.
+Approved: TypeAlias = Mapping[str, Collection[str]]
+_NOTHING_APPROVED: Final[Approved] = {}
+
+
 def combine(
-    verdicts: Sequence[Verdict], *, mode: Mode = "enforce", approved: frozenset[str] = frozenset()
+    verdicts: Sequence[Verdict], *, mode: Mode = "enforce", approved: Approved = _NOTHING_APPROVED
 ) -> Admitted | Denied | Held:
-    """Deny beats hold beats allow; warn counts as allow. Holds of hooks in `approved` are lifted.
+    """Deny beats hold beats allow; warn counts as allow. What was `approved` holds no more.
 
     What is said in shadow is left out; what it would have come to with it is named on the admission. With `mode`
     *shadow* nothing is refused at all.
@@ -281,23 +287,54 @@ def combine(
     return result
 
 
+def grounds(verdict: Verdict) -> tuple[str, ...]:
+    """On what grounds a hook holds: its policies, or what else tells one reason of it from another."""
+    if verdict.failure is not None:
+        return (f"failure {verdict.failure}",)
+    if verdict.policies:
+        return verdict.policies
+    return () if verdict.revision is None else (f"revision {verdict.revision}",)
+
+
+def holding(verdicts: Sequence[Verdict], approved: Approved) -> list[Verdict]:
+    """Those that hold on any ground that was not approved."""
+    return [
+        verdict
+        for verdict in verdicts
+        if verdict.decision == "hold"
+        and not (verdict.hook in approved and set(grounds(verdict)) <= set(approved[verdict.hook]))
+    ]
+
+
 def _refused(outcome: Denied | Held) -> Literal["denied", "held"]:
     return "denied" if isinstance(outcome, Denied) else "held"
 
 
-def _combined(verdicts: Sequence[Verdict], approved: frozenset[str]) -> Admitted | Denied | Held:
+def _combined(verdicts: Sequence[Verdict], approved: Approved) -> Admitted | Denied | Held:
     if not verdicts:
         return Admitted(undecided=True)
     denials = [verdict for verdict in verdicts if verdict.decision == "deny"]
     if denials:
         return Denied(denials[0].code or "policy", denials[0].message or "", all(v.retryable for v in denials))
-    holds = [verdict for verdict in verdicts if verdict.decision == "hold" and verdict.hook not in approved]
+    holds = holding(verdicts, approved)
     if holds:
-        hooks = tuple(verdict.hook for verdict in holds)
-        return Held(holds[0].code or "approval_required", holds[0].message or "", hooks=hooks)
+        return Held(holds[0].code or "approval_required", holds[0].message or "")
     if all(verdict.decision == "abstain" for verdict in verdicts):
         return Denied("undecidable", "every decider that covers this kind abstained")
+    for name, values in allowed(verdicts).items():
+        if not values:
+            return Denied("scope_forbidden", f"no value of {name} is allowed by every hook that limits it")
     return Admitted()
+
+
+def allowed(verdicts: Sequence[Verdict]) -> dict[str, tuple[Any, ...]]:
+    """Constraint -> the values that every hook allows which limits it."""
+    found: dict[str, tuple[Any, ...]] = {}
+    for verdict in verdicts:
+        for name, values in verdict.allowed.items():
+            before = found.get(name, values)
+            found[name] = tuple(value for value in values if any(same(value, one) for one in before))
+    return found
 
 
 def limits(verdicts: Sequence[Verdict]) -> list[Limit]:
@@ -310,9 +347,14 @@ def limits(verdicts: Sequence[Verdict]) -> list[Limit]:
     ]
 
 
-def reasons(verdicts: Sequence[Verdict]) -> tuple[Reason, ...]:
+def reasons(verdicts: Sequence[Verdict], approved: Approved = _NOTHING_APPROVED) -> tuple[Reason, ...]:
     """Why it was denied or held, for the answer to the caller."""
-    return tuple(Reason(v.hook, v.code or "", v.message or "") for v in verdicts if v.decision in ("deny", "hold"))
+    holds = holding(verdicts, approved)
+    return tuple(
+        Reason(v.hook, v.code or "", v.message or "")
+        for v in verdicts
+        if (v.decision == "deny" or v in holds) and not v.shadow
+    )
 
 
 def attached(duties: Mapping[str, Sequence[Duty]]) -> list[Obligation]:

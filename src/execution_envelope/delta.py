@@ -222,7 +222,8 @@ def _count(grant: Granted, per: Per) -> Amount:
         return 1
     if per == "replica" or not isinstance(counted.amount, int):
         return counted.amount
-    return -(-counted.amount // 1000)
+    devices = -(-counted.amount // 1000)
+    return times(devices, _count(grant, "replica")) if counted.per == "replica" else devices
 
 
 def _together(name: str, amounts: Sequence[Amount]) -> Amount:

@@ -147,6 +147,7 @@ class Journal:
         #: Events of writes that failed: id -> those that may be stored all the same, because only the answer was lost.
         self._unsure: dict[str, list[Event]] = {}
         self._clock = clock
+        self._currency: str | None = None
         self._removed: dict[str, frozenset[str]] = {}
 
     @property
@@ -187,18 +188,16 @@ class Journal:
 
         `sealed` and `siblings` belong to the first. With the facts goes what they change in budgets. An admission has
         to fit into the accounts `within`; what happens to an execution later is recorded in any case, with a violation
-        for what goes beyond a budget: those of budgets that are enforced are returned. Raises `IllegalTransition`, and
-        what `Ledger.commit` raises; nothing is recorded then.
+        for what goes beyond a budget; these are returned. Raises `IllegalTransition`, and what `Ledger.commit` raises;
+        nothing is recorded then.
         """
         beyond: dict[str, Violation] = {}
         while True:
             try:
-                enforced = await self._write(
-                    writes, by=by, sealed=sealed, siblings=siblings, within=within, over=beyond
-                )
-                return [violation for account, violation in beyond.items() if account in enforced]
+                await self._write(writes, by=by, sealed=sealed, siblings=siblings, within=within, over=beyond)
+                return list(beyond.values())
             except BudgetExhausted as full:
-                if sealed is not None or full.entry.account in beyond:
+                if within or full.entry.account in beyond:
                     raise
                 # The truth is never refused.
                 beyond[full.entry.account] = over_run(full.balance, full.entry)
@@ -212,9 +211,8 @@ class Journal:
         siblings: Siblings | None,
         within: frozenset[str],
         over: Mapping[str, Violation],
-    ) -> set[str]:
-        """The same, unless a budget is exhausted that is not known to be, by `over`; the accounts that are enforced."""
-        enforced: set[str] = set()
+    ) -> None:
+        """The same, unless a budget is exhausted that is not known to be, by `over`."""
         if self._spool is not None:
             self._spool.recover()  # in a forked child, or after `close`
         by, at = _label(by) if type(by) is str else label(by), timestamp(self.now())
@@ -224,7 +222,7 @@ class Journal:
         for record, facts in writes:
             check(record.state, facts)
             if record.budgets:
-                facts, within = _with_budgets(record, facts, over, enforced)
+                facts, within = _with_budgets(record, facts, over)
             commits.append(
                 Commit(record.id, record.next_sequence, at, by, facts, sealed=sealed, siblings=siblings, within=within)
             )
@@ -251,7 +249,6 @@ class Journal:
                         stored.tell(Observation(record, events))
                     if self._spool is not None and self._is_spooled(record):
                         self._remember_spooled(self._spool, record)
-        return enforced
 
     def unsure(self, id: str) -> bool:
         """Whether the last write of this envelope failed, and may be stored all the same."""
@@ -343,6 +340,12 @@ class Journal:
                     raise
                 self._spool.away = True
                 await self._keep(self._spool, commits, landed)
+
+    async def priced_in(self, currency: str) -> bool:
+        """Whether the costs in the ledger are in this currency; the first that is named decides it for good."""
+        if self._currency is None:
+            self._currency = await self.call(self.ledger.currency, currency)
+        return self._currency == currency
 
     def record_beside(self, id: str, fact: Fact, *, by: str) -> None:
         """Record a fact from a thread without an event loop, best effort. Raises what reading and `commit` raise."""
@@ -538,14 +541,13 @@ def _fact(data: EventData) -> EventData:
 
 
 def _with_budgets(
-    record: Record, facts: Sequence[EventData], over: Mapping[str, Violation], enforced: set[str]
+    record: Record, facts: Sequence[EventData], over: Mapping[str, Violation]
 ) -> tuple[Sequence[EventData], frozenset[str]]:
     """The facts with what they change in budgets, before an end; and the accounts that must have room for it."""
     change = consequences(record, facts)
     if change is None:
         return facts, frozenset()
     raised = {entry.account for entry in change.entries if entry.reserved + entry.spent > 0}
-    enforced |= {entry.account for entry in change.entries if not entry.shadow}
     added: list[EventData] = [change, *(over[account] for account in sorted(raised & over.keys()))]
     if not record.is_open:
         added = [fact if isinstance(fact, Late) else Late(fact) for fact in added]

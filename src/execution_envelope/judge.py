@@ -18,9 +18,9 @@ from execution_envelope import lifecycle
 from execution_envelope.approvals import Approvals, lifted, until
 from execution_envelope.budgets import Balance, Budgets, Key, exhausted, worst_case
 from execution_envelope.credentials import scrub
-from execution_envelope.decision import CODES, Mode, Phase
+from execution_envelope.decision import CODES, Approved, Mode, Phase
 from execution_envelope.envelope import Envelope, timestamp
-from execution_envelope.errors import InvalidField, Reason
+from execution_envelope.errors import LedgerUnavailable, Reason
 from execution_envelope.hooks import HookChain
 from execution_envelope.journal import Journal
 from execution_envelope.ledger.commit import BudgetExhausted
@@ -43,7 +43,13 @@ class Judgement:
     outcome: Decided
     conditions: Sequence[EventData] = ()
     within: frozenset[str] = frozenset()
+    approved: Approved = field(default_factory=dict)
     skipped: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def reasons(self) -> tuple[Reason, ...]:
+        """Why it is denied or held."""
+        return decisions.reasons(self.verdicts, self.approved)
 
     @property
     def facts(self) -> list[EventData]:
@@ -60,7 +66,7 @@ class Room:
 
     @property
     def fits(self) -> bool:
-        return self.entry.reserved <= self.balance.free
+        return self.entry.reserved <= max(0, self.balance.free)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +107,6 @@ class Judge:
         self._mode: Mode = mode
         self._budgets = budgets
         self._approvals = approvals
-        self._currency: str | None = None
 
     @property
     def approvals(self) -> Approvals:
@@ -121,25 +126,25 @@ class Judge:
         phase: Phase = "admit" if held is None else "readmit"
         decided = await self._chain.decide(envelope, phase=phase, plan=plan)
         verdicts, now = decided.verdicts, self._journal.now()
-        approved: frozenset[str] = frozenset()
-        if held is not None:
-            approved, _ = lifted(held, timestamp(now))
+        approved = {} if held is None else lifted(held, timestamp(now))
         # Who may approve is enforced in any case.
         mode: Mode = "enforce" if must_decide else self._mode
         outcome = decisions.combine(verdicts, mode=mode, approved=approved)
         if isinstance(outcome, lifecycle.Held):
             expires_at = timestamp(until(now, self.approvals.expires))
             outcome = msgspec.structs.replace(outcome, expires_at=expires_at)
-        if must_decide and isinstance(outcome, lifecycle.Admitted) and outcome.undecided:
+        # One that failed did not decide, whatever its failure mode.
+        if must_decide and isinstance(outcome, lifecycle.Admitted) and not any(map(_allows, verdicts)):
             outcome = lifecycle.Denied("undecidable", "no decider covers this, and it has to be decided by policy")
-        judgement = Judgement(verdicts, outcome, skipped=decided.skipped)
+        judgement = Judgement(verdicts, outcome, approved=approved, skipped=decided.skipped)
         if not isinstance(outcome, lifecycle.Admitted):
             return judgement
         conditions: list[EventData] = [*decisions.limits(verdicts), *decisions.attached(decided.duties)]
         budgets = self._budgets()
         if not budgets or must_decide:  # an approval takes nothing
             return replace(judgement, conditions=conditions) if conditions else judgement
-        return await self._within_budgets(envelope, replace(judgement, conditions=conditions), budgets, now)
+        judgement = replace(judgement, conditions=conditions)
+        return await self._within_budgets(envelope, judgement, budgets, now, plan=plan)
 
     async def full(self, envelope: Envelope, judgement: Judgement, refused: BudgetExhausted) -> Judgement:
         """The same after its commit was refused: the budget denies it."""
@@ -157,9 +162,9 @@ class Judge:
             elif isinstance(fact, lifecycle.Effective) and "cost" in fact.resources:
                 cost = fact.resources["cost"].amount
         lacking = [room for room in rooms if not room.fits and room.entry.account in judgement.within]
-        for room in lacking:
-            verdict = await self._exhausted(room.balance, room.entry)
-            judgement = self._again(judgement, [verdict])
+        if lacking:
+            verdicts = [await self._exhausted(room.balance, room.entry) for room in lacking]
+            judgement = self._again(judgement, verdicts)
         record = Record(envelope)
         for fact in judgement.facts if isinstance(judgement.outcome, lifecycle.Admitted) else judgement.verdicts:
             record.apply(lifecycle.Event(envelope.id, record.next_sequence, "", "plan", fact))
@@ -169,7 +174,7 @@ class Judge:
             outcome="admitted"
             if isinstance(outcome, lifecycle.Admitted)
             else ("denied" if isinstance(outcome, lifecycle.Denied) else "held"),
-            reasons=decisions.reasons(judgement.verdicts),
+            reasons=judgement.reasons,
             verdicts=tuple(judgement.verdicts),
             limits={name: amount for name, (amount, _) in record.limits.items()},
             allowed={name: values for name, (values, _) in record.allowed.items()},
@@ -181,7 +186,7 @@ class Judge:
         )
 
     async def _within_budgets(
-        self, envelope: Envelope, judgement: Judgement, budgets: Budgets, now: datetime
+        self, envelope: Envelope, judgement: Judgement, budgets: Budgets, now: datetime, *, plan: bool
     ) -> Judgement:
         """With what it costs and reserves, or denied where that is more than a budget ever allows."""
         limits: dict[str, Amount] = {}
@@ -199,7 +204,7 @@ class Judge:
         if denials and enforced:
             return self._again(judgement, verdicts)
         conditions = [*judgement.conditions]
-        if (cost := await self._cost(envelope, budgets, limits)) is not None:
+        if (cost := await self._cost(envelope, budgets, limits, plan=plan)) is not None:
             conditions.append(cost)
         if reservation.entries:
             conditions.append(lifecycle.Budgeted("reserve", reservation.entries))
@@ -209,13 +214,14 @@ class Judge:
             if entry.account in judgement.within:
                 continue
             balance = await self._balance(entry)
-            if entry.reserved > balance.free and not any(entry.account in verdict.policies for verdict in verdicts):
+            said = any(entry.account in verdict.policies for verdict in verdicts)
+            if entry.reserved > max(0, balance.free) and not said:
                 verdict = await self._exhausted(balance, entry)
                 verdicts.append(msgspec.structs.replace(verdict, shadow=entry.shadow))
         return self._again(judgement, verdicts) if verdicts else judgement
 
     async def _cost(
-        self, envelope: Envelope, budgets: Budgets, limits: Mapping[str, Amount]
+        self, envelope: Envelope, budgets: Budgets, limits: Mapping[str, Amount], *, plan: bool
     ) -> lifecycle.Effective | None:
         """What it is estimated to cost at most, by the price table."""
         prices = budgets.prices
@@ -224,11 +230,9 @@ class Judge:
         cost = worst_case(envelope, limits, prices).get("cost")
         if cost is None:
             return None
-        if self._currency is None:
-            self._currency = await self._journal.call(self._journal.ledger.currency, prices.currency)
-        if self._currency != prices.currency:
-            problem = f"expected prices in the ledger's currency, {self._currency}, got {prices.currency}"
-            raise InvalidField("prices.currency", problem)
+        if not plan and not await self._journal.priced_in(prices.currency):
+            problem = f"expected prices in the currency of the ledger's other costs, got {prices.currency}"
+            raise LedgerUnavailable(problem, retryable=False)
         text = f"by price table {prices.version}, in {prices.currency}"
         return lifecycle.Effective("estimate", scrub(text), {"cost": Quantity(cost)})
 
@@ -241,7 +245,7 @@ class Judge:
         if denials and self._mode == "enforce":
             first = denials[0]
             denied = lifecycle.Denied(first.code or "", first.message or "", all(v.retryable for v in denials))
-            return Judgement(verdicts, denied, skipped=judgement.skipped)
+            return Judgement(verdicts, denied, approved=judgement.approved, skipped=judgement.skipped)
         return replace(judgement, verdicts=verdicts, outcome=lifecycle.Admitted(outcome.undecided, "denied"))
 
     async def _balance(self, entry: BudgetEntry) -> Balance:
@@ -264,6 +268,10 @@ class Judge:
             holders, more = [], len(holders) + more
         message = exhausted(balance, entry.reserved, holders, more)
         return _denial(entry.account, "quota_exhausted", message)
+
+
+def _allows(verdict: Verdict) -> bool:
+    return verdict.decision in ("allow", "warn") and verdict.failure is None and not verdict.shadow
 
 
 def _denial(account: str, code: str, message: str, *, shadow: bool = False) -> Verdict:

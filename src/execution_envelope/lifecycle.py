@@ -157,24 +157,24 @@ class Denied(_Data, frozen=True, tag="denied"):
 
 class Held(_Data, frozen=True, tag="held"):
     """An approval is needed, until `expires_at` (RFC 3339). `key` is an idempotency key supplied because the caller
-    sent none. `hooks` are the deciders that hold it."""
+    sent none."""
 
     code: str
     message: str
     key: str | None = None
-    hooks: tuple[str, ...] = ()
     expires_at: str | None = None
 
 
 class Approval(_Data, frozen=True, tag="approval"):
-    """What an approver, `type:id`, said of a held request, and why. It lifts the holds of `hooks`, once, and until
-    `expires_at` (RFC 3339). `admission` is the envelope under which the approver was admitted to say so."""
+    """What an approver, `type:id`, said of a held request, and why. It lifts the `holds` that there were, hook -> its
+    grounds, once, and until `expires_at` (RFC 3339). `admission` is the envelope under which the approver was admitted
+    to say so."""
 
     approver: str
     decision: Literal["approve", "deny"]
     reason: str
     admission: str
-    hooks: tuple[str, ...] = ()
+    holds: Mapping[str, tuple[str, ...]] = {}
     expires_at: str | None = None
 
 

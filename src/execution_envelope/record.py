@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Final, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import msgspec
 
@@ -30,19 +30,17 @@ from execution_envelope.lifecycle import (
     Obligation,
     Ready,
     Released,
-    Used,
     Verdict,
     Violation,
     legal_from,
     next_state,
 )
-from execution_envelope.resources import VOCABULARY, Amount, Quantity, add, exceeds, human, largest, smallest
+from execution_envelope.reckoning import WHOLE as WHOLE
+from execution_envelope.reckoning import Reckoning
+from execution_envelope.resources import Amount, Quantity, exceeds, human, smallest
 from execution_envelope.values import same
 
 T = TypeVar("T")
-
-#: The part that a grant without a part speaks of.
-WHOLE: Final = ""
 
 
 class Usage(msgspec.Struct, frozen=True):
@@ -74,8 +72,12 @@ class Record:
         self.state: str = ASKED
         self._grants: dict[str, Event] = {}
         self._released: set[str] = set()
+        #: What was given and used, part by part.
+        self.reckoning = Reckoning(envelope.requested.resources)
         #: What is held of budgets and was spent; the newest entry of each balance, with the sums in it.
         self.budgets: dict[tuple[str, str, str], BudgetEntry] = {}
+        #: What was reserved of each at first.
+        self.reserved: dict[tuple[str, str, str], BudgetEntry] = {}
         for event in events:
             self.apply(event)
 
@@ -83,6 +85,7 @@ class Record:
         """Add an event. Raises `IllegalTransition`; nothing is changed then."""
         self.state = _after(self.state, event.data)
         self.events.append(event)
+        self.reckoning.apply(event.data)
         if isinstance(event.data, Granted):
             held = {name: grant for name, grant in self._grants.items() if name not in self._released}
             part = event.data.part or WHOLE
@@ -97,6 +100,7 @@ class Record:
                 for entry in data.entries:
                     key = (entry.account, entry.window, entry.resource)
                     self.budgets[key] = _sum(self.budgets.get(key), entry)
+                    self.reserved.setdefault(key, entry)
 
     @property
     def id(self) -> str:
@@ -146,18 +150,27 @@ class Record:
     @property
     def granted(self) -> dict[str, Amount]:
         """Totals over the parts, in base units. Stays readable after the end."""
-        return granted_totals(list(self.grants.values()))
+        return self._totals(list(self.grants.values()))
 
     @property
     def held(self) -> dict[str, Amount]:
         """Totals of what is held now: nothing after the end, and no released part."""
         if not self.is_open:
             return {}
-        return granted_totals(list(self.holding.values()))
+        return self._totals(list(self.holding.values()))
 
     def with_grant(self, grant: Granted) -> dict[str, Amount]:
         """What would be held if this were granted now."""
-        return granted_totals([*_beside(self.holding, grant.part or WHOLE).values(), grant])
+        return self._totals([*_beside(self.holding, grant.part or WHOLE).values(), grant])
+
+    def _totals(self, grants: Sequence[Granted]) -> dict[str, Amount]:
+        """With what is only said to be given as asked."""
+        totals = granted_totals(grants)
+        asked = self.envelope.requested.resources
+        honoured = {
+            name: asked[name] for grant in grants for name in grant.honoured if name in asked and name not in totals
+        }
+        return totals | granted_totals([Granted(honoured, "reserved")]) if honoured else totals
 
     @property
     def effective(self) -> dict[str, Quantity]:
@@ -235,25 +248,11 @@ class Record:
     @property
     def used(self) -> dict[str, Usage]:
         """What was really used, late reports included."""
-        reports: dict[str, dict[str, list[Amount]]] = {}
-        estimated: set[str] = set()
-        seen: set[tuple[str | None, str]] = set()
-        for event in self.events:
-            data = event.data.fact if isinstance(event.data, Late) else event.data
-            if not isinstance(data, Used):
-                continue
-            if data.key is not None:
-                # Each part counts its own reports.
-                if (data.part, data.key) in seen:
-                    continue
-                seen.add((data.part, data.key))
-            for name, amount in data.resources.items():
-                reports.setdefault(name, {}).setdefault(data.part or WHOLE, []).append(amount)
-                if data.how == "estimated":
-                    estimated.add(name)
+        used = {name: self.reckoning.used(name) for name in self.reckoning.reported}
         return {
-            name: Usage(_used(name, list(parts.values())), "estimated" if name in estimated else "measured")
-            for name, parts in reports.items()
+            name: Usage(amount, "estimated" if self.reckoning.reported[name] else "measured")
+            for name, amount in used.items()
+            if amount is not None
         }
 
     @property
@@ -349,10 +348,3 @@ def _after(state: str, fact: EventData) -> str:
             event=fact.type,
         )
     return after
-
-
-def _used(name: str, parts: Sequence[Sequence[Amount]]) -> Amount:
-    resource = VOCABULARY[name]
-    amounts = [add(reports) if resource.across_reports == "sum" else largest(reports) for reports in parts]
-    # Parts run side by side: what they hold adds up, but the time on the clock is that of the longest.
-    return add(amounts) if resource.across_parts == "sum" else largest(amounts)

@@ -26,13 +26,13 @@ def key_of(entry: BudgetEntry | Balance) -> Key:
     return Key(entry.account, entry.window, entry.resource)
 
 
-def entered(balance: Balance, entry: BudgetEntry) -> Balance:
+def entered(balance: Balance, entry: BudgetEntry, limit: int) -> Balance:
     """What stands behind an entry."""
     return Balance(
         balance.account,
         balance.window,
         balance.resource,
-        entry.limit,
+        limit,
         balance.reserved + entry.reserved,
         balance.spent + entry.spent,
         balance.unknown + entry.unknown,
@@ -54,10 +54,10 @@ class Balances:
         self._seen: dict[Key, Balance | None] = {}
 
     def take(self, commits: Sequence[Commit]) -> None:
-        """Enter all that these commits say, one entry after the other.
+        """Enter all that these commits say. What one takes and another gives back at the same time needs no room.
 
-        Raises `BudgetExhausted` where one of an account in `within` does not fit, and `InvalidField` for a total that
-        no database has room for; nothing is entered then.
+        Raises `BudgetExhausted` where what stands behind all of them does not fit into an account in `within`, and
+        `InvalidField` for a total that no database has room for; nothing is entered then.
         """
         ahead: dict[Key, Balance] = {}
         holdings: dict[tuple[Key, str], int] = {}
@@ -65,9 +65,9 @@ class Balances:
             for entry in commit.entries:
                 key = key_of(entry)
                 balance = ahead.get(key) or self._standing(key, entry)
-                after = entered(balance, entry)
-                if entry.account in commit.within and after.reserved + after.spent > entry.limit:
-                    raise BudgetExhausted(replace(balance, limit=entry.limit), entry)
+                # The limit is the newest that something was reserved under: an older execution knows an older one.
+                known = key in ahead or key in self.changed or self._seen.get(key) is not None
+                after = entered(balance, entry, entry.limit if commit.reserves or not known else balance.limit)
                 ahead[key] = after
                 totals = [after.limit, after.reserved, after.spent, after.unknown]
                 if entry.reserved:
@@ -81,6 +81,18 @@ class Balances:
                 if any(abs(total) > MAX_TOTAL for total in totals):
                     problem = f"expected totals up to {MAX_TOTAL}, an entry of {entry.account} goes beyond that"
                     raise InvalidField("budget", problem)
+        for commit in reversed(commits):
+            for entry in reversed(commit.entries):
+                taken = entry.reserved + entry.spent
+                after = ahead[key_of(entry)]
+                if taken > 0 and entry.account in commit.within and after.reserved + after.spent > entry.limit:
+                    before = replace(
+                        after,
+                        limit=entry.limit,
+                        reserved=after.reserved - entry.reserved,
+                        spent=after.spent - entry.spent,
+                    )
+                    raise BudgetExhausted(before, entry)
         self.changed |= ahead
         self.holdings |= holdings
 

@@ -87,6 +87,11 @@ class Commit:
     within: frozenset[str] = frozenset()
 
     @property
+    def reserves(self) -> bool:
+        """Whether it takes of budgets for the first time."""
+        return any(isinstance(fact, Budgeted) and fact.action == "reserve" for fact in self.facts)
+
+    @property
     def entries(self) -> list[BudgetEntry]:
         """What it changes in balances."""
         return [entry for fact in self.facts for entry in entries_of(fact)]

@@ -58,13 +58,14 @@ class BalanceContract:
             assert ledger.balances(account=GPUS.account, window=TOKENS.window) == []
             settled = commit_of(first, 4, budgeted(-3), budgeted(-40, 25, key=TOKENS, limit=90), lifecycle.Completed())
             ledger.commit(settled)
-            assert ledger.balances() == [Balance(*GPUS, 10, 2, 0, 1), Balance(*TOKENS, 90, 0, 25)]
+            # The limit is that of the newest reservation: an older execution knows an older one.
+            assert ledger.balances() == [Balance(*GPUS, 10, 2, 0, 1), Balance(*TOKENS, 100, 0, 25)]
             assert ledger.holders(GPUS, 9) == ([Holding(second.envelope.id, 2)], 0)
             assert ledger.holders(TOKENS, 9) == ([], 0)
             ledger.close()
             # Another chain adds to what stands; a report that comes late changes what was spent.
             ledger.commit(commit_of(first, 7, lifecycle.Late(budgeted(0, 5, key=TOKENS, limit=90))))
-            assert ledger.balances(account=TOKENS.account) == [Balance(*TOKENS, 90, 0, 30)]
+            assert ledger.balances(account=TOKENS.account) == [Balance(*TOKENS, 100, 0, 30)]
 
     def test_what_does_not_fit_is_refused_exactly_at_the_limit(self, tmp_path: Path) -> None:
         with self.opened(tmp_path) as ledger:
@@ -114,8 +115,9 @@ class BalanceContract:
             assert ledger.balances() == [] and ledger.newest(9) == []
             sealed = sealed_ask()
             ledger.commit(reservation_of(sealed, 10))
-            # Room that the same call makes counts.
+            # Room that the same call makes counts, before and after.
             ledger.commit(commit_of(sealed, 3, budgeted(-4)), reservation_of(sealed_ask(), 4))
+            ledger.commit(reservation_of(sealed_ask(), 4), commit_of(sealed, 4, budgeted(-4)))
             assert ledger.balances() == [Balance(*GPUS, 10, 10)]
 
     def test_a_refused_reservation_disturbs_no_other(self, tmp_path: Path) -> None:
