@@ -11,6 +11,7 @@ import pytest
 from execution_envelope import (
     AdmissionController,
     Decision,
+    Declaration,
     Denied,
     Duty,
     Held,
@@ -322,3 +323,86 @@ def test_times_are_longer_than_none() -> None:
         with pytest.raises(InvalidField) as refused:
             Approvals(**{name: timedelta(0)})
         assert refused.value.field == f"approvals.{name}"
+
+
+# What was found wanting
+
+
+@pytest.mark.parametrize("tenant", ["acme", None])
+async def test_leaving_the_tenant_out_makes_nobody_another(tenant: str | None) -> None:
+    house = House(HOLDS, Rule("anybody", lambda e: Decision.allow(), kinds=frozenset({"maintenance"})))
+    held = await house.hold()
+    with pytest.raises(SelfApproval):
+        await house.controller.approve(
+            held.envelope_id or "", by=Subject("user", "dana", tenant=tenant, roles=("approver",)), reason="mine"
+        )
+
+
+async def test_who_is_called_like_a_credential_does_not_approve_it_either() -> None:
+    house = House(HOLDS, Rule("anybody", lambda e: Decision.allow(), kinds=frozenset({"maintenance"})))
+    token = Subject("user", "ghp_" + "a1B2" * 9, tenant="acme")
+    held = await house.hold(subject=token)
+    with pytest.raises(SelfApproval):
+        await house.controller.approve(held.envelope_id or "", by=token, reason="mine")
+
+
+class Policies:
+    """A decider that holds by the policies that it is told."""
+
+    declaration = Declaration(name="policy", side_effects=False, kinds=frozenset({"model.deploy"}))
+
+    def __init__(self) -> None:
+        self.policies = ["prod"]
+
+    async def decide(self, envelope: Any) -> Decision:
+        return Decision("hold", "approval_required", ", ".join(self.policies), policies=tuple(self.policies))
+
+
+async def test_an_approval_is_of_the_policies_that_held_and_of_no_other() -> None:
+    policies = Policies()
+    house = House(policies, APPROVERS)  # type: ignore[arg-type]
+    held = await house.hold()
+    await house.controller.approve(held.envelope_id or "", by=KIM, reason="the launch")
+    policies.policies = ["prod", "danger"]
+    with pytest.raises(Held):
+        await house.again(held)
+    record = await house.controller.approve(held.envelope_id or "", by=KIM, reason="that too")
+    assert record.approval is not None and record.approval.data.holds == {"policy": ("prod", "danger")}
+    policies.policies = ["danger"]
+    assert (await house.again(held)).state == "admitted"
+
+
+async def test_a_decider_that_failed_lets_nobody_approve() -> None:
+    def broken(envelope: Any) -> Decision:
+        raise ValueError("broken")
+
+    house = House(HOLDS, Rule("broken", broken, failure_mode="allow", kinds=frozenset({"maintenance"})))
+    held = await house.hold()
+    with pytest.raises(Denied):
+        await house.controller.approve(held.envelope_id or "", by=KIM, reason="please")
+
+
+async def test_who_waited_comes_again_in_another_session() -> None:
+    house = House()
+
+    def dana(session: str) -> Subject:
+        return Subject("user", "dana", tenant="acme", roles=("operator",), method="oidc", session=session)
+
+    held = await house.hold(subject=dana("monday"))
+    await house.controller.approve(held.envelope_id or "", by=KIM, reason="the launch")
+    assert (await house.again(held, subject=dana("tuesday"))).state == "admitted"
+
+
+async def test_asking_again_and_again_does_not_grow_the_record() -> None:
+    times: list[int] = []
+
+    def counting(envelope: Any) -> Decision:
+        times.append(1)
+        return Decision.hold(f"asked {len(times)} times")
+
+    house = House(Rule("counting", counting))
+    held = await house.hold()
+    for _ in range(20):
+        with pytest.raises(Held):
+            await house.again(held)
+    assert len((await house.controller.read(held.envelope_id or "")).events) == 3

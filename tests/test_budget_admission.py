@@ -444,3 +444,72 @@ async def test_whatever_call_of_the_ledger_fails_the_balance_is_the_sum_of_the_e
     assert verify(faulty).findings == ()
     found = balance(faulty)
     assert (found.reserved, found.spent) in ((0, 120), (0, 300), (0, 0)), found
+
+
+# What was found wanting
+
+
+async def test_a_plan_names_every_budget_without_room(ledger: Ledger) -> None:
+    tokens = Budget(name="requests", resource="requests", limit=1)
+    controller = seam(ledger, Budget(name="memory", resource="memory", limit="2GiB"), tokens)
+    await controller.begin(ask())
+    plan = await controller.plan(ask())
+    assert [reason.hook for reason in plan.reasons] == ["budget:memory", "budget:requests"]
+
+
+async def test_a_redeploy_needs_no_room_that_it_gives_back_at_the_same_time(ledger: Ledger) -> None:
+    controller = seam(ledger, Budget(name="memory", resource="memory", limit="10GiB"))
+    older = await controller.begin(ask(requested={"memory": "4GiB"}))
+    await older.grant(Grant({"memory": "4GiB"}))
+    newer = await controller.begin(ask(requested={"memory": "5GiB"}, supersedes=older.id))
+    await newer.grant(Grant({"memory": "7GiB"}))
+    assert newer.record.violations == () and stands(ledger) == (7 * 1024 * MIB, 0)
+
+
+async def test_a_lowered_limit_stays_lowered_when_an_older_execution_reports(ledger: Ledger) -> None:
+    now = [Budgets([Budget(name="t", resource="output_tokens", limit=1000, window="day")])]
+    controller = AdmissionController(ledger, budgets=lambda: now[0], clock=FakeClock())
+    older = await controller.begin(chat(100))
+    now[0] = Budgets([Budget(name="t", resource="output_tokens", limit=700, window="day")])
+    await controller.begin(chat(100))
+    await older.used({"output_tokens": 50})
+    assert balance(ledger).limit == 700
+
+
+async def test_a_grant_without_a_bound_is_a_violation(ledger: Ledger) -> None:
+    admission = await seam(ledger).begin(ask())
+    with pytest.raises(Violation, match="memory unlimited is beyond"):
+        await admission.grant(Grant({"memory": "unlimited"}))
+    assert balance(ledger).unknown == 1
+
+
+async def test_who_takes_nothing_fits_into_what_is_over_run(ledger: Ledger) -> None:
+    controller = seam(ledger, TOKENS)
+    async with controller.admit(chat()) as admission:
+        await admission.used({"output_tokens": 5000})
+    assert (await controller.begin(chat(0))).state == "admitted"
+    with pytest.raises(Denied):
+        await controller.begin(chat(1))
+
+
+async def test_the_longest_names_have_room_beside_others(tmp_path: Path, postgres: Any) -> None:
+    from execution_envelope.budgets import DIMENSIONS
+    from execution_envelope.ledger import open_ledger
+
+    ledger = open_ledger(postgres.schema())
+    controller = AdmissionController(
+        ledger, budgets=Budgets([Budget(name="m", resource="memory", limit="9GiB", per=DIMENSIONS)])
+    )
+    long = "漢" * 200
+    scope = {"project": long, "workroom": long, "environment": long}
+    outcomes: list[str] = []
+
+    async def come(subject: Subject, scope: Any) -> None:
+        outcomes.append((await controller.begin(ask(subject=subject, scope=scope))).state)
+
+    async with anyio.create_task_group() as group:
+        for number in range(8):
+            group.start_soon(come, Subject("user", f"u{number}", tenant="acme"), {})
+        group.start_soon(come, Subject("user", long, tenant=long), scope)
+    assert outcomes == ["admitted"] * 9
+    await controller.aclose()

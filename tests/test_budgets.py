@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from execution_envelope import InvalidField, Subject, established, lifecycle, per_replica, total
+from execution_envelope import InvalidField, Subject, established, lifecycle, per_device, per_replica, total
 from execution_envelope.budgets import (
     DIMENSIONS,
+    MAX_ACCOUNT,
     MAX_BUDGETS,
     Balance,
     Budget,
@@ -23,6 +24,7 @@ from execution_envelope.budgets import (
     consequences,
     exhausted,
     standing,
+    unbounded,
     window,
     window_ends,
     worst_case,
@@ -373,3 +375,123 @@ def test_why_not_names_the_budget_who_holds_it_and_when_it_frees() -> None:
         "budget memory/acme has 0 of 10 output_tokens left (2026-05-01), 5 asked; 8 spent; 2 held; it frees at "
         "2026-05-02T00:00Z or as far as what is held is not used"
     )
+
+
+# What was found wanting
+
+
+def test_an_account_is_bounded_and_still_its_own() -> None:
+    budget = memory(per=DIMENSIONS).checked()
+    long = [
+        budget.account(
+            sealed(subject=Subject("user", f"{'漢' * 190}{n}", tenant="漢" * 200), scope={"project": "漢" * 200})
+        )
+        for n in range(2)
+    ]
+    assert all(len(account) <= MAX_ACCOUNT for account in long) and long[0] != long[1]
+    assert long[0].startswith("memory/%E6%BC%A2")
+
+
+def day(limit: int = 5000) -> Budget:
+    return Budget(name="tokens", resource="output_tokens", limit=limit, window="day")
+
+
+def test_room_that_was_given_is_not_given_away_before_it_is_known_to_be_unused() -> None:
+    record = admitted(day(), requested={"output_tokens": 1000})
+    for part in ("a", "b"):
+        said(record, granted(part, output_tokens=500))
+    said(record, lifecycle.Ready("a"), lifecycle.Released("a"))
+    assert holds(record) == (1000, 0, 0)
+    assert holds(said(record, Used({"output_tokens": 100}, part="a"))) == (500, 100, 0)
+    assert holds(said(record, lifecycle.Completed())) == (0, 600, 0)
+
+
+def test_of_each_part_what_was_reported_or_else_all_that_it_held() -> None:
+    record = admitted(day(), requested={"output_tokens": 1000})
+    said(record, granted("a", output_tokens=500))
+    said(record, granted("b", output_tokens=500))
+    said(record, granted("b", output_tokens=1))
+    said(record, Used({"output_tokens": 100}, part="a"))
+    assert holds(said(record, lifecycle.Completed())) == (0, 600, 0)
+    whole = admitted(day(), requested={"output_tokens": 1000})
+    said(whole, granted("a", output_tokens=500), granted("b", output_tokens=500))
+    said(whole, Used({"output_tokens": 100}))  # speaks for all
+    assert holds(said(whole, lifecycle.Completed())) == (0, 100, 0)
+
+
+def test_what_was_released_does_not_come_back_with_another_part() -> None:
+    record = admitted(memory(limit="4GiB"))
+    said(record, granted("a", memory=512 * MIB))
+    said(record, lifecycle.Released("a"))
+    assert holds(said(record, granted("b", cpu=1000))) == (0, 0, 0)
+
+
+def test_what_is_honoured_is_held_as_asked() -> None:
+    record = admitted(memory(limit="4GiB"))
+    said(record, Granted({"gpu": Quantity(1000)}, "reserved", honoured=("memory",)))
+    assert holds(record) == (2048 * MIB, 0, 0) and record.granted["memory"] == 2048 * MIB
+
+
+def test_a_grant_without_a_bound_is_beyond_every_budget_and_is_counted_as_unknown() -> None:
+    record = admitted(memory(limit="4GiB"))
+    fact = Granted({"memory": Quantity("unlimited")}, "reserved")
+    [violation] = unbounded(record, fact)
+    assert (violation.granted, violation.bound) == ("unlimited", 4096 * MIB)
+    assert holds(said(record, fact)) == (2048 * MIB, 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("requested", "limits", "amounts"),
+    [
+        ({}, {"memory": 50}, {"memory": 50}),
+        ({"memory": "unknown"}, {"memory": 50}, {"memory": 50}),
+        ({"memory": per_replica("1GiB")}, {}, {"memory": "unknown", "replicas": None}),
+        ({"memory": per_replica("1GiB")}, {"replicas": 2}, {"memory": 2048 * MIB, "replicas": 2}),
+        (
+            {"gpu": per_replica(2), "replicas": 2, "gpu_memory": per_device("1GiB")},
+            {},
+            {"gpu": 4000, "gpu_memory": 4096 * MIB},
+        ),
+        ({"gpu_memory": per_device("1GiB")}, {}, {"gpu_memory": "unknown"}),
+    ],
+)
+def test_what_is_not_stated_is_what_a_limit_allows_or_unknown(requested: Any, limits: Any, amounts: Any) -> None:
+    worst = worst_case(sealed(requested=requested), limits)
+    assert {name: worst.get(name) for name in amounts} == amounts
+
+
+def test_one_execution_never_counts_for_more_than_there_is() -> None:
+    record = admitted(day(), requested={"output_tokens": 1000})
+    for _ in range(3):
+        said(record, Used({"output_tokens": 2**53 - 1}))
+    assert holds(record) == (0, 2**53 - 1, 0)
+    assert Prices("1", "EUR", {"m": {"rows": 10**9}}).cost("m", {"rows": 2**53 - 1}) == 2**53 - 1
+    with pytest.raises(InvalidField):
+        Budgets(prices=Prices("1", "EUR", {"m": {"rows": "1e400"}}))
+
+
+def test_what_costs_nothing_may_be_unknown() -> None:
+    assert Prices("1", "EUR", {"m": {"rows": 0, "requests": 1}}).cost("m", {"rows": "unknown", "requests": 1}) == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"name": "a\0b"},
+        {"match": {"tenant": []}},
+        {"match": {"tenant": None}},
+        {"match": "tenant"},
+        {"kinds": frozenset()},
+        {"per": ["tenant", "tenant"]},
+        {"per": None},
+        {"unknown": "2GiB"},
+    ],
+)
+def test_what_would_never_work_is_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(InvalidField):
+        Budgets([memory(**change)])
+
+
+def test_in_shadow_what_is_unknown_is_counted() -> None:
+    reservation = Budgets([memory(mode="shadow")]).reserve(sealed(requested={}), {}, START)
+    assert [(entry.reserved, entry.unknown) for entry in reservation.entries] == [(0, 1)]

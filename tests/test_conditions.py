@@ -336,3 +336,41 @@ async def test_one_of_an_unknown_schema_is_kept_as_it_is(schema: str | None) -> 
 async def test_a_schema_that_is_none_is_refused_at_once(schema: Any) -> None:
     with pytest.raises(InvalidField):
         FacetSchemas({CARBON: schema})
+
+
+# What was found wanting
+
+
+async def test_what_is_honoured_beyond_a_limit_is_a_violation() -> None:
+    admission = await controller(allowing(limits={"replicas": 2})).begin(ask(requested={"replicas": 4}))
+    with pytest.raises(Violation):
+        await admission.grant(Grant({}, honoured=["replicas"]))
+    assert admission.record.granted["replicas"] == 4
+
+
+async def test_where_no_value_is_allowed_by_all_it_is_denied() -> None:
+    both = [
+        Rule("a", lambda e: Decision.allow(limits={"region": ["eu"]})),
+        Rule("b", lambda e: Decision.allow(limits={"region": ["us"]})),
+    ]
+    with pytest.raises(Denied, match="no value of region"):
+        await controller(*both).begin(ask())
+
+
+@pytest.mark.parametrize(
+    "schema", [{"$ref": "#/definitions/nope"}, {"$recursiveRef": "https://example.com/x"}, {"$dynamicRef": "#nope"}]
+)
+async def test_a_reference_that_leads_nowhere_is_refused_at_once(schema: Any) -> None:
+    with pytest.raises(InvalidField):
+        FacetSchemas({CARBON: schema})
+
+
+async def test_a_schema_that_goes_round_in_circles_refuses_by_name() -> None:
+    seam = controller(facets=FacetSchemas({CARBON: {"$ref": "#"}}))
+    with pytest.raises(InvalidField) as refused:
+        await seam.begin(with_facet({"grams": 1}))
+    assert refused.value.field == "facets.green.carbon"
+
+
+async def test_what_looks_like_a_reference_in_data_is_none() -> None:
+    FacetSchemas({CARBON: {"enum": [{"$ref": "https://example.com/x"}]}})
