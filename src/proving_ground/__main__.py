@@ -26,6 +26,14 @@ Then read who asked for what, and what was given:
     export EXECUTION_ENVELOPE_LEDGER={ledger}
     .venv/bin/envelope list
     .venv/bin/envelope show deployment:DEPLOYMENT_ID
+
+Who may do what, limits, budgets and approval are in {policy}; change it while this runs:
+
+    export DATA={data} POLICY={policy} EXECUTION_ENVELOPE_CONTROLLER=proving_ground.admission:controller
+    .venv/bin/envelope hooks
+    .venv/bin/envelope budgets
+
+"Policy, budgets, approval, live" in README.md goes on from here.
 """
 
 
@@ -67,7 +75,16 @@ def _greeting(settings: Settings, url: str, tokens: dict[str, str]) -> str:
     lines += [f"data: {settings.data}", f"ledger: {ledger_url(settings)}"]
     if settings.keep_engines:
         lines += ["engines are kept when this backend ends; stop their deployments to end them"]
-    lines += [_NEXT.format(ledger=ledger_url(settings), url=url, token=tokens.get("dana", "<a token>"), model=SMOLLM2)]
+    lines += [
+        _NEXT.format(
+            ledger=ledger_url(settings),
+            url=url,
+            token=tokens.get("dana", "<a token>"),
+            model=SMOLLM2,
+            policy=settings.policy,
+            data=settings.data,
+        )
+    ]
     return "\n".join([*lines, f"serving on {url}"]) + "\n"
 
 

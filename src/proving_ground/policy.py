@@ -6,7 +6,8 @@ from execution_envelope.budgets import Budgets
 from execution_envelope.policy.file import PolicyFile
 from proving_ground.settings import Settings
 
-LOOK_SECONDS = 1.0
+LOOK_SECONDS = 0.25
+"""The file itself is looked at once a second; asked more often, none of those looks is missed by much."""
 
 
 class BackendPolicy:

@@ -16,6 +16,7 @@ import httpx
 from proving_ground import procfs
 
 SOURCE = Path(__file__).parents[2] / "src"
+OPERATORS = Path(__file__).parent / "operators.yaml"
 
 
 class Backend:
@@ -32,7 +33,7 @@ class Backend:
         """`env` are settings such as NODE_MEMORY="600MiB"; `script` runs instead of the module."""
         program = [str(script)] if script else ["-m", "proving_ground"]
         inherited = {"PATH": os.environ.get("PATH", os.defpath), "PYTHONPATH": str(SOURCE)}
-        ours = {"DATA": str(data), "PORT": "0", "RETRY_SECONDS": "0.2"}
+        ours = {"DATA": str(data), "PORT": "0", "RETRY_SECONDS": "0.2", "POLICY": str(OPERATORS)}
         with (data.parent / f"{data.name}.stderr").open("ab") as stderr:
             process = subprocess.Popen(
                 [sys.executable, *program],

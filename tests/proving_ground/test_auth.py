@@ -13,7 +13,7 @@ def test_demo_tokens_identify_their_holders(tmp_path: Path) -> None:
     write_demo(tmp_path / "tokens.json")
     tokens = demo_tokens(tmp_path / "tokens.json")
     known = TokenFile.load(tmp_path / "tokens.json")
-    assert known.identify(tokens["dana"]) == Caller("dana", "acme", ("operator",), ("support-bot",))
+    assert known.identify(tokens["dana"]) == Caller("dana", "acme", ("operator",), ("support-bot", "production"))
     assert known.identify(tokens["sam"]) == Caller("sam", "acme", ("viewer",), ())
     assert known.identify(tokens["lee"]) == Caller("lee", "globex", ("operator",), ())
 

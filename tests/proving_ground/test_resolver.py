@@ -11,13 +11,15 @@ from proving_ground.catalog import SMOLLM2_NEED, CatalogModel
 from proving_ground.node import Node, NodeFree
 from proving_ground.quantities import MIB
 from proving_ground.resolver import CONTEXT_STEP, LEAST_CONTEXT, NoRoom, Placement, Unsatisfiable, effective, plan
-from proving_ground.wanted import Wanted
+from proving_ground.wanted import Limits, Wanted
 
 MODEL = CatalogModel("org/small", Path("small.gguf"), "0" * 64, 8192, SMOLLM2_NEED)
 
-# ask: replicas/min, cpu (m), memory (MiB), context, gpu, `f` GPU floor, `alt`, `cpu!` force_cpu; - is not asked
+# ask: replicas/min, cpu (m), memory (MiB), context, gpu, `f` GPU floor, `alt`, `cpu!` force_cpu, `m` minutes; - is not
+#   asked; with `<` what policy allows at most
 # node: free of total cores, free of total MiB
-# result: replicas x MiB, cores, context, then the differences as key:cause; or no-room / never with the reason
+# result: replicas x MiB, cores, context, minutes where it ends, then the differences as key:cause;
+#   or no-room / never with the reason
 TABLE = """
 ask                                 | node            | result
 -                                   | 2/2 4096/4096   | 1 x 216 1 2048 cpu:default context:default memory:estimate
@@ -54,14 +56,51 @@ gpu=1 cpu=1000 ctx=512 cpu!         | 2/2 4096/4096   | 1 x 180 1 512 memory:est
 arch=arm64 cpu=1000 mem=180 ctx=512 | 2/2 4096/4096   | 1 x 180 1 512 architecture:unsupported
 conc=4 cpu=1000 mem=180 ctx=512     | 2/2 4096/4096   | 1 x 180 1 512 concurrency:unsupported
 4 cpu=1000 mem=180 ctx=512          | 8/8:2 4096/4096 | 4 x 180 1 512 cpu:balancing
+4 cpu=1000 mem=180 ctx=512 <n=2     | 8/8 4096/4096   | 2 x 180 1 512
+4 cpu=1000 mem=180 ctx=512 <n=2     | 1/8 4096/4096   | 1 x 180 1 512 replicas:capacity
+4/3 cpu=1000 mem=180 ctx=512 <n=2   | 8/8 4096/4096   | never LIMIT_BELOW_FLOOR
+cpu=1000 mem=180 ctx=512 <n=0       | 8/8 4096/4096   | never LIMIT_BELOW_FLOOR
+cpu=1000 mem=400 ctx=512 <mem=300   | 8/8 4096/4096   | 1 x 300 1 512
+cpu=1000 ctx=512 <mem=179           | 8/8 4096/4096   | never LIMIT_BELOW_FLOOR
+4 cpu=1000 mem=180 ctx=512 <mem=400 | 8/8 4096/4096   | 2 x 180 1 512 replicas:policy
+2 cpu=1000 mem=300 ctx=512 <mem=401 | 8/8 4096/4096   | 2 x 200 1 512 memory:policy
+cpu=1000 ctx=2048 <mem=200          | 8/8 4096/4096   | 1 x 198 1 1280 memory:estimate memory:policy context:policy
+2 cpu=2000 mem=200 ctx=512 <cpu=3000 | 8/8 4096/4096  | 2 x 200 1 512 cpu:policy
+2 cpu=2000 mem=200 ctx=512 <cpu=2000 | 8/8 4096/4096  | 2 x 200 1 512
+cpu=1000 ctx=512 <cpu=999           | 8/8 4096/4096   | never LIMIT_BELOW_FLOOR
+cpu=1000 mem=300 ctx=2048 <ctx=1024 | 8/8 4096/4096   | 1 x 300 1 1024
+cpu=1000 mem=300 ctx=2048 <ctx=1000 | 8/8 4096/4096   | 1 x 300 1 768 context:policy
+cpu=1000 mem=300 <ctx=1024          | 8/8 4096/4096   | 1 x 300 1 1024 context:default
+cpu=1000 ctx=512 <ctx=100           | 8/8 4096/4096   | never LIMIT_BELOW_FLOOR
+cpu=1000 mem=180 ctx=512 <ms=90000  | 8/8 4096/4096   | 1 x 180 1 512 for 1 duration:policy
+cpu=1000 mem=180 ctx=512 m=2 <ms=90000 | 8/8 4096/4096 | 1 x 180 1 512 for 1 duration:policy
+cpu=1000 mem=180 ctx=512 m=2 <ms=60000 | 8/8 4096/4096 | 1 x 180 1 512 for 1
+cpu=1000 mem=180 ctx=512 m=1 <ms=60000 | 8/8 4096/4096 | 1 x 180 1 512 for 1
+cpu=1000 ctx=512 <ms=59999          | 8/8 4096/4096   | never LIMIT_BELOW_FLOOR
+4 conc=4 cpu=1000 mem=180 ctx=512 <conc=2 | 8/8 4096/4096 | 2 x 180 1 512 replicas:policy concurrency:unsupported
+cpu=1000 ctx=512 <forbidden         | 8/8 4096/4096   | never NOT_ALLOWED
 """
 
 
 def _ask(words: list[str]) -> Wanted:
-    numbers = {"cpu": "cpu", "ctx": "context", "gpu": "gpu", "f": "gpu_floor", "conc": "concurrency"}
-    wanted = Wanted()
+    numbers = {"cpu": "cpu", "ctx": "context", "gpu": "gpu", "f": "gpu_floor", "conc": "concurrency", "m": "minutes"}
+    limited = {
+        "n": "replicas",
+        "cpu": "cpu",
+        "mem": "memory",
+        "ctx": "context",
+        "ms": "duration",
+        "conc": "concurrency",
+    }
+    wanted, limits = Wanted(), Limits()
     for word in words:
         key, _, value = word.partition("=")
+        if word == "<forbidden":
+            limits = Limits(forbidden="not here")
+            continue
+        if word.startswith("<"):
+            limits = replace(limits, **{limited[key[1:]]: int(value) * (MIB if key == "<mem" else 1)})
+            continue
         if key in numbers:
             wanted = replace(wanted, **{numbers[key]: int(value)})
         elif key == "mem":
@@ -75,7 +114,7 @@ def _ask(words: list[str]) -> Wanted:
         elif word != "-":
             copies, _, least = word.partition("/")
             wanted = replace(wanted, replicas=int(copies), min_copies=int(least or 1))
-    return wanted
+    return replace(wanted, limits=limits)
 
 
 def _node(cores: str, memory: str) -> NodeFree:
@@ -97,6 +136,7 @@ def _result(found: Placement | NoRoom | Unsatisfiable) -> str:
     first = found.instances[0]
     assert all(grant.memory == first.memory and grant.context == first.context for grant in found.instances)
     shape = f"{len(found.instances)} x {first.memory // MIB} {first.cores} {first.context}"
+    shape += "" if first.minutes is None else f" for {first.minutes}"
     return " ".join([shape, *(f"{why.key}:{why.cause}" for why in found.differences)])
 
 
@@ -118,6 +158,13 @@ WANTED = st.builds(
     memory=st.none() | st.integers(1, 3000).map(lambda mib: mib * MIB),
     context=st.none() | st.integers(1, 20_000),
     gpu=st.integers(0, 8),
+    limits=st.builds(
+        Limits,
+        replicas=st.none() | st.integers(0, 16),
+        memory=st.none() | st.integers(0, 4000).map(lambda mib: mib * MIB),
+        cpu=st.none() | st.integers(0, 9000),
+        context=st.none() | st.integers(0, 20_000),
+    ),
 )
 
 
@@ -135,12 +182,17 @@ def test_what_is_placed_fits(wanted: Wanted, cores: int, memory: int) -> None:
     for grant in found.instances:
         assert LEAST_CONTEXT <= grant.context <= MODEL.trained_context and grant.context % CONTEXT_STEP == 0
         assert grant.memory >= MODEL.need.bytes_for(grant.context, grant.cores)
+    limits, given = wanted.limits, found.instances
+    assert limits.replicas is None or len(given) <= limits.replicas
+    assert limits.memory is None or sum(grant.memory for grant in given) <= limits.memory
+    assert limits.cpu is None or sum(grant.cores for grant in given) * 1000 <= limits.cpu
+    assert limits.context is None or given[0].context <= limits.context
 
 
 @given(WANTED)
 def test_a_shortfall_always_has_a_reason(wanted: Wanted) -> None:
-    """What differs from the ask is named by its key."""
-    found = plan(wanted, MODEL, Node("n1", 3, 900 * MIB).free())
+    """What differs from the ask is named by its key; what a limit does is on the record with the limit."""
+    found = plan(replace(wanted, limits=Limits()), MODEL, Node("n1", 3, 900 * MIB).free())
     if not isinstance(found, Placement):
         return
     keys = {why.key for why in found.differences}
