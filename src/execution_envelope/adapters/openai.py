@@ -30,13 +30,13 @@ def describe_completion(body: Any, context: Context) -> Ask:
     model = body.get("model")
     if model is not None and not isinstance(model, str):
         raise InvalidField("body.model", f"expected the name of a model, got `{type(model).__name__}`")
-    tokens = asked_tokens(body)
+    tokens, several = asked_tokens(body), answers(body)
     chat = context.surface.rstrip("/").endswith("/chat/completions")
     return Ask(
         kind="inference",
         operation="chat.completions" if chat else "completions",
         target=Target("model", model or UNNAMED),
-        requested={"output_tokens": tokens * answers(body) if isinstance(tokens, int) else tokens, "requests": 1},
+        requested={"output_tokens": tokens * several if isinstance(tokens, int) else tokens, "requests": 1},
         constraints={"model": model or None},
         schema="openai.chat.completions/1" if chat else "openai.completions/1",
         body=body,
