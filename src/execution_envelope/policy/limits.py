@@ -38,7 +38,7 @@ def read_limits(said: Any, path: str) -> dict[str, Any]:
 
 
 def least(several: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """All of them together: of amounts the smallest, of lists what is in all."""
+    """All of them together, as a `Decision` has them: of amounts the smallest, of lists what is in all."""
     limits: dict[str, Any] = {}
     for some in several:
         for name, value in some.items():
@@ -48,7 +48,11 @@ def least(several: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
                 limits[name] = smallest((limits[name], value))
             else:
                 limits[name] = tuple(one for one in limits[name] if _among(one, value))
-    return limits
+    # A decision's amounts are read as people write them, where a bare number of these counts whole ones.
+    return {
+        name: f"{value}m" if name in VOCABULARY and VOCABULARY[name].unit == "milli" else value
+        for name, value in limits.items()
+    }
 
 
 def _among(one: Any, values: Iterable[Any]) -> bool:
