@@ -19,7 +19,7 @@ import regopy
 from execution_envelope.credentials import brief, invalid, shown
 from execution_envelope.decision import CODES, Decision, Declaration, Duty
 from execution_envelope.envelope import Envelope
-from execution_envelope.policy.limits import read_limits
+from execution_envelope.policy.limits import least, read_limits
 from execution_envelope.policy.view import SHAPE, Wanted, view
 from execution_envelope.policy.watched import MAX_BYTES
 from execution_envelope.values import canonical
@@ -121,7 +121,7 @@ class Rego:
             code = min(codes, key=lambda code: CODES[code][0]) if codes else "policy"
             said = message or "; ".join(one for one in reasons if one not in CODES) or "the policy does not allow it"
             return Decision("deny", code, said, revision=self.revision, policies=reasons, hints=read)
-        limits = read_limits(document.get("limits", {}), "limits")
+        limits = least([read_limits(document.get("limits", {}), "limits")])
         duties = _duties(document.get("obligations", []))
         return Decision("allow", None, message, limits, duties, self.revision, reasons, (), read)
 
