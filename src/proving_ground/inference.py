@@ -116,6 +116,8 @@ class Counted:
         self._whole = False
         self.status: int | None = None
         """Of the engine's answer; None before there is one."""
+        self.gone = False
+        """Whether the client went away before that."""
 
     async def passing(self, parts: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         async for part in parts:
@@ -133,6 +135,8 @@ class Counted:
             if self._answered:
                 # OpenAI clients go away at the last word of a stream, before its last byte: nothing was cut off.
                 await self._admission.complete()
+            elif self.gone:
+                await self._admission.cancel("the client went away before the answer")
 
     @property
     def _answered(self) -> bool:
@@ -176,4 +180,4 @@ def refusal(refused: Refused) -> JSONResponse:
 def bad_request(problem: str, status: int = 400) -> JSONResponse:
     """What is wrong with a request, in OpenAI's error shape."""
     error = {"message": problem, "type": "invalid_request_error", "param": None, "code": None}
-    return JSONResponse({"error": error}, status)
+    return JSONResponse({"error": error}, status, {"x-should-retry": "false"})

@@ -130,6 +130,8 @@ async def _passed_on(
     try:
         upstream = await _ask(request, engine, path, http, body)
     except ClientDisconnect:
+        if counted is not None:
+            counted.gone = True
         await release.aclose()
         return Response(status_code=499)  # for the access log; nobody is there to read it
     except httpx.HTTPError as error:

@@ -170,6 +170,34 @@ def test_a_floor_above_the_limit_is_rejected(ruled: Ruled) -> None:
     )
 
 
+def test_limits_narrow_everything_and_nothing_is_unstated(ruled: Ruled) -> None:
+    limits = "{replicas: 1, memory: 300MiB, cpu: 1, context: 1024, duration: 90s}"
+    ruled.rewrite(("limits: {replicas: 2}", f"limits: {limits}"))
+    asked = {**memory("400Mi"), "cpu": {"architecture": "x86_64", "requests": {"cpu": "2", "memory": "400Mi"}}}
+    body = {"m_id": str(smollm2().id), "m_config_id": str(smollm2().config_id), "inferenceResources": asked}
+    with ruled.backend.http() as dana:
+        body |= {"starting_copies": 2, "context": 4096, "duration": 30}
+        deployment = dana.post("/serving/deploy_model", json=body).json()
+    until(lambda: ruled.dana.serving.get_deployment_status(deployment) == "DEPLOYED")
+    shown = ruled.shown(f"deployment:{deployment}")
+    rows = {row["key"]: row for row in shown["resources"]}
+    assert shown["state"] == "granted" and not any(row["unstated"] for row in rows.values())
+    given = {name: row["granted"]["total"] for name, row in rows.items()}
+    assert given == {"replicas": 1, "memory": 300 * MIB, "cpu": 1000, "context": 1024, "duration": 60_000}
+    assert {name: row["reasons"][0]["cause"] for name, row in rows.items()} == dict.fromkeys(rows, "policy")
+
+
+def test_a_constraint_that_policy_does_not_allow_is_rejected(ruled: Ruled) -> None:
+    ruled.rewrite(("limits: {replicas: 2}", "limits: {engine: [vllm, sglang]}"))
+    deployment = deploy(ruled.dana, wait=False)
+    until(lambda: ruled.dana.serving.get_deployment_status(deployment) == "FAILED")
+    failed = ruled.dana.serving.get_deployment(deployment)
+    assert (failed.last_error_code, failed.last_error_message) == (
+        "NOT_ALLOWED",
+        "this backend gives engine `llamacpp`; policy allows vllm, sglang",
+    )
+
+
 def test_memory_of_a_tenant_runs_out_and_comes_back(ruled: Ruled) -> None:
     first = deploy(ruled.dana, inference_resources=memory("600Mi"))
     holder = ruled.shown(f"deployment:{first}")["envelope"]["correlation"]["id"]
@@ -315,6 +343,25 @@ def test_a_stream_that_is_cut_is_estimated(ruled: Ruled) -> None:
         assert seen == 20 and held == 512
         assert 19 <= settled(ruled) - before < 512
         assert (used(ruled)["how"], ruled.shown(ruled.newest())["state"]) == ("estimated", "cancelled")
+
+        # Of an answer that is not streamed nobody knows how far it came: it may have been all.
+        before = settled(ruled)
+        with pytest.raises(openai.APITimeoutError):
+            hasty = client.with_options(max_retries=0, timeout=0.4)
+            hasty.chat.completions.create(**ask | {"stream": False}, extra_body={"ignore_eos": True})
+        assert settled(ruled) - before == 512
+        assert (used(ruled)["how"], ruled.shown(ruled.newest())["state"]) == ("estimated", "cancelled")
+
+
+def test_answers_are_not_kept_for_a_key(ruled: Ruled) -> None:
+    client = ruled.dana.openai.get_client(deployment_id=deploy(ruled.dana))
+    ask: dict[str, Any] = {"model": "any", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}
+    with client:
+        client.chat.completions.create(**ask, extra_headers={"Idempotency-Key": "hi-1"})
+        before = settled(ruled)
+        with pytest.raises(openai.ConflictError, match="answers are not kept"):
+            client.chat.completions.create(**ask, extra_headers={"Idempotency-Key": "hi-1"})
+        assert settled(ruled) == before
 
 
 def test_tokens_run_out_and_limits_reach_the_engine(ruled: Ruled) -> None:

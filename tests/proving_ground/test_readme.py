@@ -74,3 +74,10 @@ def shell(code: str, backend: Backend, names: dict[str, Any]) -> str:
     ran = subprocess.run(["sh", "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     return ran.stdout
+
+
+def test_every_setting_is_on_the_page() -> None:
+    page = (ROOT / "docs" / "reference" / "proving-ground.md").read_text()
+    source = (ROOT / "src" / "proving_ground" / "settings.py").read_text()
+    settings = set(re.findall(r'"([A-Z_]{3,})"', source))
+    assert settings == set(re.findall(r"^\| `([A-Z_]+)` \|", page, re.M))
