@@ -132,7 +132,7 @@ class Counted:
         with anyio.CancelScope(shield=True):
             amounts, how = self._used()
             await self._admission.used(amounts, how=how)
-            if self._answered:
+            if self._answered and not self._admission.record.open_obligations:
                 # OpenAI clients go away at the last word of a stream, before its last byte: nothing was cut off.
                 await self._admission.complete()
             elif self.gone:
