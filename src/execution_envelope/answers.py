@@ -90,6 +90,17 @@ def raised(error: BaseException) -> str:
 
 def _understood(declared: Declaration, said: Any, read: Sequence[str], shadow: bool, start: float) -> Answer:
     path = f"hooks.{declared.name}"
+    if type(said) is Decision and _says_yes(said, read):
+        revision = None if said.revision is None else _scrubbed(said.revision, path, "revision")
+        verdict = Verdict(
+            declared.name,
+            declared.version,
+            said.outcome,
+            duration_us=_since(start),
+            shadow=shadow,
+            revision=revision,
+        )
+        return Answer(verdict)
     if not isinstance(said, Decision):
         raise invalid(path, f"expected a Decision, got `{type(said).__name__}`")
     outcome, code = said.outcome, said.code
@@ -121,6 +132,18 @@ def _understood(declared: Declaration, said: Any, read: Sequence[str], shadow: b
         answer=None if said.answer is None else _raw(said.answer, f"{path}.answer"),
     )
     return Answer(verdict, _duties(said.obligations, path) if said.obligations else ())
+
+
+def _says_yes(said: Decision, read: Sequence[str]) -> bool:
+    """The usual answer, in which nothing else has to be looked at."""
+    return (
+        said.outcome == "allow"
+        and said.code is None
+        and said.message is None
+        and said.answer is None
+        and not (said.limits or said.obligations or said.policies or said.errors)
+        and (said.hints == () or (said.hints is None and not read))
+    )
 
 
 def _scrubbed(text: Any, path: str, name: str) -> str:

@@ -18,7 +18,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Awaitable, Generator, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final
 
@@ -27,7 +26,7 @@ import msgspec
 
 from execution_envelope.answers import Answer, Failure, failed, raised, understood, watched
 from execution_envelope.credentials import invalid, shown
-from execution_envelope.decision import Decider, Declaration, Duty, Hook, Observer, Phase
+from execution_envelope.decision import Decider, Decision, Declaration, Duty, Hook, Observer, Phase
 from execution_envelope.envelope import Envelope, canonical
 from execution_envelope.errors import InvalidField
 from execution_envelope.isolation import Processes
@@ -49,13 +48,12 @@ _COUNTED: Final[Mapping[str, str]] = {
 }
 
 
-@dataclass(slots=True)
-class Decided:
+class Decided(msgspec.Struct):
     """What the deciders said, in their order; the duties that they attached; in a plan, who was left out and why."""
 
-    verdicts: list[Verdict] = field(default_factory=list)
-    duties: dict[str, Sequence[Duty]] = field(default_factory=dict)
-    skipped: dict[str, str] = field(default_factory=dict)
+    verdicts: list[Verdict] = []
+    duties: dict[str, Sequence[Duty]] = {}
+    skipped: dict[str, str] = {}
 
 
 class HookChain:
@@ -180,14 +178,14 @@ class _Asker:
         start, declared = time.monotonic(), self.declaration
         if declared.timeout is not None:
             end = min(end, start + declared.timeout)
-        shadow = declared.shadows(envelope)
+        shadow = declared.mode == "shadow" and declared.shadows(envelope)
         if start >= end:
             return self._late((), shadow, start, "the deadline passed before it was asked")
         seen, read = watched(envelope)
         me = os.getpid()
         try:
             said = self.hook.decide(seen)
-            if inspect.isawaitable(said):
+            if type(said) is not Decision and inspect.isawaitable(said):  # the first costs less to ask
                 getattr(said, "close", str)()  # or it warns that it was never awaited
                 problem = invalid(f"hooks.{self.name}", "expected `async def decide` of a hook that is waited for")
                 answer = failed(declared, "invalid", str(problem), read, shadow=shadow, start=start)
@@ -197,7 +195,8 @@ class _Asker:
             if _is_interrupt(error):
                 raise
             answer = failed(declared, "error", raised(error), read, shadow=shadow, start=start)
-        _end_a_copy(me)
+        if os.getpid() != me:
+            _end_a_copy(me)
         now = time.monotonic()
         held = now - start
         if now > end and answer.verdict.failure is None:

@@ -90,11 +90,14 @@ class Cedar:
         except ValueError as error:
             raise invalid("cedar", f"expected Cedar policies, {brief(str(error), 200)}") from None
 
+    def inputs(self, envelope: Envelope) -> tuple[dict[str, str], str]:
+        """The request and the entities, as the engine is asked."""
+        return request(envelope, self._wanted), entities(envelope, self._attributes)
+
     def decide(self, envelope: Envelope) -> Decision:
         """Allows what a ``permit`` permits and no ``forbid`` forbids, or could not be evaluated."""
-        heard = cedarpy.is_authorized(
-            request(envelope, self._wanted), self._policies, entities(envelope, self._attributes)
-        )
+        asked, some = self.inputs(envelope)
+        heard = cedarpy.is_authorized(asked, self._policies, some)
         hints = envelope.scope.hints
         read = tuple(name for name in hints if self._hints is None or name in self._hints) if hints else ()
         said = heard.diagnostics

@@ -78,8 +78,7 @@ _EVERYTHING: Final[Wanted] = dict.fromkeys(SHAPE)
 
 
 def _plain(value: Any, wanted: Wanted | None) -> Any:
-    kind = type(value)
-    if kind is tuple:
+    if type(value) is tuple:
         return [item if type(item) is str else _plain(item, None) for item in value]
     if isinstance(value, msgspec.Struct):
         return _of_struct(value, wanted)
@@ -91,10 +90,10 @@ def _plain(value: Any, wanted: Wanted | None) -> Any:
 
 def _of_struct(struct: msgspec.Struct, wanted: Wanted | None) -> dict[str, Any]:
     plain = {}
-    for name in struct.__struct_fields__ if wanted is None else wanted:
+    for name, below in (dict.fromkeys(struct.__struct_fields__) if wanted is None else wanted).items():
         value = getattr(struct, name, None)
         if value is not None:
-            plain[name] = value if type(value) is str else _plain(value, None if wanted is None else wanted[name])
+            plain[name] = value if type(value) is str else _plain(value, below)
     return plain
 
 
