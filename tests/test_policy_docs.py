@@ -67,7 +67,7 @@ def test_what_is_bounded_is_documented() -> None:
 def test_the_file_that_is_shown_can_be_loaded() -> None:
     [text] = re.findall(r"```yaml\n(.*?)```", PAGE, re.S)
     policy = parse(text)
-    assert (policy.revision, len(policy.rules.rules), len(policy.budgets)) == ("2026-11-27", 3, 1)
+    assert (policy.revision, len(policy.rules.rules), len(policy.budgets.budgets)) == ("2026-11-27", 3, 1)
 
 
 def test_engines_are_deciders_that_say_they_change_nothing() -> None:

@@ -283,7 +283,7 @@ def test_budgets_prices_and_approval() -> None:
     prices: {version: "2026-11", currency: EUR, per_million: {"smollm2-*": {output_tokens: "0.60"}}}
     approval: {expires: 2h, valid: 90s}
     """)
-    memory, tokens = policy.budgets
+    memory, tokens = policy.budgets.budgets
     assert (memory.limit, memory.unknown, memory.per, memory.kinds) == (
         1024**3,
         1024**2,
@@ -291,7 +291,8 @@ def test_budgets_prices_and_approval() -> None:
         frozenset({"model.deploy"}),
     )
     assert (tokens.limit, tokens.window, tokens.match, tokens.mode) == (1000, "day", {"tenant": ("acme",)}, "shadow")
-    assert policy.prices is not None and policy.prices.cost("smollm2-135m", {"output_tokens": 1_000_000}) == 600_000
+    prices = policy.budgets.prices
+    assert prices is not None and prices.cost("smollm2-135m", {"output_tokens": 1_000_000}) == 600_000
     assert (policy.approvals.expires, policy.approvals.valid) == (timedelta(hours=2), timedelta(seconds=90))
 
 
@@ -406,16 +407,16 @@ def test_reload_is_all_or_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     path = tmp_path / "policy.yaml"
     path.write_text(GOOD.format(1, "acme", 5))
     file = PolicyFile(path)
-    assert (file.revision, file.budgets[0].limit, file.decider.decide(sealed()).outcome) == ("1", 5, "allow")
+    assert (file.revision, file.budgets.budgets[0].limit, file.decider.decide(sealed()).outcome) == ("1", 5, "allow")
     assert not file.reload()
     path.write_text(GOOD.format(2, "other", 6))
     assert file.decider.decide(sealed()).outcome == "allow"  # nobody asked for it yet
     assert file.reload()
-    assert (file.revision, file.budgets[0].limit, file.decider.decide(sealed()).outcome) == ("2", 6, "deny")
+    assert (file.revision, file.budgets.budgets[0].limit, file.decider.decide(sealed()).outcome) == ("2", 6, "deny")
 
     path.write_text(GOOD.format(3, "acme", "lots"))
     assert not file.reload() and not file.reload()
-    assert (file.revision, file.budgets[0].limit) == ("2", 6)
+    assert (file.revision, file.budgets.budgets[0].limit) == ("2", 6)
     assert (
         file.problem is not None and "revision 2 judges" in file.problem and "policy.budgets[0].limit" in file.problem
     )

@@ -10,19 +10,21 @@ from execution_envelope import (
     AdmissionController,
     Candidate,
     Grant,
+    OpenObligations,
     Record,
     Subject,
     established,
     per_replica,
 )
 from execution_envelope.integrations.fastapi import Caller as EnvelopeCaller
+from execution_envelope.policy.file import PolicyFile
 from execution_envelope.reconciliation import Liveness, Prober
 from execution_envelope.telemetry.prometheus import PrometheusObserver
 from proving_ground.auth import CurrentCaller
 from proving_ground.catalog import ENGINE, Catalog
 from proving_ground.deployment import Deployment, Instance
 from proving_ground.engine import Enforced, Usage
-from proving_ground.policy import BackendPolicy
+from proving_ground.policy import open_policy
 from proving_ground.quantities import in_words
 from proving_ground.resolver import NoRoom, Placement
 from proving_ground.settings import Settings
@@ -50,19 +52,19 @@ class Seam:
     """The controller with what it was made of."""
 
     controller: AdmissionController
-    policy: BackendPolicy
+    policy: PolicyFile
     metrics: PrometheusObserver
 
 
 def open_seam(settings: Settings) -> Seam:
     """The backend's controller. Raises `ValueError` for a policy file that is wrong."""
-    policy = BackendPolicy(settings)
+    policy = open_policy(settings)
     log, metrics = observers(settings)
     controller = AdmissionController.open(
         ledger_url(settings),
-        hooks=[policy.file.decider, log, metrics],
-        budgets=policy.budgets,
-        approvals=lambda: policy.file.approvals,
+        hooks=[policy.decider, log, metrics],
+        budgets=lambda: policy.budgets,
+        approvals=lambda: policy.approvals,
         # What has a budget is strict all the same.
         write_modes={"inference": "relaxed:50"},
         component="proving-ground",
@@ -192,8 +194,12 @@ class EnvelopeRecorder:
         by = deployment.stopped_by or SUPERVISOR
         if admission.state == "admitted":
             await admission.cancel("stopped before anything was granted", by=by)
-        else:
+            return
+        try:
             await admission.complete("stopped", by=by)
+        except OpenObligations as open_ones:
+            # Its engines have ended, whatever is left to do.
+            await admission.fail("OBLIGATIONS_OPEN", str(open_ones), by=by)
 
 
 async def _used(admission: Admission, part: str, usage: Usage) -> None:

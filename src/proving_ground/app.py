@@ -19,6 +19,7 @@ from proving_ground.admission import SUPERVISOR, EnvelopeRecorder, open_seam, pr
 from proving_ground.auth import TokenFile
 from proving_ground.catalog import Catalog
 from proving_ground.machine import this_node
+from proving_ground.policy import watch
 from proving_ground.settings import Settings
 from proving_ground.state import Backend
 from proving_ground.store import Store
@@ -65,7 +66,7 @@ def create_app(settings: Settings, *, catalog: Catalog | None = None) -> FastAPI
             app.state.backend = Backend(settings, models, supervisor, http)
             await supervisor.recover()
             await controller.reconcile({SUPERVISOR: prober(supervisor)}, everything=True)
-            work = (_look_after(controller, supervisor), seam.policy.watch())
+            work = (_look_after(controller, supervisor), watch(seam.policy))
             beside = [asyncio.create_task(one) for one in work]
             try:
                 yield

@@ -328,6 +328,13 @@ def test_tokens_are_charged_as_the_engine_counts_them(ruled: Ruled) -> None:
             client.completions.create(model="any", prompt=["One,", "two,"], max_tokens=5)
         with pytest.raises(openai.BadRequestError, match="expected a whole number from 1 on"):
             client.chat.completions.create(**ask, max_tokens=0)
+        # What generates text in another way would not be counted at all.
+        before = settled(ruled)
+        with pytest.raises(openai.NotFoundError):
+            client.responses.create(model="any", input="Name a color.")
+        with pytest.raises(openai.NotFoundError):
+            client.post("/messages", body={"messages": ask["messages"], "max_tokens": 5}, cast_to=object)
+        assert settled(ruled) == before
 
 
 def test_a_stream_that_is_cut_is_estimated(ruled: Ruled) -> None:

@@ -1,6 +1,6 @@
 """One policy file in YAML: rules in CEL, budgets, prices, how long approvals wait. Reloaded without a restart.
 
-``PolicyFile("policy.yaml")``: its `decider` goes to the controller's hooks, `budgets`, `prices` and `approvals` to its
+``PolicyFile("policy.yaml")``: its `decider` goes to the controller's hooks, `budgets` and `approvals` to its
 parameters of those names. Needs the extra ``policy``. All keys are in `docs/reference/policy.md`.
 """
 
@@ -18,7 +18,7 @@ from typing import Any, Final, TypeVar, cast
 import msgspec
 
 from execution_envelope.approvals import Approvals
-from execution_envelope.budgets import MAX_BUDGETS, Budget, Prices
+from execution_envelope.budgets import MAX_BUDGETS, Budget, Budgets, Prices
 from execution_envelope.credentials import brief, invalid, shown
 from execution_envelope.decision import CODES, Decision, Declaration, Duty
 from execution_envelope.envelope import KINDS, Envelope
@@ -125,8 +125,7 @@ class Policy:
     """What a policy file says. `decide` is what a decider answers; `revision` names it on the record."""
 
     rules: CelRules
-    budgets: tuple[Budget, ...]
-    prices: Prices | None
+    budgets: Budgets
     approvals: Approvals
     revision: str
 
@@ -156,7 +155,10 @@ def parse(text: str | bytes) -> Policy:
         if len(names) > MAX_SET:
             raise invalid("policy.rules", f"expected up to {MAX_SET} different {what}, got {len(names)}")
     return Policy(
-        CelRules(rules, revision=revision), _budgets(keys.budgets), _prices(keys.prices), _approvals(keys), revision
+        CelRules(rules, revision=revision),
+        Budgets(_budgets(keys.budgets), prices=_prices(keys.prices)),
+        _approvals(keys),
+        revision,
     )
 
 
@@ -370,12 +372,9 @@ class PolicyFile:
         return self._file.problem
 
     @property
-    def budgets(self) -> list[Budget]:
-        return list(self.policy.budgets)
-
-    @property
-    def prices(self) -> Prices | None:
-        return self.policy.prices
+    def budgets(self) -> Budgets:
+        """With the price table."""
+        return self.policy.budgets
 
     @property
     def approvals(self) -> Approvals:
