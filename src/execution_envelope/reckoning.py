@@ -14,6 +14,8 @@ from execution_envelope.resources import VOCABULARY, Amount, Quantity, add, larg
 
 #: The part that a grant or a report without a part speaks of.
 WHOLE: Final = ""
+#: The facts that it takes in.
+RECKONED: Final = frozenset({Granted, Released, Ready, Used, Late})
 
 
 class Reckoning:
@@ -31,6 +33,15 @@ class Reckoning:
         self._keys: set[tuple[str | None, str]] = set()
         self._earlier: set[tuple[str | None, str]] = set()
         self._ready = False
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Reckoning) and self._all() == other._all()
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def _all(self) -> tuple[object, ...]:
+        keys = self._keys | self._earlier
+        return self._live, self._most, self._reports, self._estimated, keys, self._ready
 
     def fork(self) -> Reckoning:
         """One that goes on from here by itself, for what would be."""

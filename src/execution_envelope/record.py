@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, Final, Literal, TypeVar
 
 import msgspec
 
@@ -35,12 +35,16 @@ from execution_envelope.lifecycle import (
     legal_from,
     next_state,
 )
+from execution_envelope.reckoning import RECKONED, Reckoning
 from execution_envelope.reckoning import WHOLE as WHOLE
-from execution_envelope.reckoning import Reckoning
 from execution_envelope.resources import Amount, Quantity, exceeds, human, smallest
 from execution_envelope.values import same
 
 T = TypeVar("T")
+
+
+#: Facts that change which grants, or which budgets, an execution holds.
+_CHANGING: Final = frozenset({Granted, Released, Budgeted, Late})
 
 
 class Usage(msgspec.Struct, frozen=True):
@@ -72,8 +76,7 @@ class Record:
         self.state: str = ASKED
         self._grants: dict[str, Event] = {}
         self._released: set[str] = set()
-        #: What was given and used, part by part.
-        self.reckoning = Reckoning(envelope.requested.resources)
+        self._reckoning: Reckoning | None = None
         #: What is held of budgets and was spent; the newest entry of each balance, with the sums in it.
         self.budgets: dict[tuple[str, str, str], BudgetEntry] = {}
         #: What was reserved of each at first.
@@ -85,7 +88,11 @@ class Record:
         """Add an event. Raises `IllegalTransition`; nothing is changed then."""
         self.state = _after(self.state, event.data)
         self.events.append(event)
-        self.reckoning.apply(event.data)
+        kind = type(event.data)
+        if kind in RECKONED:
+            self.reckoning.apply(event.data)
+        if kind not in _CHANGING:
+            return  # most say what happened, and change nothing that is kept here
         if isinstance(event.data, Granted):
             held = {name: grant for name, grant in self._grants.items() if name not in self._released}
             part = event.data.part or WHOLE
@@ -101,6 +108,13 @@ class Record:
                     key = (entry.account, entry.window, entry.resource)
                     self.budgets[key] = _sum(self.budgets.get(key), entry)
                     self.reserved.setdefault(key, entry)
+
+    @property
+    def reckoning(self) -> Reckoning:
+        """What was given and used, part by part. Made when there is something to reckon."""
+        if self._reckoning is None:
+            self._reckoning = Reckoning(self.envelope.requested.resources)
+        return self._reckoning
 
     @property
     def id(self) -> str:

@@ -59,6 +59,8 @@ class Balances:
         Raises `BudgetExhausted` where what stands behind all of them does not fit into an account in `within`, and
         `InvalidField` for a total that no database has room for; nothing is entered then.
         """
+        if not any(commit.budgeted for commit in commits):
+            return
         ahead: dict[Key, Balance] = {}
         holdings: dict[tuple[Key, str], int] = {}
         for commit in commits:
