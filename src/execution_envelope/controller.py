@@ -198,7 +198,7 @@ class AdmissionController:
         key = sealed.key_digest
         if isinstance(judgement.outcome, lifecycle.Held) and key is None:
             assert ask.subject is not None  # or it could not have been sealed
-            judgement = replace(judgement, outcome=replace_struct(judgement.outcome, key=sealed.envelope.id))
+            judgement = replace_struct(judgement, outcome=replace_struct(judgement.outcome, key=sealed.envelope.id))
             key = key_digest(ask.subject, ask.operation, sealed.envelope.id)
         budgeted = any(isinstance(fact, lifecycle.Budgeted) for fact in judgement.conditions)
         window = None if budgeted else self._journal.mode(sealed.envelope, key).window_ms
@@ -473,6 +473,9 @@ class AdmissionController:
     def _answer(self, record: Record, judgement: Judgement | None = None) -> Admission:
         """Hand over the admission, or raise what was decided: just now, or as the record says."""
         self.counters[record.state] += 1
+        if record.state == "admitted" and judgement is not None and isinstance(judgement.outcome, lifecycle.Admitted):
+            self.counters["undecided"] += judgement.outcome.undecided
+            return self._handle(record, by=self.component)
         reasons = decisions.reasons(record.verdicts) if judgement is None else judgement.reasons
         for event in reversed(record.events):
             fact = event.data

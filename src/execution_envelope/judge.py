@@ -7,11 +7,12 @@ commit alone: what a judgement says of it before that (in a plan, and in shadow)
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final, Literal, TypeAlias
 
 import msgspec
+from msgspec.structs import replace
 
 from execution_envelope import decision as decisions
 from execution_envelope import lifecycle
@@ -34,8 +35,7 @@ MAX_HOLDERS: Final = 5
 Decided: TypeAlias = lifecycle.Admitted | lifecycle.Denied | lifecycle.Held
 
 
-@dataclass(frozen=True, slots=True)
-class Judgement:
+class Judgement(msgspec.Struct, frozen=True):
     """What was decided. `conditions` come with an admission: limits, obligations, what it costs, what it reserves;
     `within` are the accounts that it has to fit into."""
 
@@ -43,8 +43,8 @@ class Judgement:
     outcome: Decided
     conditions: Sequence[EventData] = ()
     within: frozenset[str] = frozenset()
-    approved: Approved = field(default_factory=dict)
-    skipped: Mapping[str, str] = field(default_factory=dict)
+    approved: Approved = {}
+    skipped: Mapping[str, str] = {}
 
     @property
     def reasons(self) -> tuple[Reason, ...]:
@@ -125,26 +125,26 @@ class Judge:
         """
         phase: Phase = "admit" if held is None else "readmit"
         decided = await self._chain.decide(envelope, phase=phase, plan=plan)
-        verdicts, now = decided.verdicts, self._journal.now()
-        approved = {} if held is None else lifted(held, timestamp(now))
+        verdicts = decided.verdicts
+        approved = {} if held is None else lifted(held, timestamp(self._journal.now()))
         # Who may approve is enforced in any case.
         mode: Mode = "enforce" if must_decide else self._mode
         outcome = decisions.combine(verdicts, mode=mode, approved=approved)
         if isinstance(outcome, lifecycle.Held):
-            expires_at = timestamp(until(now, self.approvals.expires))
-            outcome = msgspec.structs.replace(outcome, expires_at=expires_at)
+            expires_at = timestamp(until(self._journal.now(), self.approvals.expires))
+            outcome = replace(outcome, expires_at=expires_at)
         # One that failed did not decide, whatever its failure mode.
         if must_decide and isinstance(outcome, lifecycle.Admitted) and not any(map(_allows, verdicts)):
             outcome = lifecycle.Denied("undecidable", "no decider covers this, and it has to be decided by policy")
-        judgement = Judgement(verdicts, outcome, approved=approved, skipped=decided.skipped)
-        if not isinstance(outcome, lifecycle.Admitted):
-            return judgement
-        conditions: list[EventData] = [*decisions.limits(verdicts), *decisions.attached(decided.duties)]
+        conditions: list[EventData] = []
+        if verdicts and isinstance(outcome, lifecycle.Admitted):
+            conditions = [*decisions.limits(verdicts), *decisions.attached(decided.duties)]
+        judgement = Judgement(verdicts, outcome, conditions, approved=approved, skipped=decided.skipped)
         budgets = self._budgets()
-        if not budgets or must_decide:  # an approval takes nothing
-            return replace(judgement, conditions=conditions) if conditions else judgement
-        judgement = replace(judgement, conditions=conditions)
-        return await self._within_budgets(envelope, judgement, budgets, now, plan=plan)
+        # An approval takes nothing.
+        if not isinstance(outcome, lifecycle.Admitted) or must_decide or not budgets:
+            return judgement
+        return await self._within_budgets(envelope, judgement, budgets, self._journal.now(), plan=plan)
 
     async def full(self, envelope: Envelope, judgement: Judgement, refused: BudgetExhausted) -> Judgement:
         """The same after its commit was refused: the budget denies it."""
@@ -217,7 +217,7 @@ class Judge:
             said = any(entry.account in verdict.policies for verdict in verdicts)
             if entry.reserved > max(0, balance.free) and not said:
                 verdict = await self._exhausted(balance, entry)
-                verdicts.append(msgspec.structs.replace(verdict, shadow=entry.shadow))
+                verdicts.append(replace(verdict, shadow=entry.shadow))
         return self._again(judgement, verdicts) if verdicts else judgement
 
     async def _cost(
@@ -254,12 +254,12 @@ class Judge:
 
         for balance in await self._journal.call(look):
             if balance.resource == entry.resource:
-                return msgspec.structs.replace(balance, limit=entry.limit)
+                return replace(balance, limit=entry.limit)
         return Balance(entry.account, entry.window, entry.resource, entry.limit)
 
     async def _exhausted(self, balance: Balance, entry: BudgetEntry) -> Verdict:
         """Why not: how much is there, who holds it, when it frees."""
-        balance = msgspec.structs.replace(balance, limit=entry.limit)
+        balance = replace(balance, limit=entry.limit)
         key = Key(entry.account, entry.window, entry.resource)
         budget = self._budgets().of(entry.account)
         holders, more = await self._journal.call(self._journal.ledger.holders, key, MAX_HOLDERS)
