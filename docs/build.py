@@ -8,7 +8,18 @@ from pathlib import Path
 
 import msgspec
 
-from execution_envelope import credentials, envelope, grant, journal, lifecycle, resources
+from execution_envelope import (
+    answers,
+    budgets,
+    credentials,
+    envelope,
+    grant,
+    hooks,
+    journal,
+    lifecycle,
+    observers,
+    resources,
+)
 from execution_envelope.admission import MAX_CONFLICTS
 from execution_envelope.controller import ATTEMPTED_BURST, ATTEMPTED_PER_SECOND, AdmissionController
 from execution_envelope.decision import CODES
@@ -114,6 +125,34 @@ def _limits() -> str:
             "refused, the field is named",
         ),
         ("a reference", "200 characters, with its kind", "refused, the field is named"),
+        ("budgets of a controller", str(budgets.MAX_BUDGETS), "refused when they are made"),
+        ("the name of an account", f"{budgets.MAX_ACCOUNT} bytes", "cut, and ends in a digest of the whole"),
+        (
+            "limits, obligations, policies, errors and hints of one decision, each",
+            str(answers.MAX_SAID),
+            "limits and obligations: the hook failed; the others: the last one says how many more",
+        ),
+        (
+            "the raw answer of an engine elsewhere",
+            f"{answers.MAX_ANSWER} characters",
+            "cut, with its length and SHA-256",
+        ),
+        (
+            "values that one decision allows for constraints",
+            f"{answers.MAX_ALLOWED} bytes together",
+            "the hook failed, its failure mode applies",
+        ),
+        (
+            "threads of one hook, and processes of an isolated one",
+            f"{hooks.MAX_THREADS} and {hooks.MAX_PROCESSES}",
+            "the next ones wait within the deadline",
+        ),
+        (
+            "holding the event loop, by one hook",
+            f"{hooks.BLOCKED:g} s",
+            f"named on the record, counted; asked in a thread from then on, an async one not for {hooks.QUARANTINE:g} s",
+        ),
+        ("commits that wait for one observer", str(observers.MAX_WAITING), "left out and counted: `observer_dropped`"),
         ("all deciders of one request", f"{deadline:g} s unless set", "each one's failure mode, on the record"),
         ("one call of a ledger that others write", f"{BUSY_TIMEOUT:g} s", "`LedgerUnavailable`: 503, nothing started"),
         ("one call of a ledger in PostgreSQL", f"{TIMEOUT:g} s", "`LedgerUnavailable`: 503, nothing started"),
