@@ -17,7 +17,6 @@ from execution_envelope import (
     hooks,
     journal,
     lifecycle,
-    observers,
     resources,
 )
 from execution_envelope.admission import MAX_CONFLICTS
@@ -150,9 +149,8 @@ def _limits() -> str:
         (
             "holding the event loop, by one hook",
             f"{hooks.BLOCKED:g} s",
-            f"named on the record, counted; asked in a thread from then on, an async one not for {hooks.QUARANTINE:g} s",
+            f"named on the record and counted; then asked in a thread, or, async, not for {hooks.QUARANTINE:g} s",
         ),
-        ("commits that wait for one observer", str(observers.MAX_WAITING), "left out and counted: `observer_dropped`"),
         ("all deciders of one request", f"{deadline:g} s unless set", "each one's failure mode, on the record"),
         ("one call of a ledger that others write", f"{BUSY_TIMEOUT:g} s", "`LedgerUnavailable`: 503, nothing started"),
         ("one call of a ledger in PostgreSQL", f"{TIMEOUT:g} s", "`LedgerUnavailable`: 503, nothing started"),

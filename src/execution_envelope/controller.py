@@ -310,7 +310,8 @@ class AdmissionController:
 
     def _report(self, id: str, failure: lifecycle.Error) -> None:
         """An observer failed, for the first time with this envelope."""
-        self._journal.record_beside(id, failure, by=self.component)
+        text = scrub(failure.text, removed=self._journal.removed(id))
+        self._journal.record_beside(id, lifecycle.Error(text, failure.hook), by=self.component)
 
     # Steps
 
