@@ -139,7 +139,7 @@ def _key(ledger: Ledger) -> Any:
 
 
 async def test_who_does_not_fit_is_denied_and_told_why_and_disturbs_nobody(ledger: Ledger) -> None:
-    controller = seam(ledger)
+    controller = AdmissionController(ledger, budgets=Budgets([MEMORY], revision="r7"))
     first = await controller.begin(ask())
     second = await controller.begin(ask(requested={"memory": "1GiB"}))
     with pytest.raises(Denied) as denied:
@@ -151,6 +151,7 @@ async def test_who_does_not_fit_is_denied_and_told_why_and_disturbs_nobody(ledge
     )
     record = await controller.read(denied.value.envelope_id or "")
     assert (record.state, record.verdicts[-1].hook, record.budgets) == ("denied", "budget:memory", {})
+    assert record.verdicts[-1].revision == "r7"
     await first.complete()
     assert (await controller.begin(ask())).state == "admitted"
 

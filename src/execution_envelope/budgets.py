@@ -317,9 +317,14 @@ class Reservation:
 
 
 class Budgets:
-    """The budgets of a controller and its price table. Raises `InvalidField` for what is declared wrongly."""
+    """The budgets of a controller and its price table. Raises `InvalidField` for what is declared wrongly.
 
-    def __init__(self, budgets: Sequence[Budget] = (), *, prices: Prices | None = None) -> None:
+    `revision` is that of the policy which they come from; it stands on the record of what they refuse.
+    """
+
+    def __init__(
+        self, budgets: Sequence[Budget] = (), *, prices: Prices | None = None, revision: str | None = None
+    ) -> None:
         if len(budgets) > MAX_BUDGETS:
             raise InvalidField("budgets", f"expected up to {MAX_BUDGETS} budgets, got {len(budgets)}")
         self.budgets = tuple(budget.checked() for budget in budgets)
@@ -327,6 +332,7 @@ class Budgets:
         if len(set(names)) != len(names):
             raise InvalidField("budgets", f"expected budgets with different names, got {', '.join(names)}")
         self.prices = None if prices is None else prices.checked()
+        self.revision = revision
 
     def __bool__(self) -> bool:
         return bool(self.budgets) or self.prices is not None

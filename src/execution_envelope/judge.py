@@ -199,7 +199,8 @@ class Judge:
         verdicts, denials = [], False
         for refusal in reservation.refused:
             shadow = refusal.budget.mode == "shadow"
-            verdicts.append(_denial(refusal.account, refusal.code, refusal.message, shadow=shadow))
+            said = _denial(refusal.account, refusal.code, refusal.message, budgets.revision)
+            verdicts.append(replace(said, shadow=shadow))
             denials = denials or not shadow
         if denials and enforced:
             return self._again(judgement, verdicts)
@@ -267,14 +268,14 @@ class Judge:
             # Who asks is not told what other tenants run.
             holders, more = [], len(holders) + more
         message = exhausted(balance, entry.reserved, holders, more)
-        return _denial(entry.account, "quota_exhausted", message)
+        return _denial(entry.account, "quota_exhausted", message, self._budgets().revision)
 
 
 def _allows(verdict: Verdict) -> bool:
     return verdict.decision in ("allow", "warn") and verdict.failure is None and not verdict.shadow
 
 
-def _denial(account: str, code: str, message: str, *, shadow: bool = False) -> Verdict:
+def _denial(account: str, code: str, message: str, revision: str | None) -> Verdict:
     return Verdict(
         hook=f"budget:{account.partition('/')[0]}",
         version="1",
@@ -283,5 +284,5 @@ def _denial(account: str, code: str, message: str, *, shadow: bool = False) -> V
         message=scrub(message),
         retryable=CODES[code][0],
         policies=(scrub(account),),
-        shadow=shadow,
+        revision=revision,
     )

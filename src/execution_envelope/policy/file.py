@@ -156,7 +156,7 @@ def parse(text: str | bytes) -> Policy:
             raise invalid("policy.rules", f"expected up to {MAX_SET} different {what}, got {len(names)}")
     return Policy(
         CelRules(rules, revision=revision),
-        Budgets(_budgets(keys.budgets), prices=_prices(keys.prices)),
+        Budgets(_budgets(keys.budgets), prices=_prices(keys.prices), revision=revision),
         _approvals(keys),
         revision,
     )
