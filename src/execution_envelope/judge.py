@@ -199,8 +199,8 @@ class Judge:
         verdicts, denials = [], False
         for refusal in reservation.refused:
             shadow = refusal.budget.mode == "shadow"
-            said = _denial(refusal.account, refusal.code, refusal.message, budgets.revision)
-            verdicts.append(replace(said, shadow=shadow))
+            verdict = _denial(refusal.account, refusal.code, refusal.message, budgets.revision)
+            verdicts.append(replace(verdict, shadow=shadow))
             denials = denials or not shadow
         if denials and enforced:
             return self._again(judgement, verdicts)
