@@ -115,7 +115,7 @@ def _limits() -> str:
             for name, count in envelope.MAX_ENTRIES.items()
         ),
         ("names of constraints, hints and facets", "128 characters", "refused, the field is named"),
-        ("idempotency key", "255 characters", "refused, the field is named"),
+        ("idempotency key", "255 characters", "cut, with its length and SHA-256; what counts as the key is the whole"),
         ("paths named as taken out of one request", str(envelope.MAX_REDACTED), "the last one says how many more"),
         ("names in one grant or effective value", str(grant.MAX_NAMES), "refused, the field is named"),
         (

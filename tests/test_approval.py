@@ -406,3 +406,38 @@ async def test_asking_again_and_again_does_not_grow_the_record() -> None:
         with pytest.raises(Held):
             await house.again(held)
     assert len((await house.controller.read(held.envelope_id or "")).events) == 3
+
+
+async def test_an_approval_that_was_not_taken_up_is_said() -> None:
+    house = House()
+    held = await house.hold()
+    house.clock.advance(minutes=30)
+    await house.controller.approve(held.envelope_id or "", by=KIM, reason="the launch")
+    house.clock.advance(hours=1)
+    with pytest.raises(Held, match=r"user:kim approved it, to be taken up until 2026-05-01T13:30"):
+        await house.again(held)
+    house.clock.advance(hours=1)
+    with pytest.raises(Denied, match="user:kim approved it, to be taken up until"):
+        await house.again(held)
+    record = await house.controller.read(held.envelope_id or "")
+    assert record.state == "expired" and "user:kim" in record.events[-1].data.message
+
+
+async def test_who_says_the_same_again_says_nothing_new() -> None:
+    house = House()
+    held = await house.hold()
+    for _ in range(5):
+        record = await house.controller.approve(held.envelope_id or "", by=KIM, reason="the launch")
+    assert len(record.events) == 4 and len(house.controller.ledger.newest(99)) == 2
+    assert house.controller.counters["ungranted"] == house.controller.counters["hints_unread"] == 0
+
+
+async def test_trying_to_approve_ones_own_leaves_a_trace() -> None:
+    house = House()
+    held = await house.hold()
+    with pytest.raises(SelfApproval):
+        await house.controller.approve(
+            held.envelope_id or "", by=Subject("user", "dana", tenant="acme", roles=("approver",)), reason="mine"
+        )
+    [attempted] = house.controller.ledger.attempted(9)
+    assert (attempted.reason, attempted.status) == ("self-approval", 403) and held.envelope_id in attempted.detail

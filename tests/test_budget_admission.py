@@ -146,7 +146,7 @@ async def test_who_does_not_fit_is_denied_and_told_why_and_disturbs_nobody(ledge
         await controller.begin(ask())
     assert denied.value.retryable and denied.value.reasons[0].code == "quota_exhausted"
     assert str(denied.value) == (
-        f"budget memory/acme has 1 GiB of 4 GiB memory left (now), 2 GiB asked; 3 GiB held, 2 GiB by {first.id}, "
+        f"budget memory/acme has 1 GiB of 4 GiB memory left (now), 2 GiB needed; 3 GiB held, 2 GiB by {first.id}, "
         f"1 GiB by {second.id}; it frees when what holds it ends"
     )
     record = await controller.read(denied.value.envelope_id or "")

@@ -365,14 +365,14 @@ def test_why_not_names_the_budget_who_holds_it_and_when_it_frees() -> None:
     balance = Balance("memory/acme", "now", "memory", 1024 * MIB, reserved=768 * MIB)
     said = exhausted(balance, 512 * MIB, [Holding("e7", 512 * MIB), Holding("e8", 256 * MIB)], 3)
     assert said == (
-        "budget memory/acme has 256 MiB of 1 GiB memory left (now), 512 MiB asked; 768 MiB held, 512 MiB by e7, "
+        "budget memory/acme has 256 MiB of 1 GiB memory left (now), 512 MiB needed; 768 MiB held, 512 MiB by e7, "
         "256 MiB by e8 and 3 more; it frees when what holds it ends"
     )
     spent = msgspec.structs.replace(
         balance, window="2026-05-01", resource="output_tokens", limit=10, reserved=2, spent=8
     )
     assert exhausted(spent, 5, []) == (
-        "budget memory/acme has 0 of 10 output_tokens left (2026-05-01), 5 asked; 8 spent; 2 held; it frees at "
+        "budget memory/acme has 0 of 10 output_tokens left (2026-05-01), 5 needed; 8 spent; 2 held; it frees at "
         "2026-05-02T00:00Z or as far as what is held is not used"
     )
 

@@ -348,7 +348,7 @@ def test_show_takes_an_id_a_reference_or_a_piece_of_an_id(sample: Sample) -> Non
 
 def test_show_names_what_an_ambiguous_piece_stands_for(sample: Sample) -> None:
     ids = (sample.granted, sample.denied, sample.pending)
-    complains(in_order("show", sample.granted[: cli.MIN_PIECE], sample=sample), "expected one envelope", *ids)
+    complains(in_order("show", sample.granted[: cli_shared.MIN_PIECE], sample=sample), "expected one envelope", *ids)
     complains(in_order("show", sample.granted[-7:], sample=sample), "at least 8 characters")
     complains(in_order("show", "0" * 36, sample=sample), "none has the id")
 

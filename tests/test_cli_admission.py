@@ -111,12 +111,12 @@ PROD = {"environment": "prod"}
 def test_hooks_are_printed_in_order_with_what_they_declare(module: str) -> None:
     shown = run("hooks", "--controller", f"{module}:with_more")
     assert shown.exit_code == 0
-    rows = [line for line in shown.stdout.splitlines() if line.startswith("│")]
-    assert [row.split("│")[2].strip() for row in rows] == ["hold", "approvers", "pager", "notes"]
-    assert "process of its own" in rows[2] and "shadow, enforced for 10%" in rows[2] and "0.5 s" in rows[2]
-    data = [
-        json.loads(line) for line in run("hooks", "--controller", f"{module}:with_more", "--json").stdout.splitlines()
-    ]
+    heads = [line for line in shown.stdout.splitlines() if not line.startswith(" ")]
+    assert [head.split()[1] for head in heads] == ["hold", "approvers", "pager", "notes"]
+    assert heads[2] == "3. pager 1, decider, shadow, enforced for 10%"
+    assert "runs in: process of its own; deadline: 0.5 s; when it fails: deny; side effects: not said" in shown.stdout
+    listed = run("hooks", "--controller", f"{module}:with_more", "--json").stdout
+    data = [json.loads(line) for line in listed.splitlines()]
     assert data[0] == {
         "name": "hold",
         "version": "1",
@@ -139,7 +139,7 @@ def test_hooks_are_printed_in_order_with_what_they_declare(module: str) -> None:
         ("{module}", "expected MODULE:NAME"),
         ("{module}:", "expected MODULE:NAME"),
         ("{module}:nothing", "has no attribute"),
-        ("not_there_at_all:x", "No module named"),
+        ("not_there_at_all:x", "cannot be had: No module named"),
         ("{module}:number", "not callable"),
         ("{module}:dict", "has no attribute"),
     ],
@@ -191,7 +191,10 @@ def test_a_held_request_is_approved_by_whom_the_backend_lets(module: str) -> Non
     assert own.exit_code == 2 and "expected another approver" in own.stderr
     waits = run("show", "--ledger", "sqlite:///l.db", id).stdout
     assert f"envelope approve {id}" in waits and "until" in waits
-    said = run("approve", *words, "--as", "user:kim", "--tenant", "acme", "--role", "approver")
+    beside = run("--ledger", "sqlite:///other.db", "approve", *words, "--as", "user:kim", "--role", "approver")
+    assert (beside.exit_code, beside.stderr.count("\n")) == (2, 1) and "--controller alone" in beside.stderr
+    short = ("--controller", f"{module}:controller", id[-12:], "--reason", "the launch")
+    said = run("approve", *short, "--as", "user:kim", "--tenant", "acme", "--role", "approver")
     assert said.exit_code == 0 and said.stdout.startswith(f"approved {id}")
     assert "approved by user:kim: the launch" in run("show", "--ledger", "sqlite:///l.db", id).stdout
     assert begin(scope=PROD, idempotency_key=id) == id

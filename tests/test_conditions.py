@@ -270,13 +270,50 @@ async def test_a_plan_records_nothing_and_says_what_would_happen() -> None:
 
     seam = controller(Pages(), Silent(), allowing(limits={"gpu": 1}, obligations=DUTIES))
     plan = await seam.plan(ask())
-    assert (plan.outcome, plan.undecided, dict(plan.limits)) == ("admitted", False, {"gpu": 1000})
+    # What those would say is not known.
+    assert (plan.outcome, plan.undecided, dict(plan.limits)) == ("undetermined", False, {"gpu": 1000})
     assert [duty.name for duty in plan.obligations] == ["scan", "notify"]
     assert plan.skipped == {
         "pages-somebody": "it has side effects",
         "silent": "it does not say whether it has side effects",
     }
     assert asked == [] and seam.ledger.newest(9) == [] and not seam.counters["admitted"]
+
+
+async def test_a_plan_whose_only_decider_may_not_be_asked_is_undetermined_and_not_undecided() -> None:
+    class Silent:
+        declaration = Declaration(name="silent")
+
+        def decide(self, envelope: Any) -> Decision:
+            return Decision.deny("policy", "never")
+
+    plan = await controller(Silent()).plan(ask())
+    assert (plan.outcome, plan.undecided) == ("undetermined", False)
+    plan = await controller(Silent(), Rule("no", lambda e: Decision.deny("policy", "no"))).plan(ask())
+    assert plan.outcome == "denied"  # whatever the other says
+    plan = await controller(allowing(limits={"gpu": 1})).plan(ask())
+    assert plan.outcome == "admitted"
+
+
+async def test_how_a_hook_failed_is_for_the_record_and_not_for_the_caller() -> None:
+    def broken(envelope: Any) -> Decision:
+        raise RuntimeError("cannot connect to policy-db.internal as svc_policy")
+
+    seam = controller(Rule("broken", broken))
+    with pytest.raises(Denied) as denied:
+        await seam.begin(ask())
+    assert str(denied.value) == "hook broken failed" == denied.value.reasons[0].message
+    record = await seam.read(denied.value.envelope_id or "")
+    assert "policy-db.internal" in (record.verdicts[0].message or "")
+    warned = await controller(Rule("broken", broken), mode="shadow").begin(ask())
+    assert warned.warnings == ["not enforced: hook broken failed"]
+
+
+@pytest.mark.parametrize("option", [{"approvals": 3}, {"budgets": {"a": 1}}])
+async def test_what_is_no_budget_and_no_approval_is_refused_at_once(option: Any) -> None:
+    with pytest.raises(InvalidField) as refused:
+        controller(**option)
+    assert refused.value.field == next(iter(option))
 
 
 @pytest.mark.parametrize("outcome", ["denied", "held"])

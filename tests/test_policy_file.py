@@ -77,6 +77,9 @@ def test_a_rule_that_does_not_match_or_whose_when_does_not_hold_says_nothing() -
     assert decide(rule("d", when="identity.tenant == 'other'")).outcome == "allow"
     assert decide(rule("d", match={"kinds": ["inference"]})).outcome == "abstain"
     assert decide().outcome == "abstain"
+    # Rules that are for other operations alone say nothing of this one.
+    assert decide(rule("d", match={"operations": ["envelope.approve"]})).outcome == "abstain"
+    assert decide(rule("d", match={"operations": ["x"]}), rule("e", match={"tenants": ["x"]})).outcome == "allow"
 
 
 def test_matching_is_by_every_field_that_a_rule_names() -> None:

@@ -170,7 +170,7 @@ def test_every_event_type_has_a_sentence() -> None:
             lifecycle.Held("approval_required", "ask a boss", "k1"),
             "held until somebody approves (approval_required): ask a boss; to be sent again under the key k1",
         ),
-        (lifecycle.Expired(), "expired: nobody approved in time"),
+        (lifecycle.Expired(), "expired: nobody approved it in time"),
         (lifecycle.Limit({"memory": 2**30}, "quota"), "quota allows at most memory 1 GiB"),
         (
             lifecycle.Effective("alias", "the short name", {}, {"model": "smollm2"}),

@@ -502,7 +502,7 @@ def test_of_an_answer_without_end_only_the_beginning_is_read() -> None:
     ("value", "least", "most"),
     [
         ("7", 7, 7),
-        (format_datetime(datetime.now(UTC) + timedelta(hours=1), usegmt=True), 3500, 3600),
+        ("in an hour", 3500, 3600),
         ("Thu, 01 Jan 1970 00:00:00 GMT", 0, 0),
         ("soon", None, None),
         ("", None, None),
@@ -510,6 +510,8 @@ def test_of_an_answer_without_end_only_the_beginning_is_read() -> None:
     ],
 )
 def test_a_receiver_says_when_to_come_again(value: str, least: float | None, most: float | None) -> None:
+    if value == "in an hour":
+        value = format_datetime(datetime.now(UTC) + timedelta(hours=1), usegmt=True)
     found = _retry_after(httpx.Response(503, headers={"retry-after": value}))
     if least is None or most is None:
         assert found is None

@@ -15,6 +15,7 @@ from execution_envelope import grant as grants
 from execution_envelope import lifecycle
 from execution_envelope.budgets import Prices, is_enforced, unbounded
 from execution_envelope.credentials import marker, scrub, shown
+from execution_envelope.decision import told
 from execution_envelope.envelope import Envelope, timestamp
 from execution_envelope.errors import (
     IllegalTransition,
@@ -107,7 +108,7 @@ class Admission:
         verdicts = self._record.verdicts
         found = [v.message for v in verdicts if v.decision == "warn" and v.message and not v.shadow]
         if verdicts and any(isinstance(e.data, lifecycle.Admitted) and e.data.shadow for e in self._record.events):
-            found += [f"not enforced: {v.message}" for v in verdicts if v.decision in ("deny", "hold")]
+            found += [f"not enforced: {told(v)}" for v in verdicts if v.decision in ("deny", "hold")]
         if not self._enforce:
             found += [f"not enforced: {violation.text}" for violation in self._record.violations]
         return found

@@ -103,6 +103,16 @@ def expired(record: Record, now: str) -> bool:
     return hold.data.expires_at <= now and not lifted(record, now)
 
 
+def lapsed(record: Record, now: str) -> str | None:
+    """That an approval was not taken up in time, when that is so."""
+    event = record.approval
+    if event is None or not isinstance(event.data, Approval) or event.data.decision != "approve":
+        return None
+    if event.data.expires_at is None or event.data.expires_at > now:
+        return None
+    return f"{event.data.approver} approved it, to be taken up until {event.data.expires_at}"
+
+
 def until(now: datetime, span: timedelta) -> datetime:
     """When a span from now has passed; never beyond what a date can say."""
     try:

@@ -37,7 +37,10 @@ class Approver:
         if expired(record, timestamp(self._journal.now())):
             await self._reconciler.expire(record, self._journal.component)
             record = await self._journal.read(record.id)
-        admission = await self._admit(approvals.request(record, said, by, reason))
+        asked = approvals.request(record, said, by, reason)
+        if said == "approve" and self._stands(record, by):
+            return record  # said once more, by the same one: nothing new
+        admission = await self._admit(asked)
         try:
             if admission.record.open_obligations:  # before anything is said: nobody could fulfil them for an approval
                 raise OpenObligations(admission.id, admission.record.open_obligations)
@@ -53,6 +56,13 @@ class Approver:
         except LedgerUnavailable:
             await admission.leave()  # what was said stands; its end is recorded when the ledger answers again
         return record
+
+    def _stands(self, record: Record, by: Subject) -> bool:
+        """Whether this approver approved all that holds it, and it may still be taken up."""
+        event = record.approval
+        if event is None or getattr(event.data, "approver", None) != scrub(f"{by.type}:{by.id}"):
+            return False
+        return dict(approvals.lifted(record, timestamp(self._journal.now()))) == approvals.holds(record) != {}
 
     async def _record(self, record: Record, said: Said, admission: Admission, reason: str) -> Record:
         subject = admission.envelope.identity.subject

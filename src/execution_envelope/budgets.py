@@ -490,7 +490,7 @@ def exhausted(balance: Balance, asked: int, holders: Sequence[Holding], more: in
 
     said = (
         f"budget {balance.account} has {amount(max(0, balance.free))} of {amount(balance.limit)} {balance.resource} "
-        f"left ({balance.window}), {amount(asked)} asked"
+        f"left ({balance.window}), {amount(asked)} needed"
     )
     parts = [f"{amount(balance.spent)} spent"] if balance.spent else []
     if balance.reserved:

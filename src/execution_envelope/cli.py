@@ -39,6 +39,7 @@ from execution_envelope.cli_shared import (
     opened,
     print_json,
     progress_bar,
+    resolve,
     say,
     signed_checkpoint,
     utc_now,
@@ -60,8 +61,6 @@ from execution_envelope.version import __version__
 
 #: How often `tail` looks for new entries, in seconds.
 POLL: Final = 0.25
-#: The shortest piece of an id that `show` accepts for the whole.
-MIN_PIECE: Final = 8
 #: After so many exported envelopes `list` looks no further.
 MAX_EXPORTED: Final = 10_000
 #: Findings printed; `--json` lists them all.
@@ -200,7 +199,7 @@ def show(context: click.Context, url: str | None, as_json: bool, id: str) -> Non
     """
     now, console = utc_now(), new_console()
     with opened(context, url) as ledger:
-        found = _resolve(ledger, id)
+        found = resolve(ledger, id)
         record = _record(ledger, found)
         try:
             children, status = ledger.children(found), _chain_status(ledger, found)
@@ -307,7 +306,7 @@ def tail(context: click.Context, url: str | None, as_json: bool, follow: bool, s
     damaged = False
     with opened(context, url) as ledger:
         try:
-            new = _Chains(ledger) if id is None else _Envelope(ledger, _resolve(ledger, id))
+            new = _Chains(ledger) if id is None else _Envelope(ledger, resolve(ledger, id))
             rows = new.last(since)
             while True:
                 for row in rows:
@@ -363,39 +362,6 @@ def _pages(read: Callable[[str | None], list[ProjectedEnvelope]]) -> Iterator[Pr
     while page := read(before):
         yield from page
         before = page[-1].id
-
-
-def _ids(ledger: Ledger) -> Iterator[str]:
-    """Every id, newest first."""
-    before: str | None = None
-    while found := ledger.newest(_PAGE, before=before):
-        yield from found
-        before = found[-1]
-
-
-def _resolve(ledger: Ledger, name: str) -> str:
-    """The id that an id, ``kind:reference``, or the beginning or end of an id stands for."""
-    kind, colon, reference = name.partition(":")
-    if colon:
-        bound = ledger.find(kind, reference)
-        if bound is None:
-            raise NotFound(f"expected an envelope, none is bound to `{name[:200]}`")
-        return bound
-    if next(ledger.rows_of(name), None) is not None:
-        return name
-    # Says where an exported one is.
-    ledger.read(name)
-    piece = name.lower()
-    matches = []
-    if len(piece) >= MIN_PIECE:
-        matches = [id for id in _ids(ledger) if id.lower().startswith(piece) or id.lower().endswith(piece)]
-    if not matches:
-        short = f"; a piece of an id needs at least {MIN_PIECE} characters" if len(name) < MIN_PIECE else ""
-        raise NotFound(f"expected an envelope, none has the id `{name[:200]}`{short}")
-    if len(matches) > 1:
-        more = f" and {len(matches) - 10} more" if len(matches) > 10 else ""
-        raise Problem(f"expected one envelope, `{name[:200]}` stands for {', '.join(matches[:10])}{more}")
-    return matches[0]
 
 
 def _chain_status(ledger: Ledger, id: str) -> presentation.ChainStatus:

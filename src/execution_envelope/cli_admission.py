@@ -31,6 +31,7 @@ from execution_envelope.cli_shared import (
     opened,
     print_json,
     print_text,
+    resolve,
 )
 from execution_envelope.controller import AdmissionController
 from execution_envelope.decision import Decider, Hook
@@ -71,30 +72,23 @@ def add_to(group: click.Group) -> None:
 @json_option
 def hooks(name: str | None, as_json: bool) -> None:
     """Print the hooks of a backend, in order, each with its declaration."""
-    with _controller(name) as controller:
+    with _controller(click.get_current_context(), name) as controller:
         found = list(controller.hooks)
         policies = [problem for hook in found if (problem := getattr(hook, "problem", None))]
     if as_json:
         for hook in found:
             print_json(_declared(hook))
         return
-    table = Table("", "hook", "version", "sort", "kinds", "asked at", "runs", "timeout", "fails", "mode", "effects")
     for place, hook in enumerate(found, start=1):
         said = _declared(hook)
-        table.add_row(
-            str(place),
-            said["name"],
-            said["version"],
-            said["sort"],
-            ", ".join(said["kinds"] or ["all"]),
-            ", ".join(said["phases"]),
-            said["runs"],
-            "-" if said["timeout"] is None else f"{said['timeout']:g} s",
-            said["failure_mode"] or "counted",
-            said["mode"],
-            {None: "undeclared", True: "some", False: "none"}[said["side_effects"]],
-        )
-    new_console().print(table if found else "no hooks: every request is admitted, undecided")
+        print_text(f"{place}. {said['name']} {said['version']}, {said['sort']}, {said['mode']}")
+        print_text(f"   kinds: {', '.join(said['kinds'] or ['all'])}; asked at: {', '.join(said['phases'])}")
+        timeout = "that of all" if said["timeout"] is None else f"{said['timeout']:g} s"
+        effects = {None: "not said", True: "some", False: "none"}[said["side_effects"]]
+        failing = f"when it fails: {said['failure_mode']}; " if said["failure_mode"] else ""
+        print_text(f"   runs in: {said['runs']}; deadline: {timeout}; {failing}side effects: {effects}")
+    if not found:
+        print_text("no hooks: every request is admitted, undecided")
     for problem in policies:
         print_text(problem)
 
@@ -111,7 +105,7 @@ def plan(name: str | None, as_json: bool, file: Any) -> None:
     admitted, 1 it would not.
     """
     ask = _ask(file.read())
-    with _controller(name) as controller:
+    with _controller(click.get_current_context(), name) as controller:
         found = _run(controller, lambda: controller.plan(ask))
     if as_json:
         print_json(_plan_data(found), indent=2)
@@ -172,7 +166,7 @@ def budgets(context: click.Context, url: str | None, as_json: bool, window: str 
             print_json(_balance_data(balance, *holders[Key(balance.account, balance.window, balance.resource)]))
         return
     if not found:
-        print_text("no budgets: nothing was ever reserved")
+        print_text("no budgets: nothing was ever reserved" + (f" in window {window}" if window else ""))
         return
     table = Table("account", "window", "resource", "reserved", "spent", "limit", "free", "unknown")
     for balance in found:
@@ -194,7 +188,9 @@ def budgets(context: click.Context, url: str | None, as_json: bool, window: str 
 
 
 @contextmanager
-def _controller(name: str | None) -> Iterator[AdmissionController]:
+def _controller(context: click.Context, name: str | None) -> Iterator[AdmissionController]:
+    if context.obj is not None:
+        raise Problem("expected --controller alone, it names its ledger itself - at --ledger")
     if not name:
         raise Problem(f"expected a controller, none is named: use --controller MODULE:NAME or {CONTROLLER}")
     module, colon, attribute = name.partition(":")
@@ -208,11 +204,11 @@ def _controller(name: str | None) -> Iterator[AdmissionController]:
         if not isinstance(found, AdmissionController):
             found = found()
     except Exception as error:
-        raise Problem(f"expected a controller `{name}`: {type(error).__name__}: {error} - at --controller") from error
+        raise Problem(f"expected a controller, `{name}` cannot be had: {error} - at --controller") from error
     finally:
         sys.path.pop(0)
     if not isinstance(found, AdmissionController):
-        raise Problem(f"expected an AdmissionController, got `{type(found).__name__}` - at --controller")
+        raise Problem(f"expected a controller, `{name}` is a `{type(found).__name__}` - at --controller")
     try:
         yield found
     finally:
@@ -241,8 +237,9 @@ def _say(
     if not colon or not sort or not subject:
         raise Problem(f"expected TYPE:ID such as user:dana, got `{who}` - at --as")
     by = Subject(sort, subject, tenant=tenant, roles=roles, method="command line")
-    with _controller(name) as controller:
+    with _controller(click.get_current_context(), name) as controller:
         say = controller.approve if decision == "approve" else controller.deny
+        id = resolve(controller.ledger, id)
         try:
             record = _run(controller, lambda: say(id, by=by, reason=reason))
         except (Denied, Held) as refused:

@@ -17,12 +17,16 @@ from rich.text import Text
 
 from execution_envelope import presentation
 from execution_envelope.credentials import redact_text
+from execution_envelope.errors import NotFound
 from execution_envelope.ledger import Ledger, open_ledger
 from execution_envelope.ledger.checkpoint import Checkpoint, PublicKey, read_checkpoint, verify_signature
 
 ENV: Final = "EXECUTION_ENVELOPE_LEDGER"
 #: How wide pictures are where no terminal says: into a file or a pipe.
 PIPE_WIDTH: Final = 100
+#: The shortest piece of an id that is accepted for the whole.
+MIN_PIECE: Final = 8
+_PAGE: Final = 1000
 
 ledger_option: Final = click.option(
     "--ledger", "url", metavar="URL", help=f"The ledger, such as sqlite:///envelopes.db; else {ENV} names it."
@@ -73,6 +77,39 @@ def utc_now() -> datetime:
 def unreadable(error: BaseException) -> Problem:
     """For rows that were changed so that they cannot be read at all."""
     return Problem(f"expected rows that can be read: {type(error).__name__}: {error}; run `envelope verify`")
+
+
+def _ids(ledger: Ledger) -> Iterator[str]:
+    """Every id, newest first."""
+    before: str | None = None
+    while found := ledger.newest(_PAGE, before=before):
+        yield from found
+        before = found[-1]
+
+
+def resolve(ledger: Ledger, name: str) -> str:
+    """The id that an id, ``kind:reference``, or the beginning or end of an id stands for."""
+    kind, colon, reference = name.partition(":")
+    if colon:
+        bound = ledger.find(kind, reference)
+        if bound is None:
+            raise NotFound(f"expected an envelope, none is bound to `{name[:200]}`")
+        return bound
+    if next(ledger.rows_of(name), None) is not None:
+        return name
+    # Says where an exported one is.
+    ledger.read(name)
+    piece = name.lower()
+    matches = []
+    if len(piece) >= MIN_PIECE:
+        matches = [id for id in _ids(ledger) if id.lower().startswith(piece) or id.lower().endswith(piece)]
+    if not matches:
+        short = f"; a piece of an id needs at least {MIN_PIECE} characters" if len(name) < MIN_PIECE else ""
+        raise NotFound(f"expected an envelope, none has the id `{name[:200]}`{short}")
+    if len(matches) > 1:
+        more = f" and {len(matches) - 10} more" if len(matches) > 10 else ""
+        raise Problem(f"expected one envelope, `{name[:200]}` stands for {', '.join(matches[:10])}{more}")
+    return matches[0]
 
 
 # Printing

@@ -12,7 +12,7 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self, TypeAlias
+from typing import Any, Final, Self, TypeAlias, TypeVar
 
 import anyio
 import anyio.to_thread
@@ -22,8 +22,8 @@ from msgspec.structs import replace as replace_struct
 from execution_envelope import decision as decisions
 from execution_envelope import lifecycle
 from execution_envelope.admission import Admission
-from execution_envelope.approvals import Approvals, expired
-from execution_envelope.approver import Approver
+from execution_envelope.approvals import Approvals, expired, lapsed
+from execution_envelope.approver import Approver, Said
 from execution_envelope.blocking import BlockingController
 from execution_envelope.budgets import Budgets
 from execution_envelope.credentials import scrub, shown
@@ -39,6 +39,7 @@ from execution_envelope.errors import (
     LedgerUnavailable,
     NotFound,
     Refused,
+    SelfApproval,
     Unidentified,
 )
 from execution_envelope.hooks import HookChain
@@ -56,6 +57,8 @@ from execution_envelope.record import Record
 #: Attempted requests a process records in a second, and at once; the rest are counted as dropped.
 ATTEMPTED_PER_SECOND: Final = 20
 ATTEMPTED_BURST: Final = 100
+
+T = TypeVar("T")
 
 #: Checks the facets of an envelope. Raises `InvalidField` naming the facet.
 FacetCheck: TypeAlias = Callable[[Envelope], None]
@@ -113,8 +116,8 @@ class AdmissionController:
             self._hooks,
             self._journal,
             mode=mode,
-            budgets=_provided(budgets, Budgets()),
-            approvals=_provided(approvals, Approvals()),
+            budgets=_provided("budgets", budgets, Budgets()),
+            approvals=_provided("approvals", approvals, Approvals()),
         )
         self._facets = facets
         self._check_after = check_after
@@ -164,6 +167,13 @@ class AdmissionController:
         """The way into the block, for integrations that call `Admission.leave` themselves."""
         return await self._admitted(ask)
 
+    async def _said(self, said: Said, reference: Sequence[str], by: Subject, reason: str) -> Record:
+        try:
+            return await self._approver.say(said, await self.read(*reference), by, reason)
+        except SelfApproval as refused:
+            await self.attempted("approve", "self-approval", status=403, detail=str(refused))
+            raise
+
     async def _admitted_by_somebody(self, ask: Ask) -> Admission:
         return await self._admitted(ask, must_decide=True)
 
@@ -209,7 +219,7 @@ class AdmissionController:
         except KeyTaken as taken:
             return await self._again(sealed, taken.row)
         self.counters["redacted"] += len(sealed.redacted)
-        if sealed.envelope.scope.hints:
+        if sealed.envelope.scope.hints and not must_decide:  # those of an approval are there for who wants them
             self.counters["hints_unread"] += sum(not hooks for hooks in record.hints_read.values())
         # 6. Answer.
         return self._answer(record, judgement)
@@ -231,11 +241,11 @@ class AdmissionController:
         deciders say who may, and where none covers it nobody may. Raises `Denied` and `Held` of that, `NotHeld`,
         `SelfApproval`, `NotFound` and `InvalidField`. Returns the record of the held request.
         """
-        return await self._approver.say("approve", await self.read(*reference), by, reason)
+        return await self._said("approve", reference, by, reason)
 
     async def deny(self, *reference: str, by: Subject, reason: str) -> Record:
         """Refuse a held request, as `by`: it stays denied. As `approve`."""
-        return await self._approver.say("deny", await self.read(*reference), by, reason)
+        return await self._said("deny", reference, by, reason)
 
     async def resume(self, *reference: str, by: str) -> Admission:
         """Continue an execution as yourself: ``resume(id, by=...)``, ``resume("deployment", id, by=...)``.
@@ -450,7 +460,7 @@ class AdmissionController:
             )
         now = timestamp(self._journal.now())
         if expired(record, now):
-            await self._decided([lifecycle.Expired()], record)
+            await self._decided([lifecycle.Expired(lapsed(record, now))], record)
             return self._answer(record)
         judgement = await self._judge.decide(record.envelope, held=record)
         if isinstance(judgement.outcome, lifecycle.Held):
@@ -485,12 +495,15 @@ class AdmissionController:
                     fact.message or fact.code, envelope_id=record.id, reasons=reasons, retryable=fact.retryable
                 )
             if isinstance(fact, lifecycle.Expired | lifecycle.Cancelled):
-                why = "nobody approved it in time" if isinstance(fact, lifecycle.Expired) else fact.message
+                silent = "nobody approved it in time" if isinstance(fact, lifecycle.Expired) else None
+                why = fact.message or silent
                 problem = f"it was held and {record.state}: {why or 'nobody wants it any more'}; use a new key"
                 raise Denied(problem, envelope_id=record.id, reasons=reasons, retryable=False)
             if isinstance(fact, lifecycle.Held):
                 key = fact.key or record.envelope.correlation.idempotency_key or record.id
                 message = next((reason.message for reason in reasons if reason.message), fact.message or fact.code)
+                if (late := lapsed(record, timestamp(self._journal.now()))) is not None:
+                    message = f"{message}; {late}"
                 raise Held(message, envelope_id=record.id, reasons=reasons, idempotency_key=key)
             if isinstance(fact, lifecycle.Admitted):
                 self.counters["undecided"] += fact.undecided
@@ -543,10 +556,15 @@ def _decided_just_now(record: Record) -> KeyConflict:
     )
 
 
-def _provided(given: Any, default: Any) -> Callable[[], Any]:
+def _provided(name: str, given: T | Callable[[], T] | None, default: T) -> Callable[[], T]:
+    if given is None:
+        return lambda: default
+    if isinstance(given, type(default)):
+        found: T = given
+        return lambda: found
     if callable(given):
-        return given  # type: ignore[no-any-return]
-    return lambda: default if given is None else given
+        return given
+    raise InvalidField(name, f"expected {type(default).__name__}, or a function that returns them, got {shown(given)}")
 
 
 def _said(record: Record, verdict: lifecycle.Verdict) -> bool:

@@ -267,6 +267,13 @@ class Rule:
 #: Hook -> on what grounds it held when that was approved.
 Approved: TypeAlias = Mapping[str, Collection[str]]
 _NOTHING_APPROVED: Final[Approved] = {}
+#: How a hook failed -> what is told of it.
+_FAILED: Final = {
+    "error": "failed",
+    "invalid": "gave no answer that can be understood",
+    "timeout": "did not answer in time",
+    "quarantined": "is not asked for now",
+}
 
 
 def combine(
@@ -285,6 +292,13 @@ def combine(
     if mode == "shadow" and not isinstance(result, Admitted):
         return Admitted(shadow=_refused(result))
     return result
+
+
+def told(verdict: Verdict) -> str:
+    """What of a verdict is for whoever asks: how a hook failed is for the record only."""
+    if verdict.failure is None:
+        return verdict.message or ""
+    return f"hook {verdict.hook} {_FAILED[verdict.failure]}"
 
 
 def grounds(verdict: Verdict) -> tuple[str, ...]:
@@ -315,10 +329,10 @@ def _combined(verdicts: Sequence[Verdict], approved: Approved) -> Admitted | Den
         return Admitted(undecided=True)
     denials = [verdict for verdict in verdicts if verdict.decision == "deny"]
     if denials:
-        return Denied(denials[0].code or "policy", denials[0].message or "", all(v.retryable for v in denials))
+        return Denied(denials[0].code or "policy", told(denials[0]), all(v.retryable for v in denials))
     holds = holding(verdicts, approved)
     if holds:
-        return Held(holds[0].code or "approval_required", holds[0].message or "")
+        return Held(holds[0].code or "approval_required", told(holds[0]))
     if all(verdict.decision == "abstain" for verdict in verdicts):
         return Denied("undecidable", "every decider that covers this kind abstained")
     for name, values in allowed(verdicts).items():
@@ -351,9 +365,7 @@ def reasons(verdicts: Sequence[Verdict], approved: Approved = _NOTHING_APPROVED)
     """Why it was denied or held, for the answer to the caller."""
     holds = holding(verdicts, approved)
     return tuple(
-        Reason(v.hook, v.code or "", v.message or "")
-        for v in verdicts
-        if (v.decision == "deny" or v in holds) and not v.shadow
+        Reason(v.hook, v.code or "", told(v)) for v in verdicts if (v.decision == "deny" or v in holds) and not v.shadow
     )
 
 

@@ -73,11 +73,12 @@ class Room:
 class Plan:
     """What would happen to a request, as it looks now. Nothing was recorded, reserved or admitted.
 
-    `skipped` names the hooks that were not asked, because they may have side effects; so the outcome is without them.
+    `skipped` names the deciders that were not asked, because they may have side effects. What they would say is not
+    known, so that nothing but a denial is certain then: the outcome is *undetermined*.
     """
 
     envelope: Envelope
-    outcome: Literal["admitted", "denied", "held"]
+    outcome: Literal["admitted", "denied", "held", "undetermined"]
     reasons: tuple[Reason, ...]
     verdicts: tuple[Verdict, ...]
     limits: Mapping[str, Amount]
@@ -171,9 +172,7 @@ class Judge:
         outcome = judgement.outcome
         return Plan(
             envelope=envelope,
-            outcome="admitted"
-            if isinstance(outcome, lifecycle.Admitted)
-            else ("denied" if isinstance(outcome, lifecycle.Denied) else "held"),
+            outcome=_outcome(judgement),
             reasons=judgement.reasons,
             verdicts=tuple(judgement.verdicts),
             limits={name: amount for name, (amount, _) in record.limits.items()},
@@ -181,7 +180,7 @@ class Judge:
             obligations=tuple(record.obligations.values()),
             budgets=tuple(rooms),
             cost=cost,
-            undecided=isinstance(outcome, lifecycle.Admitted) and outcome.undecided,
+            undecided=isinstance(outcome, lifecycle.Admitted) and outcome.undecided and not judgement.skipped,
             skipped=judgement.skipped,
         )
 
@@ -269,6 +268,14 @@ class Judge:
             holders, more = [], len(holders) + more
         message = exhausted(balance, entry.reserved, holders, more)
         return _denial(entry.account, "quota_exhausted", message, self._budgets().revision)
+
+
+def _outcome(judgement: Judgement) -> Literal["admitted", "denied", "held", "undetermined"]:
+    if isinstance(judgement.outcome, lifecycle.Denied):
+        return "denied"
+    if judgement.skipped:
+        return "undetermined"
+    return "admitted" if isinstance(judgement.outcome, lifecycle.Admitted) else "held"
 
 
 def _allows(verdict: Verdict) -> bool:

@@ -179,7 +179,9 @@ class Approval(_Data, frozen=True, tag="approval"):
 
 
 class Expired(_Data, frozen=True, tag="expired"):
-    """Nobody approved in time."""
+    """Nobody approved in time, or what was approved was not taken up, as `message` says then."""
+
+    message: str | None = None
 
 
 class Limit(_Data, frozen=True, tag="limit"):

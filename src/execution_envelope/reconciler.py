@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 
 from execution_envelope import lifecycle
-from execution_envelope.approvals import expired
+from execution_envelope.approvals import expired, lapsed
 from execution_envelope.credentials import scrub
 from execution_envelope.envelope import timestamp
 from execution_envelope.journal import Journal
@@ -47,7 +47,8 @@ class Reconciler:
     async def expire(self, seen: Record, by: str) -> None:
         """End a held request that nobody approved in time, unless it was decided meanwhile."""
         with suppress(SequenceConflict):  # decided meanwhile
-            await self._journal.write([(seen, [lifecycle.Expired()])], by=by)
+            said = lifecycle.Expired(lapsed(seen, timestamp(self._journal.now())))
+            await self._journal.write([(seen, [said])], by=by)
             self._journal.counters["expired"] += 1
 
     async def _liveness(

@@ -135,8 +135,9 @@ class Record:
 
     @property
     def ungranted(self) -> bool:
-        """Whether it completed without anybody ever granting."""
-        return self.state == "completed" and not self._grants
+        """Whether it completed without anybody ever granting what it asked for. Who asks for nothing needs no grant."""
+        asked = self.envelope.requested
+        return self.state == "completed" and not self._grants and bool(asked.resources or asked.constraints)
 
     @property
     def bound(self) -> Bound | None:

@@ -118,7 +118,7 @@ def project(record: Record) -> ProjectedEnvelope:
         owner=None if bound is None else bound.owner,
         check_by=None if bound is None else bound.check_by,
         undecided=record.undecided,
-        ungranted=not has_grants and (record.is_open or record.state == "completed"),
+        ungranted=record.ungranted or (not has_grants and record.is_open),
         unstated=sum(difference.unstated for difference in record.differences) if has_grants else 0,
         violations=len(record.violations),
         late=sum(type(event.data) is Late for event in record.events),

@@ -14,6 +14,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Final
 
 import msgspec
@@ -70,8 +71,9 @@ class Workers:
     def __exit__(self, *raised: object) -> None:
         for process in self._processes:
             process.kill()
-            with process:
-                pass  # closes its pipes and waits
+            # Closes its pipes and waits; what was not flushed yet is for nobody any more.
+            with suppress(BrokenPipeError), process:
+                pass
 
     def run(self, parts: Sequence[Part]) -> Iterator[Tally]:
         """What each part comes to, as it is done. Raises `LedgerUnavailable`."""

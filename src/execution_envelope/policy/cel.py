@@ -164,9 +164,14 @@ class CelRules:
         self._allow = Decision("allow", revision=revision, hints=())
         covering = {kind: [rule for rule in rules if kind in rule.match.get("kinds", KINDS)] for kind in KINDS}
         self._indexes = {kind: _Index(some) for kind, some in covering.items() if some}
+        #: A rule covers the kinds that it names; one that names neither kinds nor operations covers all of them.
+        every = any(not rule.match.keys() & {"kinds", "operations"} for rule in rules)
+        named = frozenset[str]().union(*(rule.match.get("kinds", ()) for rule in rules))
+        self._covered = frozenset(KINDS) if every else named
 
     def decide(self, envelope: Envelope) -> Decision:
-        """Abstains where no rule covers the kind; else allows what no rule refuses. Deny beats hold beats warn.
+        """Abstains where no rule covers the kind, and none matches; else allows what no rule refuses. Deny beats hold
+        beats warn.
 
         A rule that cannot be evaluated is named in `errors`; where it might have refused, or set a limit, it denies
         with ``hook_error``.
@@ -176,7 +181,8 @@ class CelRules:
             return self._abstain
         plan = index.matching(envelope)
         if not plan.rules:
-            return self._allow
+            # Rules that are only for other operations say nothing of this one.
+            return self._allow if envelope.execution.kind in self._covered else self._abstain
         context = None if plan.wanted is None else cel.Context(view(envelope, plan.wanted))
         if not envelope.scope.hints and plan.holds(context):
             return self._allow

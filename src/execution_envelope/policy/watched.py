@@ -51,7 +51,6 @@ class WatchedFile(Generic[_T]):
         self._watch = watch
         self._lock = threading.Lock()
         self._next_look = time.monotonic() + WATCHED
-        self._reloading = False
         self._seen: tuple[int, int] | None = None
         self._bytes = self._load()
         #: The policy that judges.
@@ -80,20 +79,14 @@ class WatchedFile(Generic[_T]):
         return decision if problem is None else replace(decision, errors=(*decision.errors, problem))
 
     def look(self) -> None:
-        """With `watch`: reload in a thread if it is time to look and the file changed. Else it costs a comparison."""
+        """With `watch`: reload if it is time to look and the file changed, before anything is decided. Else it costs a
+        comparison."""
         now = time.monotonic()
-        if not self._watch or now < self._next_look or self._reloading:
+        if not self._watch or now < self._next_look:
             return
         self._next_look = now + WATCHED
         if self._stat() != self._seen:
-            self._reloading = True
-            threading.Thread(target=self._reload, name=f"reload {self.path.name}", daemon=True).start()
-
-    def _reload(self) -> None:
-        try:
             self.reload()
-        finally:
-            self._reloading = False
 
     def _broken(self, said: str) -> None:
         if self.problem is not None and self.problem.endswith(f": {said}"):

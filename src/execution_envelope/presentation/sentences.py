@@ -121,7 +121,7 @@ SENTENCES: Final[Mapping[str, Callable[[Any], str]]] = {
     "admitted": _admitted,
     "denied": lambda data: _coded("denied", data) + ("; trying later can help" if data.retryable else ""),
     "held": _held,
-    "expired": lambda data: "expired: nobody approved in time",
+    "expired": lambda data: because("expired", data.message or "nobody approved it in time"),
     "approval": _approval,
     "limit": _limit,
     "obligation": _obligation,
