@@ -27,6 +27,7 @@ from execution_envelope import (
 )
 from execution_envelope.approvals import Approvals
 from execution_envelope.ledger import MemoryLedger, verify
+from execution_envelope.policy.file import parse
 from execution_envelope.testing import FakeClock, ask
 
 pytestmark = pytest.mark.anyio
@@ -53,6 +54,13 @@ HOLDS = Rule(
     lambda e: Decision.hold("production is approved by somebody") if e.scope.environment.value == "prod" else None,
     kinds=frozenset({"model.deploy"}),
 )
+
+
+def policy(text: str) -> Rule:
+    """A policy file, asked about all kinds."""
+    return Rule("policy", parse(text.encode()).decide)
+
+
 APPROVERS = Rule("approvers", _may_approve, kinds=frozenset({"maintenance"}))
 
 
@@ -147,7 +155,7 @@ async def test_who_may_approve_is_enforced_in_shadow_too() -> None:
 
 
 async def test_an_obligation_that_nobody_can_fulfil_lets_nobody_approve() -> None:
-    house = House(HOLDS, Rule("everything", lambda e: Decision.allow(obligations=[Duty("scan")])))
+    house = House(HOLDS, Rule("scanned", lambda e: Decision.allow(obligations=[Duty("scan")]), kinds=APPROVERS.kinds))
     held = await house.hold()
     with pytest.raises(OpenObligations):
         await house.controller.approve(held.envelope_id or "", by=KIM, reason="please")
@@ -155,14 +163,45 @@ async def test_an_obligation_that_nobody_can_fulfil_lets_nobody_approve() -> Non
     assert (record.state, record.approval) == ("held", None)
 
 
-async def test_where_nobody_decides_who_may_nobody_may() -> None:
-    house = House(HOLDS)
+@pytest.mark.parametrize(
+    "others",
+    [
+        (),
+        (Rule("everything", lambda e: Decision.allow()),),
+        (Rule("warns", lambda e: Decision.warn("look at it")),),
+        (policy("rules: [{name: no-root, expression: 'identity.subject.id != \"root\"'}]"),),
+        (policy("rules: [{name: capped, limits: {replicas: 1}}]"),),
+        (policy("rules: [{name: others, match: {kinds: [maintenance], operations: [drain]}, expression: 'true'}]"),),
+        (
+            policy(
+                "rules: [{name: not-now, match: {operations: [envelope.approve]}, when: 'false', expression: 'true'}]"
+            ),
+        ),
+    ],
+    ids=["none", "everything", "warns", "file", "file-with-limits", "file-for-others", "file-that-does-not-apply"],
+)
+async def test_where_nobody_decides_who_may_nobody_may(others: tuple[Any, ...]) -> None:
+    house = House(HOLDS, *others)
     held = await house.hold()
     with pytest.raises(Denied) as denied:
         await house.controller.approve(held.envelope_id or "", by=KIM, reason="please")
-    assert "has to be decided by policy" in str(denied.value)
+    own = await house.controller.read(denied.value.envelope_id or "")
+    assert [e.data.code for e in own.events if isinstance(e.data, lifecycle.Denied)] == ["undecidable"]
     with pytest.raises(Held):
         await house.again(held)
+
+
+@pytest.mark.parametrize(
+    "match", ["kinds: [maintenance]", "operations: [envelope.approve]"], ids=["by-kind", "by-operation"]
+)
+async def test_a_rule_about_approvals_is_named_by_what_it_allows(match: str) -> None:
+    rule = f"{{name: approvers, match: {{{match}}}, expression: '\"approver\" in identity.roles'}}"
+    house = House(HOLDS, policy(f"rules: [{rule}]"))
+    held = await house.hold()
+    said = await house.controller.approve(held.envelope_id or "", by=KIM, reason="the launch")
+    assert said.approval is not None
+    own = await house.controller.read(said.approval.data.admission)
+    assert [(v.decision, v.policies) for v in own.verdicts] == [("allow", ("approvers",))]
 
 
 @pytest.mark.parametrize(

@@ -231,6 +231,21 @@ def test_a_head_that_was_looked_at_before_its_chain_grew_is_no_reason_to_break_t
     assert [f"{e.envelope}/{e.sequence}" for e, _ in log.events()] == ["e/1", "e/2", "f/0"]
 
 
+def test_what_was_read_and_not_sent_keeps_its_order_when_it_is_read_again() -> None:
+    """A batch is interrupted, and the same log begins anew behind what was sent: it came no further than that."""
+    ledger = Chains(2)
+    for chain in (0, 1, 0, 1):
+        ledger.write(chain, "e")
+    log = OrderedLog(ledger, Counter())  # type: ignore[arg-type]
+    log.snapshot({})
+    assert len(list(log.events())) == 4
+    # Chain 1 is read first now, and holds what comes after the first event of chain 0.
+    heads = list(reversed(ledger.chains()))
+    ledger.chains = lambda: heads  # type: ignore[method-assign]
+    log.snapshot({})
+    assert [f"{e.envelope}/{e.sequence}" for e, _ in log.events()] == ["e/0", "e/1", "e/2", "e/3"]
+
+
 def test_chains_that_wait_for_each_other_were_changed_and_are_not_waited_for() -> None:
     ledger = Chains(2)
     ledger.write(0, "a")

@@ -32,6 +32,9 @@ from execution_envelope.resources import Amount, Quantity, smallest
 #: How many executions are named that hold a budget which is exhausted.
 MAX_HOLDERS: Final = 5
 
+#: How often it is asked again when the budgets were reloaded meanwhile.
+MAX_RELOADS: Final = 3
+
 Decided: TypeAlias = lifecycle.Admitted | lifecycle.Denied | lifecycle.Held
 
 
@@ -108,6 +111,8 @@ class Judge:
         self._mode: Mode = mode
         self._budgets = budgets
         self._approvals = approvals
+        declared = [hook.declaration for hook in chain.hooks]
+        self._about_approvals = {one.name for one in declared if one.kinds is not None and "maintenance" in one.kinds}
 
     @property
     def approvals(self) -> Approvals:
@@ -122,10 +127,15 @@ class Judge:
     ) -> Judgement:
         """What is decided of a request; of one that was `held` before, with what was approved of it meanwhile.
 
-        With `must_decide` one that no decider covers is denied.
+        With `must_decide`, for an approval, one that no decider explicitly allows is denied.
         """
         phase: Phase = "admit" if held is None else "readmit"
-        decided = await self._chain.decide(envelope, phase=phase, plan=plan)
+        for _ in range(MAX_RELOADS):
+            budgets = self._budgets()
+            decided = await self._chain.decide(envelope, phase=phase, plan=plan)
+            # Rules and budgets of one file count together: one that was reloaded meanwhile is asked again.
+            if self._budgets().revision == budgets.revision:
+                break
         verdicts = decided.verdicts
         approved = {} if held is None else lifted(held, timestamp(self._journal.now()))
         # Who may approve is enforced in any case.
@@ -134,14 +144,12 @@ class Judge:
         if isinstance(outcome, lifecycle.Held):
             expires_at = timestamp(until(self._journal.now(), self.approvals.expires))
             outcome = replace(outcome, expires_at=expires_at)
-        # One that failed did not decide, whatever its failure mode.
-        if must_decide and isinstance(outcome, lifecycle.Admitted) and not any(map(_allows, verdicts)):
+        if must_decide and isinstance(outcome, lifecycle.Admitted) and not any(map(self._means_it, verdicts)):
             outcome = lifecycle.Denied("undecidable", "no decider covers this, and it has to be decided by policy")
         conditions: list[EventData] = []
         if verdicts and isinstance(outcome, lifecycle.Admitted):
             conditions = [*decisions.limits(verdicts), *decisions.attached(decided.duties)]
         judgement = Judgement(verdicts, outcome, conditions, approved=approved, skipped=decided.skipped)
-        budgets = self._budgets()
         # An approval takes nothing.
         if not isinstance(outcome, lifecycle.Admitted) or must_decide or not budgets:
             return judgement
@@ -183,6 +191,14 @@ class Judge:
             undecided=isinstance(outcome, lifecycle.Admitted) and outcome.undecided and not judgement.skipped,
             skipped=judgement.skipped,
         )
+
+    def _means_it(self, verdict: Verdict) -> bool:
+        """Whether it allows an approval: it names what in it did, or is asked about this kind by its declaration. What
+        allows everything, written before anybody thought of approvals, is no answer to who may approve."""
+        # One that failed did not decide, whatever its failure mode.
+        if verdict.decision not in ("allow", "warn") or verdict.failure is not None or verdict.shadow:
+            return False
+        return bool(verdict.policies) or verdict.hook in self._about_approvals
 
     async def _within_budgets(
         self, envelope: Envelope, judgement: Judgement, budgets: Budgets, now: datetime, *, plan: bool
@@ -276,10 +292,6 @@ def _outcome(judgement: Judgement) -> Literal["admitted", "denied", "held", "und
     if judgement.skipped:
         return "undetermined"
     return "admitted" if isinstance(judgement.outcome, lifecycle.Admitted) else "held"
-
-
-def _allows(verdict: Verdict) -> bool:
-    return verdict.decision in ("allow", "warn") and verdict.failure is None and not verdict.shadow
 
 
 def _denial(account: str, code: str, message: str, revision: str | None) -> Verdict:

@@ -7,11 +7,12 @@ cost nothing. Of the envelope only what the expressions of the matching rules na
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal, TypeAlias, get_args
 
 import cel
 
+from execution_envelope import approvals
 from execution_envelope.credentials import brief, shown
 from execution_envelope.decision import CODES, Decision, Duty
 from execution_envelope.envelope import KINDS, Envelope, Scoped
@@ -50,6 +51,14 @@ class CelRule:
     def refuses(self) -> bool:
         """Whether it may not be passed over: it can refuse, or sets something that would be missing."""
         return self.action in ("deny", "hold") or bool(self.limits or self.obligations)
+
+    @property
+    def about_approvals(self) -> bool:
+        """Whether it says who may approve: it names the operation, or the kind alone."""
+        operations = self.match.get("operations")
+        if operations is not None:
+            return approvals.OPERATION in operations
+        return "maintenance" in self.match.get("kinds", ())
 
 
 def _scoped(name: str) -> Callable[[Envelope], str | None]:
@@ -164,14 +173,17 @@ class CelRules:
         self._allow = Decision("allow", revision=revision, hints=())
         covering = {kind: [rule for rule in rules if kind in rule.match.get("kinds", KINDS)] for kind in KINDS}
         self._indexes = {kind: _Index(some) for kind, some in covering.items() if some}
-        #: A rule covers the kinds that it names; one that names neither kinds nor operations covers all of them.
-        every = any(not rule.match.keys() & {"kinds", "operations"} for rule in rules)
-        named = frozenset[str]().union(*(rule.match.get("kinds", ()) for rule in rules))
-        self._covered = frozenset(KINDS) if every else named
+        #: A rule covers the kinds that it names, else all; one that names operations says something of these alone.
+        self._covered = frozenset[str]().union(
+            *(rule.match.get("kinds", KINDS) for rule in rules if "operations" not in rule.match)
+        )
 
     def decide(self, envelope: Envelope) -> Decision:
         """Abstains where no rule covers the kind, and none matches; else allows what no rule refuses. Deny beats hold
         beats warn.
+
+        Who may approve is allowed by a rule that names ``maintenance`` or the operation, and by no other: a rule for
+        everything that nobody wrote for approvals is no answer to that.
 
         A rule that cannot be evaluated is named in `errors`; where it might have refused, or set a limit, it denies
         with ``hook_error``.
@@ -184,11 +196,14 @@ class CelRules:
             # Rules that are only for other operations say nothing of this one.
             return self._allow if envelope.execution.kind in self._covered else self._abstain
         context = None if plan.wanted is None else cel.Context(view(envelope, plan.wanted))
-        if not envelope.scope.hints and plan.holds(context):
+        approving = envelope.execution.operation == approvals.OPERATION
+        if not (envelope.scope.hints or approving) and plan.holds(context):
             return self._allow
         heard = _Heard(context, envelope.scope.hints)
         for rule in plan.rules:
             heard.judge(rule)
+        if approving:
+            return heard.of_an_approval(self.revision)
         if heard.plain:
             return self._allow
         return heard.decision(self.revision)
@@ -197,7 +212,7 @@ class CelRules:
 class _Heard:
     """What the rules said of one envelope so far."""
 
-    __slots__ = ("_context", "_errors", "_failed", "_hints", "_kept", "_read", "_violated")
+    __slots__ = ("_applied", "_context", "_errors", "_failed", "_hints", "_kept", "_read", "_violated")
 
     def __init__(self, context: Any, hints: Mapping[str, Any]) -> None:
         self._context = context
@@ -207,6 +222,7 @@ class _Heard:
         self._kept: list[CelRule] = []
         self._errors: list[str] = []
         self._failed: list[str] = []
+        self._applied: list[CelRule] = []
 
     @property
     def plain(self) -> bool:
@@ -217,6 +233,7 @@ class _Heard:
         try:
             if rule.when is not None and not self._bool(rule, "when", rule.when):
                 return
+            self._applied.append(rule)
             if rule.expression is not None and not self._bool(rule, "expression", rule.expression):
                 self._violated.append((rule, self._message(rule)))
             elif rule.limits or rule.obligations:
@@ -251,6 +268,16 @@ class _Heard:
             except _Failed as failed:
                 self._errors.append(str(failed))
         return rule.message or f"rule {rule.name} is violated"
+
+    def of_an_approval(self, revision: str | None) -> Decision:
+        """All of it together, where it takes a rule that is about approvals to allow it."""
+        decision = self.decision(revision)
+        if decision.outcome not in ("allow", "warn"):
+            return decision
+        about = [rule.name for rule in self._applied if rule.about_approvals and rule.name not in decision.policies]
+        if not about and not any(rule.about_approvals for rule in self._applied):
+            return Decision("abstain", revision=revision, errors=decision.errors, hints=decision.hints)
+        return replace(decision, policies=(*decision.policies, *about))
 
     def decision(self, revision: str | None) -> Decision:
         """All of it together."""

@@ -62,6 +62,8 @@ class OrderedLog:
         self.taken = dict(taken)
         self._pages.clear()
         self._places.clear()
+        # What came of it lies perhaps behind `taken` again.
+        self._came.clear()
         heads = {head.id: head.length - 1 for head in self._ledger.chains()}
         self._until = {chain: last for chain, last in heads.items() if last > self.taken.get(chain, -1)}
         return sum(last - self.taken.get(chain, -1) for chain, last in self._until.items())
