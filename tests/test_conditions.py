@@ -54,6 +54,30 @@ async def test_both_causes_are_in_the_delta_when_a_limit_and_capacity_narrow_it(
     assert difference.effective == 2
 
 
+async def test_what_is_used_beyond_a_limit_is_a_violation_once() -> None:
+    seam = controller(allowing(limits={"output_tokens": 10}))
+    admission = await seam.begin(ask(requested={"output_tokens": 10}))
+    await admission.grant(Grant({"output_tokens": 10}))
+    for key, tokens in (("a", 10), ("b", 3), ("b", 3), ("c", 4)):
+        await admission.used({"output_tokens": tokens}, key=key)
+    violations = [e.data for e in admission.record.events if isinstance(e.data, lifecycle.Violation)]
+    assert [(v.bound, v.granted, v.source, v.text) for v in violations] == [
+        (10, 13, "hook cap", "output_tokens 13 is beyond the 10 that hook cap allows, and was used")
+    ]
+    assert seam.counters["violations"] == 1
+
+
+async def test_what_is_used_beyond_a_limit_after_the_end_is_a_violation_too() -> None:
+    seam = controller(allowing(limits={"output_tokens": 10}))
+    admission = await seam.begin(ask(requested={"output_tokens": 10}))
+    await admission.grant(Grant({"output_tokens": 10}))
+    await admission.complete()
+    await admission.used({"output_tokens": 11})
+    late = [e.data.fact for e in admission.record.events if isinstance(e.data, lifecycle.Late)]
+    assert [type(fact).__name__ for fact in late] == ["Used", "Violation"]
+    assert seam.counters["violations"] == 1
+
+
 async def test_a_limit_explains_what_is_given_up_to_it() -> None:
     seam = controller(allowing(limits={"replicas": 2}))
     admission = await seam.begin(ask(requested={"replicas": 4}))

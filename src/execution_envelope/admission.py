@@ -219,7 +219,8 @@ class Admission:
         """What was really used since the last report: counters add up, levels keep their highest.
 
         `how` is ``measured`` or ``estimated``. A report with a `key` that was seen before counts once. Late is fine.
-        What it cost is added where a price table says so.
+        What it cost is added where a price table says so. What goes beyond a limit is a violation on the record, once;
+        it is not raised, because it has happened.
         """
         if how not in ("measured", "estimated"):
             raise InvalidField("used.how", f"expected `measured` or `estimated`, got {shown(how)}")
@@ -232,8 +233,12 @@ class Admission:
             if cost is not None and await self._journal.priced_in(self._prices.currency):
                 amounts["cost"], priced = cost, self._prices.version
         fact = lifecycle.Used(amounts, kind, grants.label(part, "part"), grants.label(key, "used.key"), priced)
-        said = await self._say(fact, by=by)
-        self._journal.counters["violations"] += len([fact for fact in said if isinstance(fact, lifecycle.Violation)])
+
+        async def plan(record: Record) -> _Plan:
+            return _Plan([fact, *_used_beyond_limits(record, fact)])
+
+        said = [data.fact if isinstance(data, lifecycle.Late) else data for data in await self._write(plan, by=by)]
+        self._journal.counters["violations"] += len([data for data in said if isinstance(data, lifecycle.Violation)])
 
     async def oblige(self, name: str, state: str, text: str | None = None, *, by: str | None = None) -> None:
         """How far an obligation has come: ``acknowledged``, ``fulfilled``, ``failed`` or ``waived``; `text` says how,
@@ -497,6 +502,22 @@ def _beyond_limits(record: Record, fact: lifecycle.Granted) -> list[lifecycle.Vi
         for name, (bound, hook) in record.limits.items()
         if name in held and exceeds(held[name], bound)
     ]
+
+
+def _used_beyond_limits(record: Record, fact: lifecycle.Used) -> list[lifecycle.Violation]:
+    """The limits that were kept to before this report, and no longer are."""
+    bounded = fact.resources.keys() & record.limits.keys()
+    if not bounded:
+        return []
+    before, after, found = record.reckoning, record.reckoning.fork(), []
+    after.apply(fact)
+    for name in sorted(bounded):
+        bound, hook = record.limits[name]
+        total, was = after.used(name), before.used(name)
+        if total is not None and exceeds(total, bound) and (was is None or not exceeds(was, bound)):
+            text = _beyond(name, total, bound, f"hook {hook} allows, and was used")
+            found.append(lifecycle.Violation(name, bound, total, f"hook {hook}", text))
+    return found
 
 
 def _kept(record: Record, fact: lifecycle.Granted, name: str) -> Any:

@@ -1,6 +1,6 @@
 """What this backend says to the execution envelope: who asks, the facts of a deployment, who is alive."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
@@ -40,6 +40,9 @@ PRODUCTION = "production"
 
 _KEPT = ("runtime", "architecture", "env", "weights", "alternatives", "isolation", "force_cpu")
 """Constraints that this backend gives as asked, unless it says otherwise."""
+
+_BOUNDED = ("replicas", "memory", "cpu", "context", "concurrency", "duration")
+"""What the resolver keeps to a limit of policy, beside GPUs: there are none."""
 
 
 def ledger_url(settings: Settings) -> str:
@@ -94,21 +97,32 @@ def environment_of(workroom: str | None) -> str:
 def limits_of(admission: Admission, catalog: Catalog, model_id: UUID) -> Limits:
     """What hooks allow at most, in the resolver's words."""
     most = {name: amount for name, amount in admission.limits.items() if isinstance(amount, int)}
-    names = ("replicas", "memory", "cpu", "context", "concurrency", "duration")
     gpu = most["gpu"] // 1000 if "gpu" in most else None
-    return Limits(
-        **{name: most.get(name) for name in names}, gpu=gpu, forbidden=_forbidden(admission, catalog, model_id)
-    )
+    forbidden = unkept(admission, {*_BOUNDED, "gpu", "gpu_memory"}, _given(admission, catalog, model_id))
+    return Limits(**{name: most.get(name) for name in _BOUNDED}, gpu=gpu, forbidden=forbidden)
 
 
-def _forbidden(admission: Admission, catalog: Catalog, model_id: UUID) -> str | None:
-    """Constraints that this backend has one value for: a sentence about the first that policy does not allow."""
+def _given(admission: Admission, catalog: Catalog, model_id: UUID) -> Mapping[str, Any]:
     asked, model = admission.envelope.requested.constraints, catalog.model(model_id)
-    given: dict[str, Any] = {name: asked[name].value for name in _KEPT if name in asked}
-    given |= {"engine": ENGINE} | ({} if model is None else {"model": model.repo_id})
+    kept = {name: asked[name].value for name in _KEPT if name in asked}
+    return kept | {"engine": ENGINE} | ({} if model is None else {"model": model.repo_id})
+
+
+def unkept(admission: Admission, bounded: Collection[str], given: Mapping[str, Any]) -> str | None:
+    """A sentence about the first condition of policy that cannot be kept to; None when all can.
+
+    Resources other than those `bounded` are bounded by nobody here, and of a constraint that is not `given` nobody
+    looks at the value: what is not kept is refused, not passed over.
+    """
+    for name, amount in admission.limits.items():
+        if isinstance(amount, int) and name not in bounded:
+            return f"policy allows {amount} of {name}; this backend does not bound that"
     for name, allowed in admission.allowed.items():
-        if name in given and not any(type(one) is type(given[name]) and one == given[name] for one in allowed):
-            return f"this backend gives {name} `{given[name]}`; policy allows {', '.join(map(str, allowed)) or 'none'}"
+        values = ", ".join(map(str, allowed)) or "none"
+        if name not in given:
+            return f"policy allows {name} {values}; this backend was asked for none and does not choose it by policy"
+        if not any(type(one) is type(given[name]) and one == given[name] for one in allowed):
+            return f"this backend gives {name} `{given[name]}`; policy allows {values}"
     return None
 
 

@@ -14,13 +14,13 @@ from starlette.responses import JSONResponse
 from execution_envelope import Admission, Ask, Grant, Held, InvalidField, Refused, Target, established
 from execution_envelope.adapters import Context
 from execution_envelope.adapters.openai import OUTPUT_TOKENS, answers, asked_tokens, describe_completion
-from proving_ground.admission import envelope_caller, environment_of
+from proving_ground.admission import envelope_caller, environment_of, unkept
 from proving_ground.auth import Caller
 from proving_ground.catalog import Catalog
 from proving_ground.deployment import Deployment, Instance
 
 #: Bytes of a request body, and of the end of an answer, that are looked at.
-MAX_BODY: Final = 16 * 1024**2
+MAX_BODY: Final = 1024**2
 _TAIL: Final = 16 * 1024
 #: What llama.cpp's server says at the end of every answer. Inside of a text its quotes would be escaped.
 _TIMINGS: Final = re.compile(rb'"timings":(\{[^{}]*\})')
@@ -64,6 +64,20 @@ class Completion:
     body: Mapping[str, Any]
     ask: Ask
 
+    def refused(self, admission: Admission, instance: Instance) -> str | None:
+        """Why this is not answered although it was admitted: policy sets a condition that is not kept to here."""
+        limits, context = admission.limits, instance.grant.context
+        given = {"model": admission.envelope.execution.target.id}
+        if (said := unkept(admission, ("output_tokens", "context", "requests"), given)) is not None:
+            return said
+        for name, amount in (("requests", 1), ("context", context)):
+            most = limits.get(name)
+            if isinstance(most, int) and most < amount:
+                return f"policy allows {name} {most}; an answer takes {amount}"
+        if any(bound < 1 for _, bound, _ in _bounds(admission, context)):
+            return "policy allows no tokens"
+        return None
+
     def granted(self, admission: Admission, deployment: Deployment, instance: Instance) -> tuple[Grant, bytes]:
         """What is given, and the body that tells the engine so."""
         context = instance.grant.context
@@ -89,6 +103,8 @@ class Completion:
         )
         # Written anew in any case: of a key that is there twice the engine might read the other one.
         told = {name: value for name, value in self.body.items() if name not in OUTPUT_TOKENS} | {"max_tokens": most}
+        if told.get("stream"):
+            told["timings_per_token"] = True  # so that it is known how far an answer came that is cut off
         return grant, json.dumps(told).encode()
 
 
@@ -112,8 +128,9 @@ class Counted:
         self._admission = admission
         self._most = most
         self._tail = b""
-        self._written = 0
         self._whole = False
+        self.asked = False
+        """Whether the engine was, so that it may have written something."""
         self.status: int | None = None
         """Of the engine's answer; None before there is one."""
         self.gone = False
@@ -121,8 +138,6 @@ class Counted:
 
     async def passing(self, parts: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         async for part in parts:
-            # Together with what came before, because a word may be cut in two. In a text a new line is escaped.
-            self._written += (self._tail[-6:] + part).count(b"\ndata: ")
             self._tail = (self._tail + part)[-_TAIL:]
             yield part
         self._whole = True
@@ -149,11 +164,10 @@ class Counted:
             read = said["cache_n"] + said["prompt_n"]
             amounts = {"input_tokens": read, "output_tokens": said["predicted_n"], "requests": 1}
             return amounts, "measured" if self._answered else "estimated"
-        if self.status is not None and self.status >= 400:
+        if not self.asked or (self.status is not None and 400 <= self.status < 500):
             return {"output_tokens": 0, "requests": 1}, "measured"
-        # Cut off. Of a stream all parts but the first have a token; of anything else nobody knows how far it came.
-        written = self._written if self._tail.startswith(b"data: ") or self._written else self._most
-        return {"output_tokens": min(written, self._most), "requests": 1}, "estimated"
+        # Cut off, or failed. Nobody knows how far it came.
+        return {"output_tokens": self._most, "requests": 1}, "estimated"
 
 
 def refusal(refused: Refused) -> JSONResponse:

@@ -214,7 +214,7 @@ def _allowed_copies(wanted: Wanted, floor: int) -> list[tuple[str, int, str]]:
     if limits.cpu is not None:
         copies = limits.cpu // 1000
         found.append(("cpu", copies, f"{limits.cpu}m CPU that policy allows suffice for {copies} replicas of a core"))
-    if limits.concurrency is not None and wanted.concurrency is not None:
+    if limits.concurrency is not None:
         copies = limits.concurrency
         text = f"policy allows {copies} requests at a time, and each replica serves one"
         found.append(("concurrency", copies, text))

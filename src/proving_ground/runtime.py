@@ -65,15 +65,16 @@ async def complete(deployment_id: UUID, request: Request, caller: CurrentCaller,
     instance, engine = _least_busy(deployment)
     release = _occupied(engine)
     try:
-        await release.enter_async_context(engine.slots)
-        grant, body = completion.granted(admission, deployment, instance)
-        most = int(grant.resources["output_tokens"])
-        if most < 1:
+        if (why := completion.refused(admission, instance)) is not None:
             await release.aclose()
-            return inference.bad_request("policy allows no tokens", 403)
+            await admission.reject("NOT_ALLOWED", why)
+            return inference.bad_request(why, 403)
+        grant, body = completion.granted(admission, deployment, instance)
+        # Recorded before the engine's slot is taken and after it is given back: nobody waits for the ledger in it.
         await admission.grant(grant)
-        counted = inference.Counted(admission, most)
+        counted = inference.Counted(admission, int(grant.resources["output_tokens"]))
         release.push_async_callback(counted.settle)
+        await release.enter_async_context(engine.slots)
         path = request.url.path.partition("/v1/")[2]
         return await _passed_on(request, engine, path, backend.http, release, body=body, counted=counted)
     except BaseException:
@@ -133,6 +134,8 @@ async def _passed_on(
     counted: inference.Counted | None = None,
 ) -> Response:
     """The engine's answer, which closes `release` when it has ended; where there is none, that is closed here."""
+    if counted is not None:
+        counted.asked = True
     try:
         upstream = await _ask(request, engine, path, http, body)
     except ClientDisconnect:
@@ -142,7 +145,7 @@ async def _passed_on(
         return Response(status_code=499)  # for the access log; nobody is there to read it
     except httpx.HTTPError as error:
         if counted is not None and isinstance(error, httpx.ConnectError):
-            counted.status = 502  # it was never reached
+            counted.asked = False  # it was never reached
         raise HTTPException(502, f"the engine did not answer: {type(error).__name__}") from error
     release.push_async_callback(upstream.aclose)
     parts = upstream.aiter_raw()

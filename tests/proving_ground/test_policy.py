@@ -198,6 +198,25 @@ def test_a_constraint_that_policy_does_not_allow_is_rejected(ruled: Ruled) -> No
     )
 
 
+@pytest.mark.parametrize(
+    ("limits", "said"),
+    [
+        (
+            "{runtime: [container]}",
+            "policy allows runtime container; this backend was asked for none and does not choose it by policy",
+        ),
+        ("{bandwidth: 1MiB/s}", "policy allows 1048576 of bandwidth; this backend does not bound that"),
+    ],
+    ids=["constraint", "resource"],
+)
+def test_a_condition_that_is_not_kept_to_is_rejected(ruled: Ruled, limits: str, said: str) -> None:
+    ruled.rewrite(("limits: {replicas: 2}", f"limits: {limits}"))
+    deployment = deploy(ruled.dana, wait=False)
+    until(lambda: ruled.dana.serving.get_deployment_status(deployment) == "FAILED")
+    failed = ruled.dana.serving.get_deployment(deployment)
+    assert (failed.last_error_code, failed.last_error_message) == ("NOT_ALLOWED", said)
+
+
 def test_memory_of_a_tenant_runs_out_and_comes_back(ruled: Ruled) -> None:
     first = deploy(ruled.dana, inference_resources=memory("600Mi"))
     holder = ruled.shown(f"deployment:{first}")["envelope"]["correlation"]["id"]
@@ -205,7 +224,7 @@ def test_memory_of_a_tenant_runs_out_and_comes_back(ruled: Ruled) -> None:
     problem = refused(ruled.dana, inference_resources=memory("500Mi"))
     assert problem["retryable"] and problem["reasons"][0]["code"] == "quota_exhausted"
     assert problem["detail"] == (
-        f"budget memory/acme has 424 MiB of 1 GiB memory left (now), 500 MiB asked; "
+        f"budget memory/acme has 424 MiB of 1 GiB memory left (now), 500 MiB needed; "
         f"600 MiB held, 600 MiB by {holder}; it frees when what holds it ends"
     )
     assert holder in ruled.envelope("budgets", "memory/acme")
@@ -393,6 +412,46 @@ def test_tokens_run_out_and_limits_reach_the_engine(ruled: Ruled) -> None:
         body: Any = caught.value.body
         assert (body["type"], body["code"]) == ("denied", "quota_exhausted")
         assert ruled.shown(body["envelope"])["state"] == "denied"
+
+
+@pytest.mark.parametrize(
+    ("limits", "said"),
+    [
+        ("{output_tokens: 0}", "policy allows no tokens"),
+        ("{input_tokens: 5}", "policy allows 5 of input_tokens; this backend does not bound that"),
+        ("{context: 1000}", "policy allows context 1000; an answer takes 2048"),
+        ("{requests: 0}", "policy allows requests 0; an answer takes 1"),
+        ("{model: [another]}", f"this backend gives model `{MODEL}`; policy allows another"),
+        (
+            "{engine: [vllm]}",
+            "policy allows engine vllm; this backend was asked for none and does not choose it by policy",
+        ),
+    ],
+)
+def test_an_answer_whose_conditions_are_not_kept_to_is_refused(ruled: Ruled, limits: str, said: str) -> None:
+    deployment = deploy(ruled.dana, context=2048)
+    ruled.rewrite(("limits: {output_tokens: 512}", f"limits: {limits}"))
+    before = settled(ruled)
+    messages: Any = [{"role": "user", "content": "Count."}]
+    with ruled.dana.openai.get_client(deployment_id=deployment) as client:
+        with pytest.raises(openai.PermissionDeniedError) as caught:
+            client.chat.completions.create(model="any", messages=messages, max_tokens=5)
+    body: Any = caught.value.body
+    assert body["message"] == said
+    shown = ruled.shown(ruled.newest())
+    assert (shown["state"], shown["timeline"][-1]["data"]["message"]) == ("rejected", said)
+    assert settled(ruled) == before
+
+
+def test_what_is_reserved_bounds_an_answer_without_a_limit(ruled: Ruled) -> None:
+    ruled.rewrite(("limits: {output_tokens: 512}", "limits: {requests: 1}"), ("unknown: 512", "unknown: 25"))
+    messages: Any = [{"role": "user", "content": "Count."}]
+    with ruled.dana.openai.get_client(deployment_id=deploy(ruled.dana)) as client:
+        answer = client.chat.completions.create(model="any", messages=messages, extra_body={"ignore_eos": True})
+    assert answer.usage is not None and answer.usage.completion_tokens == 25
+    settled(ruled)
+    (row,) = [row for row in ruled.shown(ruled.newest())["resources"] if row["key"] == "output_tokens"]
+    assert [reason["cause"] for reason in row["reasons"]] == ["quota"]
 
 
 # Reload
