@@ -136,6 +136,36 @@ def test_what_is_not_valid_is_refused_at_load(text: str, field: str, said: str) 
 OVERFLOW = "9223372036854775807 + 1 > 0"
 
 
+@pytest.mark.parametrize(
+    ("condition", "said"),
+    [
+        ("(" * 800 + "true" + ")" * 800, "brackets up to 100 deep"),
+        (" && ".join(["true"] * 30_000), "policies of up to 16384 characters"),
+        ("if true then true else " * 10_000 + "true", "policies of up to 16384 characters"),
+        ("true || " + " + ".join(["1"] * 60_000) + " == 1", "policies of up to 16384 characters"),
+    ],
+    ids=["brackets", "and", "if", "plus"],
+)
+def test_what_would_end_the_process_is_refused(condition: str, said: str) -> None:
+    """The parser recurses on a stack of its own size: these ended the process with a signal."""
+    with pytest.raises(InvalidField, match=said):
+        Cedar(f"permit(principal, action, resource) when {{ {condition} }};")
+
+
+def test_texts_and_comments_are_no_code() -> None:
+    text = f'@message("{";([" * 200}")\n// {"(" * 200}\nforbid(principal, action, resource);'
+    assert Cedar(text).decide(FULL).outcome == "deny"
+
+
+def test_hints_that_a_policy_names_by_their_entity_are_handed_over() -> None:
+    entity = cedar_schema._HINTS["__entity"]
+    named = f'{entity["type"]}::"{entity["id"]}"'
+    condition = f'{named}.hasTag("a") && {named}.getTag("a").contains("b")'
+    text = f"{PERMIT}forbid(principal, action, resource) when {{ {condition} }};"
+    decision = Cedar(text).decide(FULL)
+    assert (decision.outcome, decision.hints) == ("deny", ("a", "n"))
+
+
 def test_a_permit_that_errors_does_not_permit_and_says_so() -> None:
     text = f'@id("bad") permit(principal, action, resource) when {{ {OVERFLOW} }};'
     decision = Cedar(text).decide(FULL)

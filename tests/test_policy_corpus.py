@@ -11,9 +11,10 @@ import pytest
 from starlette.requests import Request
 from starlette.responses import Response
 
-from execution_envelope import InvalidField, Subject
+from execution_envelope import AdmissionController, InvalidField, Rule, Subject
 from execution_envelope.decision import Decision
 from execution_envelope.envelope import Envelope, Scoped, Target, established, seal
+from execution_envelope.ledger import MemoryLedger
 from execution_envelope.policy.authzen import AuthZen
 from execution_envelope.policy.cedar import Cedar
 from execution_envelope.policy.file import parse
@@ -131,3 +132,22 @@ def test_the_corpus_is_large_and_its_differences_are_few_and_explained() -> None
     assert len(differing) <= 8
     assert all(case["why"] for case in differing)
     assert {expected(case, "cel")["decision"] for case in cases} == {"allow", "deny", "abstain"}
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+@pytest.mark.parametrize(
+    "decider",
+    [
+        Rule("cel", parse("rules: [{name: cap, limits: {cpu: 1500m, gpu: 2, memory: 1GiB}}]").decide),
+        Cedar('@limits("cpu=1500m, gpu=2, memory=1GiB")\npermit(principal, action, resource);'),
+        Rego(f'{REGO_HEADER}allow := true\nlimits := {{"cpu": "1500m", "gpu": 2, "memory": "1GiB"}}'),
+    ],
+    ids=["CEL", "Cedar", "Rego"],
+)
+async def test_limits_reach_the_admission_in_base_units_once(anyio_backend: str, decider: Any) -> None:
+    """Milli-CPU and milli-GPU, and not a thousand times that."""
+    controller = AdmissionController(MemoryLedger(), hooks=[decider])
+    admission = await controller.begin(ask())
+    assert admission.limits == {"cpu": 1500, "gpu": 2000, "memory": 1024**3}
+    await controller.aclose()

@@ -455,6 +455,55 @@ def test_a_file_that_is_watched_is_reloaded_while_it_is_asked(tmp_path: Path, mo
     assert file.decider.decide(sealed()).outcome == "deny"
 
 
+def test_a_file_that_is_written_right_now_is_not_taken_by_halves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "policy.yaml"
+    path.write_text(GOOD.format(1, "acme", 5))
+    file = PolicyFile(path, watch=True)
+    moment = [time.monotonic() + 10]
+    monkeypatch.setattr(watched.time, "monotonic", lambda: moment[0])
+
+    def look() -> str | None:
+        moment[0] += 1.1
+        return file.decider.decide(sealed()).revision
+
+    path.write_text("rules: []")  # the beginning of what is being written
+    assert look() == "1"
+    path.write_text(GOOD.format(2, "acme", 5))
+    assert look() == "1"
+    assert look() == "2"
+    # One that was put there a while ago is taken at once, even with the time and size of the one before.
+    before = path.stat()
+    other = tmp_path / "other.yaml"
+    other.write_text(GOOD.format(3, "acme", 5))
+    os.utime(other, ns=(before.st_atime_ns, before.st_mtime_ns))
+    other.replace(path)
+    now = time.time_ns()
+    monkeypatch.setattr(watched.time, "time_ns", lambda: now + 2_000_000_000)
+    assert look() == "3"
+
+
+def test_what_a_parser_raises_by_mistake_leaves_the_policy_before(tmp_path: Path) -> None:
+    def read(data: bytes) -> Any:
+        return parse(data) if b"acme" in data else [][1]
+
+    path = tmp_path / "policy.yaml"
+    path.write_text(GOOD.format(1, "acme", 5))
+    file: watched.WatchedFile[Any] = watched.WatchedFile(path, read)
+    path.write_text("x")
+    assert file.reload() is False
+    assert file.decide(sealed()).revision == "1"
+    assert "not read, list index out of range" in (file.problem or "")
+
+
+def test_variables_that_write_out_to_too_much_are_refused() -> None:
+    lines = ["variables:", f"  - {{name: a, expression: '{' || '.join(['1 == 1'] * 400)}'}}", "rules:"]
+    lines += [f"  - {{name: r{n}, expression: variables.a || variables.a || variables.a}}" for n in range(100)]
+    with pytest.raises(InvalidField, match="characters of expressions"):
+        parse("\n".join(lines))
+
+
 def test_reloads_and_decisions_at_the_same_time_see_one_policy_or_the_other(tmp_path: Path) -> None:
     path = tmp_path / "policy.yaml"
     path.write_text(GOOD.format("acme", "acme", 5))

@@ -90,6 +90,13 @@ def test_no_text_of_a_request_can_say_anything(text: str) -> None:
     assert decision.message == envelope.execution.target.id
 
 
+def test_what_would_end_the_process_is_refused() -> None:
+    with pytest.raises(InvalidField, match="brackets up to 100 deep"):
+        Rego(f"package envelope\nallow := {'(' * 100_000}true{')' * 100_000}")
+    text = f'{HEADER}# {"(" * 200}\nallow if "{"[" * 200}" != `{"{" * 200}`'
+    assert Rego(text).decide(sealed()).outcome == "allow"
+
+
 def test_hints_that_the_policy_names_were_read() -> None:
     envelope = sealed(scope={"hints": {"a": 1, "b": 2}})
     assert Rego(HEADER + "allow if input.scope.hints.a == 1").decide(envelope).hints == ["a"]

@@ -227,7 +227,7 @@ async def test_metrics_add_up_and_a_report_counts_once(telemetry: Telemetry) -> 
     assert of("execution_envelope.used", kind="inference", resource="output_tokens", how="measured") == 120
     assert of("execution_envelope.hook.duration", hook="ok", decision="allow")[0] == 3
     tokens = found["gen_ai.client.token.usage"]
-    common = (("gen_ai.operation.name", "chat"), ("gen_ai.request.model", "smollm2-135m"))
+    common = (("gen_ai.operation.name", "chat"),)
     assert tokens == {
         (*common, ("gen_ai.token.type", "input")): (3, 21),
         (*common, ("gen_ai.token.type", "output")): (3, 120),

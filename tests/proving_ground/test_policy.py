@@ -433,9 +433,9 @@ def test_an_answer_whose_conditions_are_not_kept_to_is_refused(ruled: Ruled, lim
     ruled.rewrite(("limits: {output_tokens: 512}", f"limits: {limits}"))
     before = settled(ruled)
     messages: Any = [{"role": "user", "content": "Count."}]
-    with ruled.dana.openai.get_client(deployment_id=deployment) as client:
-        with pytest.raises(openai.PermissionDeniedError) as caught:
-            client.chat.completions.create(model="any", messages=messages, max_tokens=5)
+    client = ruled.dana.openai.get_client(deployment_id=deployment)
+    with client, pytest.raises(openai.PermissionDeniedError) as caught:
+        client.chat.completions.create(model="any", messages=messages, max_tokens=5)
     body: Any = caught.value.body
     assert body["message"] == said
     shown = ruled.shown(ruled.newest())

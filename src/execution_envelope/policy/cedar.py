@@ -23,7 +23,7 @@ from execution_envelope.decision import CODES, Decision, Declaration
 from execution_envelope.envelope import KINDS, Envelope
 from execution_envelope.policy.cedar_schema import ANY, entities, request, schema, wanted
 from execution_envelope.policy.limits import least, read_limits
-from execution_envelope.policy.watched import MAX_BYTES
+from execution_envelope.policy.watched import MAX_BYTES, check_depth
 
 #: What an annotation may be called, and on which policies it stands.
 ANNOTATIONS: Final[Mapping[str, tuple[str, ...]]] = {
@@ -32,6 +32,10 @@ ANNOTATIONS: Final[Mapping[str, tuple[str, ...]]] = {
     "message": ("forbid",),
     "limits": ("permit",),
 }
+
+#: Characters of one policy, without texts and comments. The parser recurses, and a process has one stack.
+MAX_POLICY: Final = 16_384
+_TEXT_OR_COMMENT: Final = re.compile(r'"(?:[^"\\]|\\.)*"|//[^\n]*', re.S)
 
 _ERRING: Final = re.compile(r"policy `([^`]*)`")
 
@@ -74,6 +78,7 @@ class Cedar:
             if reserved := [one for one in names if one.endswith(ANY)]:
                 raise invalid("cedar.operations", f"expected no name that ends in `{ANY}`, got {shown(reserved[0])}")
         self.revision = revision or hashlib.sha256(encoded).hexdigest()[:12]
+        _check_size(text)
         plain = _plain(text)
         self._known = _read(plain)
         self._attributes, self._hints = _names(plain)
@@ -137,6 +142,15 @@ class Cedar:
         return Decision(outcome, code, message, limits or {}, (), self.revision, names, errors, read)
 
 
+def _check_size(text: str) -> None:
+    """Raises `InvalidField` for what the parser would not come back from."""
+    code = _TEXT_OR_COMMENT.sub('""', text)
+    check_depth(code, "cedar")
+    for policy in code.split(";"):
+        if len(policy) > MAX_POLICY:
+            raise invalid("cedar", f"expected policies of up to {MAX_POLICY} characters, got one of {len(policy)}")
+
+
 def _plain(text: str) -> Any:
     """The policies as JSON data. Raises `InvalidField`."""
     try:
@@ -153,6 +167,10 @@ def _names(plain: Any) -> tuple[frozenset[str], frozenset[str] | None]:
     attributes, hints = set[str](), set[str]()
     computed = False
     for node in _nodes(plain):
+        if node.get("type") in ("Hints", "Constraints"):
+            # It is named itself, and not as an attribute of the context.
+            attributes.add(node["type"].lower())
+            computed = computed or node["type"] == "Hints"
         for operator, inner in node.items():
             if operator in (".", "has") and "attr" in inner:
                 attributes.add(inner["attr"])

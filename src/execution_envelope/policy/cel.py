@@ -53,6 +53,12 @@ class CelRule:
         return self.action in ("deny", "hold") or bool(self.limits or self.obligations)
 
     @property
+    def size(self) -> int:
+        """Characters of its expressions, with what variables stand for."""
+        found = (self.when, self.expression, self.message_expression)
+        return sum(one.size for one in found if one is not None)
+
+    @property
     def about_approvals(self) -> bool:
         """Whether it says who may approve: it names the operation, or the kind alone."""
         operations = self.match.get("operations")

@@ -72,12 +72,13 @@ _WHERE: Final = re.compile(r"ERROR: <input>:(\d+):(\d+): ([^\n]*)")
 @dataclass(frozen=True, slots=True)
 class Expression:
     """A compiled expression. `reads` are the paths in the view that it may read, `hints` the names of the governance
-    hints among them, None for any."""
+    hints among them, None for any, `size` its characters with what variables stand for."""
 
     source: str
     program: Any
     reads: frozenset[tuple[str, ...]]
     hints: frozenset[str] | None
+    size: int
 
 
 def compile_expression(source: str, path: str, variables: Mapping[str, str] | None = None) -> Expression:
@@ -105,7 +106,7 @@ def compile_expression(source: str, path: str, variables: Mapping[str, str] | No
     reads = frozenset(_known(chain, path) for chain in chains)
     hinted = [chain for chain in reads if chain[0] == "scope" and chain[1:2] in ((), ("hints",))]
     hints = None if any(len(chain) < 3 for chain in hinted) else frozenset(chain[2] for chain in hinted)
-    return Expression(source, program, reads, hints)
+    return Expression(source, program, reads, hints, len(written))
 
 
 def wanted(reads: frozenset[tuple[str, ...]]) -> Wanted:

@@ -32,6 +32,8 @@ from execution_envelope.resources import parse_amount
 
 MAX_RULES: Final = 512
 MAX_VARIABLES: Final = 64
+#: Characters of all expressions, with what variables stand for: while they are compiled, requests wait.
+MAX_WRITTEN: Final = 524_288
 #: How many values one list of `match`, or of allowed values, may have.
 MAX_VALUES: Final = 256
 MAX_NAME: Final = 128
@@ -146,7 +148,15 @@ def parse(text: str | bytes) -> Policy:
         raise invalid("policy.revision", f"expected up to {MAX_NAME} characters, got {len(revision)}")
     variables = _variables(keys.variables)
     _some(keys.rules, MAX_RULES, "policy.rules")
-    rules = [_rule(rule, f"policy.rules[{place}]", variables) for place, rule in enumerate(keys.rules)]
+    rules: list[CelRule] = []
+    written = 0
+    for place, one in enumerate(keys.rules):
+        rules.append(_rule(one, f"policy.rules[{place}]", variables))
+        written += rules[-1].size
+        if written > MAX_WRITTEN:
+            raise invalid(
+                "policy.rules", f"expected up to {MAX_WRITTEN} characters of expressions with their variables"
+            )
     _different((rule.name for rule in rules), "policy.rules")
     for what, names in (
         ("limits", {name for rule in rules for name in rule.limits}),

@@ -21,7 +21,7 @@ from execution_envelope.decision import CODES, Decision, Declaration, Duty
 from execution_envelope.envelope import Envelope
 from execution_envelope.policy.limits import least, read_limits
 from execution_envelope.policy.view import SHAPE, Wanted, view
-from execution_envelope.policy.watched import MAX_BYTES
+from execution_envelope.policy.watched import MAX_BYTES, check_depth
 from execution_envelope.values import canonical
 
 #: What of the document is read.
@@ -33,6 +33,7 @@ _HINTS: Final = re.compile(r"\bhints\b(?:\.([A-Za-z_]\w*)|\[\s*\"([^\"\\]*)\"\s*
 _INPUT: Final = re.compile(r"\binput\b(?:\s*\.\s*([A-Za-z_]\w*))?")
 #: The engine's Python face does not tell what its own errors were.
 _UNNAMED: Final = "a builtin failed, or a rule has two values; the engine does not say which"
+_TEXT_OR_COMMENT: Final = re.compile(r'"(?:[^"\\\n]|\\.)*"|`[^`]*`|#[^\n]*')
 _ERROR: Final = re.compile(r"errormsg \d+:([^)]*)")
 
 
@@ -52,6 +53,7 @@ class Rego:
         if len(encoded) > MAX_BYTES:
             raise invalid("rego", f"expected up to {MAX_BYTES} bytes, got {len(encoded)}")
         self.revision = revision or hashlib.sha256(encoded).hexdigest()[:12]
+        check_depth(_TEXT_OR_COMMENT.sub('""', text), "rego")
         self._hints = _hints(text)
         self._wanted = _wanted(text)
         self._local = threading.local()

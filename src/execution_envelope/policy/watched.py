@@ -20,6 +20,8 @@ from execution_envelope.errors import InvalidField
 WATCHED: Final = 1.0
 #: No policy is longer, whatever its language.
 MAX_BYTES: Final = 262_144
+#: How deep brackets may stand in each other. Parsers that recurse would end the process, not raise.
+MAX_DEPTH: Final = 100
 
 _logger = logging.getLogger(__name__)
 
@@ -35,12 +37,25 @@ class Judging(Protocol):
 _T = TypeVar("_T", bound=Judging)
 
 
+def check_depth(code: str, path: str) -> None:
+    """Raises `InvalidField` for brackets that stand too deep in each other; `code` is without texts and comments."""
+    depth = 0
+    for found in code:
+        if found in "([{":
+            depth += 1
+        elif found in ")]}":
+            depth -= 1
+        if depth > MAX_DEPTH:
+            raise invalid(path, f"expected brackets up to {MAX_DEPTH} deep, got deeper ones")
+
+
 class WatchedFile(Generic[_T]):
     """The policy in a file, read by `read` from its bytes. Raises `InvalidField` when it is wrong at first.
 
-    With `watch` it is looked at, at most once a second, while it is asked, and reloaded in a thread when its time or
-    size changed. A file that is wrong then is not taken: the policy before it stays, `problem` says what is wrong, and
-    every decision carries that in its errors. May be used by several threads.
+    With `watch` it is looked at, at most once a second, while it is asked, and reloaded when it changed, before that is
+    decided; one that changed within the last second, when it is looked at the second time: it may not be written to its
+    end. A file that is wrong then is not taken: the policy before it stays, `problem` says what is wrong, and every
+    decision carries that in its errors. May be used by several threads.
     """
 
     def __init__(self, path: str | Path, read: Callable[[bytes], _T], *, watch: bool = False) -> None:
@@ -51,7 +66,8 @@ class WatchedFile(Generic[_T]):
         self._watch = watch
         self._lock = threading.Lock()
         self._next_look = time.monotonic() + WATCHED
-        self._seen: tuple[int, int] | None = None
+        self._seen: tuple[int, ...] | None = None
+        self._looked: tuple[int, ...] | None = None
         self._bytes = self._load()
         #: The policy that judges.
         self.policy: _T = read(self._bytes)
@@ -65,8 +81,8 @@ class WatchedFile(Generic[_T]):
                     self.problem = None
                     return False
                 policy = self._read(found)
-            except InvalidField as error:
-                self._broken(str(error))
+            except Exception as error:  # whatever a parser raises: the policy before it stays
+                self._broken(str(error) if isinstance(error, InvalidField) else brief(f"not read, {error}", 200))
                 return False
             self._bytes, self.policy, self.problem = found, policy, None
             return True
@@ -85,7 +101,9 @@ class WatchedFile(Generic[_T]):
         if not self._watch or now < self._next_look:
             return
         self._next_look = now + WATCHED
-        if self._stat() != self._seen:
+        found, looked = self._stat(), self._looked
+        self._looked = found
+        if found != self._seen and (found is None or found == looked or _is_settled(found)):
             self.reload()
 
     def _broken(self, said: str) -> None:
@@ -95,12 +113,13 @@ class WatchedFile(Generic[_T]):
         self.problem = f"policy file is broken since {since}, revision {self.policy.revision} judges: {said}"
         _logger.warning("%s", self.problem)
 
-    def _stat(self) -> tuple[int, int] | None:
+    def _stat(self) -> tuple[int, ...] | None:
         try:
             found = self.path.stat()
         except OSError:
             return None
-        return found.st_mtime_ns, found.st_size
+        # The last as a file that is put in its place, or changed within one tick of the clock, may look the same.
+        return found.st_ctime_ns, found.st_mtime_ns, found.st_size, found.st_ino
 
     def _load(self) -> bytes:
         # What is written while it is read has another time or size afterwards, and is read again.
@@ -112,6 +131,11 @@ class WatchedFile(Generic[_T]):
             raise invalid(
                 "policy", f"expected a file that can be read, {brief(error.strerror or str(error))}"
             ) from None
+
+
+def _is_settled(found: tuple[int, ...]) -> bool:
+    """Whether it was not touched for a while."""
+    return time.time_ns() - found[0] > WATCHED * 1e9
 
 
 class FileDecider:

@@ -84,7 +84,8 @@ METRICS: Final[Mapping[str, Metric]] = {
     "gen_ai.client.token.usage": Metric(
         "histogram",
         "{token}",
-        ("gen_ai.operation.name", "gen_ai.token.type", "gen_ai.request.model"),
+        # Without the model: it is what callers name, and would be a series for each.
+        ("gen_ai.operation.name", "gen_ai.token.type"),
         "tokens of inference and agent runs, by reports of their use",
         tuple(map(float, _TOKENS)),
     ),
@@ -157,7 +158,7 @@ class OpenTelemetryObserver:
         operation = gen_ai_operation(envelope)
         if operation is None or not isinstance(fact, Used):
             return
-        attributes = {"gen_ai.operation.name": operation, **_model(envelope)}
+        attributes = {"gen_ai.operation.name": operation}
         used = new_use(observation, event, fact)
         for resource, sort in (("input_tokens", "input"), ("output_tokens", "output")):
             if resource in used:
