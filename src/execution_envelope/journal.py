@@ -46,7 +46,7 @@ COUNTERS: Final[Mapping[str, str]] = {
     "hints_unread": "governance hints of requests that no hook read",
     "redacted": "paths at which a credential was taken out before sealing",
     "ungranted": "executions that completed in their block though nobody ever granted",
-    "violations": "grants beyond a limit or a parent, one for each resource",
+    "violations": "grants and uses beyond a limit, a parent or a budget, one for each resource",
     "abandoned": "executions that reconciliation ended because their owner no longer knows them",
     "attempted": "requests that never became one",
     "attempted_dropped": "of these, those that were not kept: they came too fast, or the ledger was away",
