@@ -26,11 +26,17 @@ from execution_envelope import (
     lifecycle,
 )
 from execution_envelope.approvals import Approvals
+from execution_envelope.envelope import KINDS
 from execution_envelope.ledger import MemoryLedger, verify
+from execution_envelope.policy.cedar import Cedar
 from execution_envelope.policy.file import parse
+from execution_envelope.policy.rego import Rego
 from execution_envelope.testing import FakeClock, ask
 
 pytestmark = pytest.mark.anyio
+#: The operations that the Cedar policies of these tests name.
+OPERATIONS = {"maintenance": ["envelope.approve"]}
+DEPLOYS = 'permit(principal, action in Action::"model.deploy", resource);'
 KIM = Subject("user", "kim", tenant="acme", roles=("approver",))
 PROD = {"project": "research", "environment": "prod"}
 
@@ -56,9 +62,9 @@ HOLDS = Rule(
 )
 
 
-def policy(text: str) -> Rule:
-    """A policy file, asked about all kinds."""
-    return Rule("policy", parse(text.encode()).decide)
+def policy(text: str, kinds: frozenset[str] | None = None) -> Rule:
+    """A policy file, asked about all kinds or these."""
+    return Rule("policy", parse(text.encode()).decide, kinds=kinds)
 
 
 APPROVERS = Rule("approvers", _may_approve, kinds=frozenset({"maintenance"}))
@@ -177,8 +183,31 @@ async def test_an_obligation_that_nobody_can_fulfil_lets_nobody_approve() -> Non
                 "rules: [{name: not-now, match: {operations: [envelope.approve]}, when: 'false', expression: 'true'}]"
             ),
         ),
+        (policy("rules: [{name: r, match: {operations: [envelope.approve]}, action: audit, expression: 'false'}]"),),
+        (policy("rules: [{name: r, match: {operations: [envelope.approve]}, action: warn, expression: '1/0 == 1'}]"),),
+        (
+            policy(
+                "rules: [{name: r, match: {kinds: [maintenance], environments: [test]}, expression: 'true'}]",
+                kinds=frozenset({"model.deploy", "maintenance"}),
+            ),
+        ),
+        (Cedar("permit(principal, action, resource);", kinds=frozenset(KINDS)),),
+        (Rego('package envelope\nallow := true\nreasons := ["fine"]', kinds=frozenset(KINDS)),),
     ],
-    ids=["none", "everything", "warns", "file", "file-with-limits", "file-for-others", "file-that-does-not-apply"],
+    ids=[
+        "none",
+        "everything",
+        "warns",
+        "file",
+        "file-with-limits",
+        "file-for-others",
+        "file-that-does-not-apply",
+        "file-that-only-audits",
+        "file-that-fails",
+        "file-that-does-not-match",
+        "cedar",
+        "rego",
+    ],
 )
 async def test_where_nobody_decides_who_may_nobody_may(others: tuple[Any, ...]) -> None:
     house = House(HOLDS, *others)
@@ -189,6 +218,25 @@ async def test_where_nobody_decides_who_may_nobody_may(others: tuple[Any, ...]) 
     assert [e.data.code for e in own.events if isinstance(e.data, lifecycle.Denied)] == ["undecidable"]
     with pytest.raises(Held):
         await house.again(held)
+
+
+@pytest.mark.parametrize(
+    "decider",
+    [
+        Cedar(DEPLOYS + 'permit(principal, action in Action::"maintenance", resource);', operations=OPERATIONS),
+        Cedar(DEPLOYS + 'permit(principal, action == Action::"envelope.approve", resource);', operations=OPERATIONS),
+        Rego(
+            'package envelope\nallow if input.execution.kind == "model.deploy"\n'
+            'allow if input.execution.operation == "envelope.approve"\nreasons contains "approvers" if allow'
+        ),
+    ],
+    ids=["cedar-kind", "cedar-operation", "rego"],
+)
+async def test_a_policy_about_approvals_says_who_may(decider: Any) -> None:
+    house = House(HOLDS, decider)
+    held = await house.hold()
+    said = await house.controller.approve(held.envelope_id or "", by=KIM, reason="the launch")
+    assert said.approval is not None
 
 
 @pytest.mark.parametrize(

@@ -75,6 +75,7 @@ async def test_what_is_used_beyond_a_limit_after_the_end_is_a_violation_too() ->
     await admission.used({"output_tokens": 11})
     late = [e.data.fact for e in admission.record.events if isinstance(e.data, lifecycle.Late)]
     assert [type(fact).__name__ for fact in late] == ["Used", "Violation"]
+    assert [violation.granted for violation in admission.record.violations] == [11]
     assert seam.counters["violations"] == 1
 
 

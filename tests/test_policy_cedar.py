@@ -141,10 +141,11 @@ OVERFLOW = "9223372036854775807 + 1 > 0"
     [
         ("(" * 800 + "true" + ")" * 800, "brackets up to 100 deep"),
         (" && ".join(["true"] * 30_000), "policies of up to 16384 characters"),
+        ("if true then true else " * 700 + "true", "recursion"),
         ("if true then true else " * 10_000 + "true", "policies of up to 16384 characters"),
         ("true || " + " + ".join(["1"] * 60_000) + " == 1", "policies of up to 16384 characters"),
     ],
-    ids=["brackets", "and", "if", "plus"],
+    ids=["brackets", "and", "some-ifs", "if", "plus"],
 )
 def test_what_would_end_the_process_is_refused(condition: str, said: str) -> None:
     """The parser recurses on a stack of its own size: these ended the process with a signal."""

@@ -93,6 +93,8 @@ def test_no_text_of_a_request_can_say_anything(text: str) -> None:
 def test_what_would_end_the_process_is_refused() -> None:
     with pytest.raises(InvalidField, match="brackets up to 100 deep"):
         Rego(f"package envelope\nallow := {'(' * 100_000}true{')' * 100_000}")
+    with pytest.raises(InvalidField, match="up to 32768 characters"):
+        Rego(f"package envelope\nallow if 1{' + 1' * 60_000} > 0")
     text = f'{HEADER}# {"(" * 200}\nallow if "{"[" * 200}" != `{"{" * 200}`'
     assert Rego(text).decide(sealed()).outcome == "allow"
 

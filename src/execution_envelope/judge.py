@@ -112,6 +112,7 @@ class Judge:
         self._budgets = budgets
         self._approvals = approvals
         declared = [hook.declaration for hook in chain.hooks]
+        self._repeatable = all(one.side_effects is False for one in declared)
         self._about_approvals = {one.name for one in declared if one.kinds is not None and "maintenance" in one.kinds}
 
     @property
@@ -133,8 +134,11 @@ class Judge:
         for _ in range(MAX_RELOADS):
             budgets = self._budgets()
             decided = await self._chain.decide(envelope, phase=phase, plan=plan)
-            # Rules and budgets of one file count together: one that was reloaded meanwhile is asked again.
-            if self._budgets().revision == budgets.revision:
+            # Rules and budgets of one file count together: when it was reloaded meanwhile, all are asked again, if
+            # that does nothing anywhere; else what is newest counts.
+            newest = self._budgets()
+            if newest.revision == budgets.revision or not self._repeatable:
+                budgets = newest
                 break
         verdicts = decided.verdicts
         approved = {} if held is None else lifted(held, timestamp(self._journal.now()))

@@ -305,7 +305,9 @@ class Record:
 
     @property
     def violations(self) -> tuple[Violation, ...]:
-        return tuple(e.data for e in self.events if isinstance(e.data, Violation))
+        """What went beyond a bound, late reports included."""
+        facts = (e.data.fact if isinstance(e.data, Late) else e.data for e in self.events)
+        return tuple(fact for fact in facts if isinstance(fact, Violation))
 
     @property
     def ready(self) -> bool:

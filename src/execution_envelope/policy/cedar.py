@@ -18,6 +18,7 @@ from typing import Any, Final, Literal
 import cedarpy
 import msgspec
 
+from execution_envelope import approvals
 from execution_envelope.credentials import brief, invalid, shown
 from execution_envelope.decision import CODES, Decision, Declaration
 from execution_envelope.envelope import KINDS, Envelope
@@ -49,6 +50,8 @@ class _Known:
     reason: str = "policy"
     message: str | None = None
     limits: Mapping[str, Any] = field(default_factory=dict)
+    #: Whether it names approving, or the kind of that.
+    approves: bool = False
 
 
 class Cedar:
@@ -100,7 +103,8 @@ class Cedar:
         return request(envelope, self._wanted), entities(envelope, self._attributes)
 
     def decide(self, envelope: Envelope) -> Decision:
-        """Allows what a ``permit`` permits and no ``forbid`` forbids, or could not be evaluated."""
+        """Allows what a ``permit`` permits and no ``forbid`` forbids, or could not be evaluated. Of who may approve it
+        has no opinion where no ``permit`` names that."""
         asked, some = self.inputs(envelope)
         heard = cedarpy.is_authorized(asked, self._policies, some)
         hints = envelope.scope.hints
@@ -127,11 +131,13 @@ class Cedar:
             return self._decision("deny", "hook_error", "the engine came to no decision", names, errors, read)
         if not heard.allowed:
             return self._decision("deny", "policy", "no policy permits it", names, errors, read)
+        if envelope.execution.operation == approvals.OPERATION and not any(known.approves for known in determining):
+            return self._decision("abstain", None, None, [], errors, read)
         return self._decision("allow", None, None, names, errors, read, least([known.limits for known in determining]))
 
     def _decision(
         self,
-        outcome: Literal["allow", "deny"],
+        outcome: Literal["allow", "deny", "abstain"],
         code: str | None,
         message: str | None,
         names: list[str],
@@ -155,7 +161,7 @@ def _plain(text: str) -> Any:
     """The policies as JSON data. Raises `InvalidField`."""
     try:
         plain = msgspec.json.decode(cedarpy.policies_to_json_str(text))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise invalid("cedar", f"expected Cedar policies, {brief(str(error), 200)}") from None
     if plain.get("templates"):
         raise invalid("cedar", "expected policies without slots, got a template, which permits and forbids nothing")
@@ -221,7 +227,9 @@ def _policy(id: str, policy: Mapping[str, Any]) -> _Known:
         raise invalid(f"{_path(name)}.reason", f"expected one of {', '.join(CODES)}, got {shown(reason)}")
     limits = annotations.get("limits")
     read = {} if limits is None else read_limits(_pairs(limits, f"{_path(name)}.limits"), f"{_path(name)}.limits")
-    return _Known(name, effect, reason, annotations.get("message"), read)
+    code = msgspec.json.encode([policy.get("action"), policy.get("conditions")])
+    approves = b'"maintenance"' in code or f'"{approvals.OPERATION}"'.encode() in code
+    return _Known(name, effect, reason, annotations.get("message"), read, approves)
 
 
 def _path(name: str) -> str:

@@ -198,11 +198,12 @@ class CelRules:
         if index is None:
             return self._abstain
         plan = index.matching(envelope)
+        approving = envelope.execution.operation == approvals.OPERATION
         if not plan.rules:
             # Rules that are only for other operations say nothing of this one.
-            return self._allow if envelope.execution.kind in self._covered else self._abstain
+            covered = envelope.execution.kind in self._covered and not approving
+            return self._allow if covered else self._abstain
         context = None if plan.wanted is None else cel.Context(view(envelope, plan.wanted))
-        approving = envelope.execution.operation == approvals.OPERATION
         if not (envelope.scope.hints or approving) and plan.holds(context):
             return self._allow
         heard = _Heard(context, envelope.scope.hints)
@@ -239,10 +240,11 @@ class _Heard:
         try:
             if rule.when is not None and not self._bool(rule, "when", rule.when):
                 return
-            self._applied.append(rule)
             if rule.expression is not None and not self._bool(rule, "expression", rule.expression):
                 self._violated.append((rule, self._message(rule)))
-            elif rule.limits or rule.obligations:
+                return
+            self._applied.append(rule)
+            if rule.limits or rule.obligations:
                 self._kept.append(rule)
         except _Failed as failed:
             self._errors.append(str(failed))
@@ -280,10 +282,11 @@ class _Heard:
         decision = self.decision(revision)
         if decision.outcome not in ("allow", "warn"):
             return decision
-        about = [rule.name for rule in self._applied if rule.about_approvals and rule.name not in decision.policies]
-        if not about and not any(rule.about_approvals for rule in self._applied):
+        # One that was violated and only warns, or could not be evaluated, allows nobody.
+        about = [rule.name for rule in self._applied if rule.about_approvals]
+        if not about:
             return Decision("abstain", revision=revision, errors=decision.errors, hints=decision.hints)
-        return replace(decision, policies=(*decision.policies, *about))
+        return replace(decision, policies=tuple(dict.fromkeys((*decision.policies, *about))))
 
     def decision(self, revision: str | None) -> Decision:
         """All of it together."""

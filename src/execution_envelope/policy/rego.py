@@ -16,6 +16,7 @@ from typing import Any, Final
 import msgspec
 import regopy
 
+from execution_envelope import approvals
 from execution_envelope.credentials import brief, invalid, shown
 from execution_envelope.decision import CODES, Decision, Declaration, Duty
 from execution_envelope.envelope import Envelope
@@ -33,6 +34,9 @@ _HINTS: Final = re.compile(r"\bhints\b(?:\.([A-Za-z_]\w*)|\[\s*\"([^\"\\]*)\"\s*
 _INPUT: Final = re.compile(r"\binput\b(?:\s*\.\s*([A-Za-z_]\w*))?")
 #: The engine's Python face does not tell what its own errors were.
 _UNNAMED: Final = "a builtin failed, or a rule has two values; the engine does not say which"
+#: Characters of a policy, without texts and comments. The parser recurses, and takes a time that grows with the square.
+MAX_CODE: Final = 32_768
+_APPROVES: Final = re.compile(rf"\bmaintenance\b|{re.escape(approvals.OPERATION)}")
 _TEXT_OR_COMMENT: Final = re.compile(r'"(?:[^"\\\n]|\\.)*"|`[^`]*`|#[^\n]*')
 _ERROR: Final = re.compile(r"errormsg \d+:([^)]*)")
 
@@ -53,7 +57,11 @@ class Rego:
         if len(encoded) > MAX_BYTES:
             raise invalid("rego", f"expected up to {MAX_BYTES} bytes, got {len(encoded)}")
         self.revision = revision or hashlib.sha256(encoded).hexdigest()[:12]
-        check_depth(_TEXT_OR_COMMENT.sub('""', text), "rego")
+        code = _TEXT_OR_COMMENT.sub('""', text)
+        check_depth(code, "rego")
+        if len(code) > MAX_CODE:
+            raise invalid("rego", f"expected up to {MAX_CODE} characters beside texts and comments, got {len(code)}")
+        self._approves = _APPROVES.search(text) is not None
         self._hints = _hints(text)
         self._wanted = _wanted(text)
         self._local = threading.local()
@@ -74,7 +82,8 @@ class Rego:
             raise invalid("rego", "expected functions that exist, the compiled policy cannot be asked") from None
 
     def decide(self, envelope: Envelope) -> Decision:
-        """Allows where `allow` is true; denies where it is false or undefined, and where anything fails."""
+        """Allows where `allow` is true; denies where it is false or undefined, and where anything fails. Of who may
+        approve a policy that nowhere names that has no opinion, where it does not deny."""
         interpreter = getattr(self._local, "interpreter", None)
         if interpreter is None:
             # An interpreter holds the input, so each thread has its own.
@@ -95,7 +104,10 @@ class Rego:
         if not isinstance(document, dict):
             return self._failed(f"expected the document of package envelope, got {shown(document)}", read)
         try:
-            return self._decision(document, read)
+            decision = self._decision(document, read)
+            if decision.outcome == "allow" and envelope.execution.operation == approvals.OPERATION:
+                return decision if self._approves else Decision("abstain", revision=self.revision, hints=read)
+            return decision
         except ValueError as error:
             return self._failed(str(error), read)
 
