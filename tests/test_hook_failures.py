@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import inspect
 import os
 import signal
@@ -546,11 +547,12 @@ async def test_a_scope_around_several_that_is_cancelled_ends_them() -> None:
 async def test_nothing_is_left_of_a_thousand_failures(anyio_backend: str) -> None:
     chain = HookChain([Hook(raising(SystemExit(1)), way, name=way) for way in (INLINE, THREAD, ASYNC)], deadline=1)
     await chain.decide(ENVELOPE)
+    gc.collect()  # of tests before: what is closed meanwhile would hide what is left open
     threads, opened = threading.active_count(), len(os.listdir("/proc/self/fd"))  # noqa: PTH208
     for _ in range(1000):
         await chain.decide(ENVELOPE)
     assert threading.active_count() <= threads + 1
-    assert len(os.listdir("/proc/self/fd")) == opened  # noqa: PTH208
+    assert len(os.listdir("/proc/self/fd")) <= opened  # noqa: PTH208
     if anyio_backend == "asyncio":
         assert len(asyncio.all_tasks()) <= 2
 
