@@ -246,6 +246,10 @@ async def test_no_byte_of_it_is_in_the_ledger(name: str, tmp_path: Path) -> None
         with pytest.raises(Exception, match=said) as refused:
             await strict.begin(ask())
         assert needle.decode() not in str(refused.value)
+        if isinstance(refusing, Exception):
+            assert isinstance(refused.value, Denied)
+            (verdict,) = (await strict.read(refused.value.envelope_id or "")).verdicts
+            assert verdict.failure == "error" and "redacted" in (verdict.message or "")
 
     record = await controller.read(admission.id)
     sealed = next(event.data for event in record.events if isinstance(event.data, Sealed))
