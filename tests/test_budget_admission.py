@@ -13,6 +13,7 @@ import pytest
 from execution_envelope import (
     AdmissionController,
     Decision,
+    Declaration,
     Denied,
     Grant,
     Held,
@@ -514,3 +515,44 @@ async def test_the_longest_names_have_room_beside_others(tmp_path: Path, postgre
         group.start_soon(come, Subject("user", long, tenant=long), scope)
     assert outcomes == ["admitted"] * 9
     await controller.aclose()
+
+
+@pytest.mark.parametrize(("side_effects", "asked"), [(False, 2), (True, 1), (None, 1)])
+async def test_rules_and_budgets_of_one_revision_count_together(
+    ledger: Ledger, side_effects: bool | None, asked: int
+) -> None:
+    """The file is reloaded while a rule of it is asked: it is asked again, if that does nothing anywhere."""
+    revisions = ["r1"]
+    heard: list[str] = []
+
+    class Reloading:
+        declaration = Declaration(name="rules", side_effects=side_effects)
+
+        async def decide(self, envelope: Any) -> Decision:
+            heard.append(revisions[-1])
+            revisions.append("r2")
+            return Decision("allow", revision=heard[-1])
+
+    controller = AdmissionController(
+        ledger, hooks=[Reloading()], budgets=lambda: Budgets([MEMORY], revision=revisions[-1]), clock=FakeClock()
+    )
+    admission = await controller.begin(ask(requested={"memory": "1GiB"}))
+    assert heard == ["r1", "r2"][:asked]
+    assert [verdict.revision for verdict in admission.record.verdicts] == heard[-1:]
+
+
+async def test_a_file_that_is_reloaded_all_the_time_holds_up_nobody(ledger: Ledger) -> None:
+    count = [0]
+
+    def check(envelope: Any) -> Decision:
+        count[0] += 1
+        return Decision.allow()
+
+    controller = AdmissionController(
+        ledger,
+        hooks=[Rule("rules", check)],
+        budgets=lambda: Budgets([MEMORY], revision=f"r{count[0]}"),
+        clock=FakeClock(),
+    )
+    admission = await controller.begin(ask(requested={"memory": "1GiB"}))
+    assert (admission.state, count[0]) == ("admitted", 3)
