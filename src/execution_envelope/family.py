@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Final
+from collections.abc import Iterator, Sequence
+from typing import Final, Protocol
 
 from execution_envelope.errors import InvalidField
-from execution_envelope.journal import Journal
 from execution_envelope.ledger.commit import Siblings
 from execution_envelope.lifecycle import Granted, Violation
 from execution_envelope.record import Record
@@ -18,7 +17,17 @@ MAX_TREE: Final = 20_000
 MAX_LEVELS: Final = 64
 
 
-async def read_tree(journal: Journal, id: str, *, fresh: bool = True) -> Tree:
+class Reads(Protocol):
+    """What trees are read with: `ended` are trees of which everything has ended, as they were last read."""
+
+    ended: dict[str, Tree]
+
+    async def read(self, *reference: str) -> Record: ...
+    async def children(self, id: str) -> Sequence[str]: ...
+    def remember_ended(self, tree: Tree) -> None: ...
+
+
+async def read_tree(journal: Reads, id: str, *, fresh: bool = True) -> Tree:
     """An envelope with all that are part of it. Raises `NotFound`, and `InvalidField` for a tree beyond the limits.
 
     Unless it has to be `fresh`, what has ended with all below may be as it was when last read.
@@ -42,7 +51,7 @@ async def read_tree(journal: Journal, id: str, *, fresh: bool = True) -> Tree:
     return await read(id, 0)
 
 
-async def open_children(journal: Journal, id: str) -> list[str]:
+async def open_children(journal: Reads, id: str) -> list[str]:
     """The envelopes directly below that are open."""
     found = []
     for child in await journal.children(id):
@@ -59,7 +68,7 @@ class Family:
         self._above = above
 
     @classmethod
-    async def of(cls, journal: Journal, child: Record, *, fresh: bool) -> Family:
+    async def of(cls, journal: Reads, child: Record, *, fresh: bool) -> Family:
         """The family of an envelope that is part of another."""
         path: list[str] = []
         parent = child.envelope.correlation.part_of
@@ -93,7 +102,7 @@ class Family:
                 continue
             bound = tree.bound(name)
             total = add([given, tree.shared(name, without=self._child.id, ends=ends)])
-            if exceeds(total, bound):
+            if given and exceeds(total, bound):  # nothing more is never too much
                 parent = f"parent {tree.record.id}"
                 text = f"{name} {human(name, total)} is beyond the {human(name, bound)} that {parent} was granted"
                 found.append(Violation(name, bound, total, parent, text))

@@ -16,11 +16,12 @@ import anyio.lowlevel
 import anyio.to_thread
 from anyio.lowlevel import RunVar
 
-from execution_envelope.budgets import consequences, over_run
+from execution_envelope.budgets import consequences, counts_below, over_run
 from execution_envelope.credentials import shown
 from execution_envelope.decision import Observation
 from execution_envelope.envelope import KINDS, Envelope, SealedEnvelope, timestamp
 from execution_envelope.errors import InvalidField, LedgerUnavailable, NotFound
+from execution_envelope.family import read_tree
 from execution_envelope.grant import label
 from execution_envelope.ledger import Ledger
 from execution_envelope.ledger.commit import BudgetExhausted, Commit, SequenceConflict, Siblings
@@ -204,7 +205,8 @@ class Journal:
         for record, facts in writes:
             check(record.state, facts)
             if record.budgets:
-                facts, within = _with_budgets(record, facts, over)
+                tree = await read_tree(self, record.id) if counts_below(record, facts) else None
+                facts, within = _with_budgets(record, facts, over, tree)
             commits.append(
                 Commit(
                     record.id,
@@ -540,10 +542,10 @@ def _fact(data: EventData) -> EventData:
 
 
 def _with_budgets(
-    record: Record, facts: Sequence[EventData], over: Mapping[str, Violation]
+    record: Record, facts: Sequence[EventData], over: Mapping[str, Violation], tree: Tree | None
 ) -> tuple[Sequence[EventData], frozenset[str]]:
     """The facts with what they change in budgets, before an end; and the accounts that must have room for it."""
-    change = consequences(record, facts)
+    change = consequences(record, facts, tree)
     if change is None:
         return facts, frozenset()
     raised = {entry.account for entry in change.entries if entry.reserved + entry.spent > 0}

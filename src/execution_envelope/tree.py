@@ -70,8 +70,24 @@ class Tree:
             return record.held.get(name, 0) if is_open else 0  # what those below hold is within it
         if given and not is_open and not below:
             return record.reckoning.taken(name, ended=True)
-        came_to = add([self._own(name), *below])
+        came_to = add([_reported(record, name), *below])
         return largest((record.held.get(name, 0), came_to)) if is_open else came_to
+
+    def covered(self, key: tuple[str, str, str]) -> Amount | None:
+        """What those below came to in a balance (account, window, resource) of which they reserved nothing themselves,
+        because the root had; None when there are none."""
+        found: list[Amount] = []
+        for child in self.children:
+            if key in child.record.budgets:
+                continue  # it counts for itself, and for those below it
+            record, below = child.record, child.covered(key)
+            own = (
+                _reported(record, key[2])
+                if child.children
+                else record.reckoning.taken(key[2], ended=not record.is_open)
+            )
+            found.append(own if below is None else add([own, below]))
+        return add(found) if found else None
 
     def bound(self, name: str) -> Amount:
         """What the root may share with those below: what it holds, or once it has ended what it was granted."""
@@ -85,10 +101,7 @@ class Tree:
         if VOCABULARY[name].across_parts != "sum":
             return 0
         taken = [child.taken(name, without=without, ends=ends) for child in self.children]
-        return add([*taken, self._own(name)]) if VOCABULARY[name].across_reports == "sum" else add(taken)
-
-    def _own(self, name: str) -> Amount:
-        return self.record.used[name].amount if name in self.record.used else 0
+        return add([*taken, _reported(self.record, name)]) if VOCABULARY[name].across_reports == "sum" else add(taken)
 
     def _outermost(self, family: str) -> dict[str, Amount]:
         mine: Mapping[str, Amount] = self.record.granted if family == "granted" else asked(self.record)
@@ -98,6 +111,11 @@ class Tree:
                 if name not in mine:
                     below.setdefault(name, []).append(amount)
         return {**mine, **{name: together(name, amounts) for name, amounts in below.items()}}
+
+
+def _reported(record: Record, name: str) -> Amount:
+    used = record.reckoning.used(name)
+    return 0 if used is None else used
 
 
 def asked(record: Record) -> dict[str, Amount]:
