@@ -112,7 +112,8 @@ def cli(context: click.Context, url: str | None) -> None:
     "--state",
     "states",
     multiple=True,
-    type=click.Choice(sorted(OPEN | TERMINAL)),
+    # An observed one has ended by the time that anybody sees it.
+    type=click.Choice(sorted((OPEN | TERMINAL) - {"observed"})),
     metavar="STATE",
     help="Only in this state; may be repeated.",
 )
