@@ -364,6 +364,9 @@ async def test_what_shows_it_says_that_it_was_observed(tmp_path: Path) -> None:
     assert "OBSERVED, COMPLETED" in shown and "entry 7 of gateway" in shown
     data = json.loads(run("show", record.id, "--json"))
     assert data["observed"] is True and data["undecided"] is False
+    [only] = run("list", "--observed", "--json").splitlines()
+    assert json.loads(only)["id"] == record.id
+    assert run("list", "--observed", "--kind", "model.deploy", "--json") == ""
     assert "sound" in run("verify")
 
 
