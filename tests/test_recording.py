@@ -253,7 +253,10 @@ async def test_more_than_a_parent_has_is_a_violation_on_the_record(ledger: Ledge
     beyond = await seen(controller, "2", chat(part_of=run.id), grant=Grant({"output_tokens": 70}))
     assert within.violations == () and within.envelope.correlation.part_of == run.id
     assert [violation.granted for violation in beyond.violations] == [140]
-    assert ledger.children(run.id) == [within.id, beyond.id]
+    await run.complete()
+    late = await seen(controller, "3", chat(part_of=run.id), used={"output_tokens": 1})  # its log was read too late
+    assert ledger.children(run.id) == [within.id, beyond.id, late.id]
+    assert (await controller.tree(run.id)).used["output_tokens"].amount == 1
 
 
 @given(uses=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 80), st.booleans()), max_size=12))

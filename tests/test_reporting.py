@@ -23,6 +23,7 @@ from execution_envelope import (
     Held,
     IllegalTransition,
     InvalidField,
+    OpenChildren,
     OpenObligations,
     Record,
     Rule,
@@ -141,6 +142,16 @@ async def test_there_is_no_clean_end_while_an_obligation_is_open() -> None:
         await controller.observe(id, state="completed", rev=1, by="k")
     assert (await controller.read(id)).reported == {}
     await (await controller.resume(id, by="k")).oblige("note", "fulfilled")
+    assert (await controller.observe(id, state="completed", rev=1, by="k")).state == "completed"
+
+
+async def test_there_is_no_clean_end_above_what_goes_on() -> None:
+    controller = AdmissionController(MemoryLedger())
+    id = await deployed(controller)
+    child = await controller.begin(ask(part_of=id))
+    with pytest.raises(OpenChildren):
+        await controller.observe(id, state="completed", rev=1, by="k")
+    await child.complete()
     assert (await controller.observe(id, state="completed", rev=1, by="k")).state == "completed"
 
 

@@ -16,7 +16,7 @@ from msgspec.structs import replace
 from execution_envelope.credentials import shown
 from execution_envelope.decision import grounds
 from execution_envelope.envelope import Ask, Identity, Subject, Target, established, seal
-from execution_envelope.errors import InvalidField, NotHeld, SelfApproval
+from execution_envelope.errors import InvalidField, KeyConflict, NotHeld, SelfApproval
 from execution_envelope.lifecycle import Approval, Held, Verdict
 from execution_envelope.record import Record
 
@@ -137,3 +137,12 @@ def lasting(identity: Identity) -> Identity:
     """Without the session: whoever waits for approval comes again in another one."""
     how = identity.authentication
     return identity if how is None else replace(identity, authentication=replace(how, session=None))
+
+
+def decided_just_now(record: Record) -> KeyConflict:
+    """Another request under the key of a held one came first."""
+    return KeyConflict(
+        "another request with this idempotency key was decided just now, try again later",
+        envelope_id=record.id,
+        retryable=True,
+    )

@@ -22,7 +22,7 @@ from msgspec.structs import replace as replace_struct
 from execution_envelope import decision as decisions
 from execution_envelope import lifecycle
 from execution_envelope.admission import Admission
-from execution_envelope.approvals import Approvals, expired, lapsed, lasting, said_before
+from execution_envelope.approvals import Approvals, decided_just_now, expired, lapsed, lasting, said_before
 from execution_envelope.approver import Approver, Said
 from execution_envelope.blocking import BlockingController
 from execution_envelope.budgets import Budgets
@@ -42,6 +42,7 @@ from execution_envelope.errors import (
     SelfApproval,
     Unidentified,
 )
+from execution_envelope.family import read_tree
 from execution_envelope.hooks import HookChain
 from execution_envelope.journal import Journal
 from execution_envelope.judge import Judge, Judgement, Plan
@@ -54,6 +55,7 @@ from execution_envelope.observers import Observers
 from execution_envelope.reconciler import Reconciler
 from execution_envelope.reconciliation import Prober, Reconciliation
 from execution_envelope.record import Record
+from execution_envelope.tree import Tree
 
 #: Attempted requests a process records in a second, and at once; the rest are counted as dropped.
 ATTEMPTED_PER_SECOND: Final = 20
@@ -276,6 +278,11 @@ class AdmissionController:
         """The record with this id, ``"kind:reference"`` or ``"kind", "reference"``. Raises `NotFound`."""
         return await self._journal.read(*reference)
 
+    async def tree(self, *reference: str) -> Tree:
+        """An envelope with all that are part of it, and what they come to together. Raises `NotFound`, and
+        `InvalidField` for a tree of more than 20,000 envelopes or 64 levels."""
+        return await read_tree(self._journal, (await self.read(*reference)).id)
+
     async def reconcile(
         self, probers: Mapping[str, Prober], *, everything: bool = False, by: str = "reconcile"
     ) -> Reconciliation:
@@ -342,14 +349,17 @@ class AdmissionController:
 
     # Steps
 
-    async def _sealed(self, ask: Ask) -> SealedEnvelope:
-        sealed = seal(await self._linked(ask), id=self._new_id(), now=self._journal.now())
+    async def _sealed(self, ask: Ask, *, ended: bool = False) -> SealedEnvelope:
+        sealed = seal(await self._linked(ask, ended=ended), id=self._new_id(), now=self._journal.now())
         if self._facets is not None:
             self._facets(sealed.envelope)
         return sealed
 
-    async def _linked(self, ask: Ask) -> Ask:
-        """The ask with its links resolved to envelope ids, each of the asking tenant."""
+    async def _linked(self, ask: Ask, *, ended: bool) -> Ask:
+        """The ask with its links resolved to envelope ids, each of the asking tenant.
+
+        What it is part of may have `ended` only when it is recorded after the fact.
+        """
         changes: dict[str, Any] = {}
         if ask.part_of is ask.runs_on is ask.supersedes is None:
             return ask
@@ -369,9 +379,10 @@ class AdmissionController:
             if link != "runs_on" and ask.subject is not None and linked.envelope.identity.tenant != ask.subject.tenant:
                 problem = f"expected an envelope, none has the id {shown(reference, 200)}"
                 raise InvalidField(f"correlation.{link}", problem)
+            if link == "part_of" and not ended and linked.state not in ("admitted", "granted"):
+                problem = f"expected an envelope that was admitted and has not ended, {linked.id} is {linked.state}"
+                raise InvalidField(f"correlation.{link}", problem)
             changes[link] = linked.id
-        if not changes:
-            return ask
         return replace(ask, **changes)
 
     async def _again(self, sealed: SealedEnvelope, first: KeyRow) -> Admission:
@@ -495,14 +506,14 @@ class AdmissionController:
         try:
             judgement = await self._record(record, judgement)
         except SequenceConflict as error:
-            raise _decided_just_now(record) from error
+            raise decided_just_now(record) from error
         return self._answer(record, judgement)
 
     async def _decided(self, facts: Sequence[EventData], record: Record) -> None:
         try:
             await self._journal.write([(record, facts)], by=self.component)
         except SequenceConflict as error:
-            raise _decided_just_now(record) from error
+            raise decided_just_now(record) from error
 
     def _answer(self, record: Record, judgement: Judgement | None = None) -> Admission:
         """Hand over the admission, or raise what was decided: just now, or as the record says."""
@@ -569,14 +580,6 @@ class Block:
             # Cancelled, or the process is about to end: nothing is said of the execution itself.
             name = "cancelled" if isinstance(error, anyio.get_cancelled_exc_class()) else type(error).__name__
             await self._admission.leave(cancelled=f"{name} while it was resolved")
-
-
-def _decided_just_now(record: Record) -> KeyConflict:
-    return KeyConflict(
-        "another request with this idempotency key was decided just now, try again later",
-        envelope_id=record.id,
-        retryable=True,
-    )
 
 
 def _provided(name: str, given: T | Callable[[], T] | None, default: T) -> Callable[[], T]:

@@ -6,7 +6,7 @@ decide any more. The truth is never refused: what was used is taken of budgets w
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final, NamedTuple, Protocol, Required, TypeAlias, TypedDict
 
@@ -54,6 +54,10 @@ class Seen(TypedDict, total=False):
     by: Required[str]
 
 
+class _Seal(Protocol):
+    async def __call__(self, ask: Ask, *, ended: bool) -> SealedEnvelope: ...
+
+
 class _Handle(Protocol):
     def __call__(self, record: Record, *, by: str) -> Admission: ...
 
@@ -66,15 +70,12 @@ class _Checked(NamedTuple):
 
 
 class Recorder:
-    """Records executions after the fact. `seal` seals an ask, its links resolved; `handle` makes an `Admission`."""
+    """Records executions after the fact.
 
-    def __init__(
-        self,
-        journal: Journal,
-        judge: Judge,
-        seal: Callable[[Ask], Awaitable[SealedEnvelope]],
-        handle: _Handle,
-    ) -> None:
+    `seal` seals an ask, which may be part of one that has ended by now; `handle` makes an `Admission`.
+    """
+
+    def __init__(self, journal: Journal, judge: Judge, seal: _Seal, handle: _Handle) -> None:
         self._journal = journal
         self._judge = judge
         self._seal = seal
@@ -91,7 +92,7 @@ class Recorder:
         if ask.supersedes is not None:
             problem = "expected none, what is recorded after the fact takes nothing over"
             raise InvalidField("correlation.supersedes", problem)
-        sealed = await self._seal(ask)
+        sealed = await self._seal(ask, ended=True)
         if sealed.removed:
             self._journal.remember(sealed)
         checked = await self._checked(sealed, seen)
@@ -133,10 +134,11 @@ class Recorder:
 
     async def _facts(
         self, envelope: Envelope, checked: _Checked, seen: Seen
-    ) -> tuple[list[Fact], tuple[BudgetEntry, ...], Siblings | None]:
+    ) -> tuple[list[Fact], tuple[BudgetEntry, ...], Sequence[Siblings]]:
         """What is known but the end; what that takes of budgets; what was read of a parent and its children."""
         reservation = self._judge.budgets.reserve(envelope, {}, checked.moment)
-        trial, facts, siblings = Record(envelope), list[Fact](), None
+        trial, facts = Record(envelope), list[Fact]()
+        siblings: Sequence[Siblings] = ()
 
         def say(*said: Fact) -> None:
             for fact in said:

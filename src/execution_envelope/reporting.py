@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from typing import Final, cast
 
 from execution_envelope.credentials import shown
-from execution_envelope.errors import InvalidField, NotFound, OpenObligations
+from execution_envelope.errors import InvalidField, NotFound, OpenChildren, OpenObligations
+from execution_envelope.family import open_children
 from execution_envelope.grant import label
 from execution_envelope.journal import Journal
 from execution_envelope.lifecycle import (
@@ -54,13 +55,20 @@ def reported(state: str, rev: int | str, part: str | None, reason: str | None) -
 async def facts(record: Record, fact: Reported, journal: Journal) -> Sequence[Fact]:
     """What has to be recorded with `fact`; what is no news is left to be looked at on the newest record.
 
-    Raises `OpenObligations`, and `InvalidField` for a revision that cannot be compared with the one before it.
+    Raises `OpenObligations`, `OpenChildren`, and `InvalidField` for a revision that cannot be compared with the one
+    before it.
     """
     if not record.is_open or not is_news(record, fact):
         return [fact]
     older, part = record.envelope.correlation.supersedes, fact.part or WHOLE
     if older is not None and part not in record.reported and await _is_of_older(older, part, fact, journal):
         return []
+    if fact.state == "completed" and fact.part is None:
+        # As `Admission.complete`: no clean end above what goes on.
+        if record.open_obligations:
+            raise OpenObligations(record.id, record.open_obligations)
+        if children := await open_children(journal, record.id):
+            raise OpenChildren(record.id, children)
     return [fact, *_follows(record, fact)]
 
 
@@ -88,8 +96,6 @@ def _follows(record: Record, fact: Reported) -> list[Fact]:
     if state == "failed":
         end = Rejected if record.state == "admitted" else Failed
         return [end("failed", reason or "the backend says that it failed")]
-    if record.open_obligations:
-        raise OpenObligations(record.id, record.open_obligations)
     return [Completed(None if record.grants else "unknown", reason)]
 
 
