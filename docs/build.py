@@ -32,8 +32,10 @@ from execution_envelope.ledger.segments import PATIENCE as SEGMENT_PATIENCE
 from execution_envelope.ledger.spool import MAX_SPOOLED
 from execution_envelope.ledger.sqlite_database import BUSY_TIMEOUT, MAX_SEGMENTS
 from execution_envelope.ledger.writer import MAX_GROUP, MAX_WAITING
+from execution_envelope.observed import MAX_SKEW
 from execution_envelope.observers import MAX_WAITING as MAX_UNTOLD
 from execution_envelope.reconciliation import PATIENCE, PROBE_TIMEOUT
+from execution_envelope.reporting import MAX_LINE
 
 HERE = Path(__file__).parent / "reference"
 
@@ -184,6 +186,21 @@ def _limits() -> str:
             "lease of a chain in a segment that is exported",
             f"{SEGMENT_PATIENCE:g} s without being renewed",
             "its process is taken to have left it",
+        ),
+        (
+            "end of an execution that is recorded after the fact",
+            f"{MAX_SKEW.total_seconds():g} s ahead of the clock",
+            "refused, the field is named",
+        ),
+        (
+            "a backend's revision that is a number",
+            f"0 to {resources.MAX_AMOUNT}",
+            "refused, the field is named; as digits in a text it may be larger",
+        ),
+        (
+            "envelopes of a `supersedes` line that a report is compared with",
+            str(MAX_LINE),
+            "what was said of a part before those is not looked for",
         ),
         ("segments of an SQLite ledger that are not dropped", str(MAX_SEGMENTS), "the next one is refused"),
         ("envelopes of a projection in memory", str(MAX_IN_MEMORY), "`LedgerUnavailable`: make the folder writable"),
