@@ -16,16 +16,17 @@
         not_admitted=["comment"],
     )
 
-A path leads through objects, by names with dots between them; of a tuple of paths the first that leads to a value counts,
-for a field that has two names. Null is absent.
+A path leads through objects, by names with dots between them; of a tuple of paths the first that leads to a value
+counts, for a field that has two names. Null is absent.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
 from execution_envelope.adapters import Context
 from execution_envelope.credentials import shown
@@ -36,6 +37,21 @@ from execution_envelope.resources import UNKNOWN, Per, known, parse_amount, pars
 Path: TypeAlias = str | tuple[str, ...]
 #: The same taken apart, each with its name for an error.
 _Steps: TypeAlias = tuple[tuple[tuple[str, ...], str], ...]
+
+
+#: How deep an open object is looked through for names of secrets, and how many it may have. What is deeper is taken out
+#: as a whole; with more of them the whole object is.
+MAX_SECRET_DEPTH: Final = 8
+MAX_SECRET_NAMES: Final = 64
+
+#: A name of a field that says that it is a credential. ``token_secret_name`` says where one is kept, ``max_tokens`` how
+#: many tokens of another sort.
+_SECRET_NAME: Final = re.compile(
+    r"(?i)^(?!(?:max|min|num|n)_)(?!.*_(?:name|type|arn|count)$).*"
+    r"(?:token|secret|passw|passphrase|credential|authorization|cookie|signature|connection_?string|bearer|jwt"
+    r"|(?:api|access|account|private|shared|signing|encryption)[_-]?key|(?:^|[_-])(?:auth|sas|pwd)(?:$|[_-]))",
+    re.DOTALL,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +109,7 @@ class Mapped:
     `Always`; `constraints` open names to paths, `Names` or `Always`; `scope` names to paths or `Header`, its ``hints``
     to a mapping of these. `client_defaults` and `secrets` are those of `Ask`, names and paths of the body; where a
     secret has no place because something else than an object or a list is there, the request is refused.
+    `secret_names` lists open objects in which every field is a secret too whose name says so: ``api_key``, ``token``.
     `not_admitted` lists the fields that are not part of admission, so in the digest of the body only: a path stands for
     all beneath it, one that ends in ``.*`` for those names of an open object that are mapped to nothing.
 
@@ -111,6 +128,7 @@ class Mapped:
     scope: Mapping[str, Any] = field(default_factory=dict)
     client_defaults: Mapping[str, Any] = field(default_factory=dict)
     secrets: Sequence[str] = ()
+    secret_names: Sequence[str] = ()
     schema: str
     entrypoint: str | None = None
     not_admitted: Sequence[str] = ()
@@ -131,6 +149,18 @@ class Mapped:
             steps = path.split(".")
             if covered & {".".join(steps[: n + 1]) for n in range(len(steps))}:
                 raise InvalidField(f"not_admitted.{path}", "expected a field that is mapped to nothing")
+            if self._is_secret(steps):
+                raise InvalidField(f"secrets.{path}", "expected a field that is mapped to nothing")
+
+    def _is_secret(self, steps: Sequence[str]) -> bool:
+        """Whether what stands there is taken out, so that no other place may show it."""
+        return any(
+            len(secret) <= len(steps) and all(a in ("*", b) for a, b in zip(secret, steps, strict=False))
+            for secret in self._plan.secrets
+        ) or any(
+            tuple(steps[: len(inside)]) == inside and any(map(_SECRET_NAME.search, steps[len(inside) :]))
+            for inside in (paths[0][0] for paths in self._plan.secret_names)
+        )
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -142,8 +172,11 @@ class Mapped:
         if not isinstance(body, Mapping):
             raise InvalidField("body", f"expected a JSON object, got `{type(body).__name__}`")
         plan = self._plan
+        secrets = self.secrets
         for secret in plan.secrets:
             _check_room(body, secret)
+        for open_object in plan.secret_names:
+            secrets = [*secrets, *_named_secrets(_look(body, open_object)[0], open_object[0][0])]
         return Ask(
             kind=self.kind,
             operation=self.operation,
@@ -155,7 +188,7 @@ class Mapped:
             entrypoint=self.entrypoint,
             schema=self.schema,
             body=body,
-            secrets=self.secrets,
+            secrets=secrets,
         )
 
     def _target(self, body: Any, context: Context) -> Target:
@@ -201,6 +234,7 @@ class _Plan:
     constraints: tuple[tuple[str, _Steps | Always | _Named], ...]
     scope: tuple[tuple[str, Any], ...]
     secrets: tuple[tuple[str, ...], ...]
+    secret_names: tuple[_Steps, ...]
     all: tuple[_Steps, ...]
 
     @staticmethod
@@ -227,8 +261,8 @@ class _Plan:
             # A bare one is of the vocabulary's own unit: a device, a core, a byte, a millisecond.
             one = parse_amount(name, 1 if raw.unit is None else f"1 {raw.unit}", field=f"{where}.unit")
             assert isinstance(one, int)
-            optional = [() if path is None else steps(path, where) for path in (raw.floor, raw.ceiling)]
-            return _Quantified(steps(raw.path, where), *optional, raw, one, base)
+            floor, ceiling = (() if path is None else steps(path, where) for path in (raw.floor, raw.ceiling))
+            return _Quantified(steps(raw.path, where), floor, ceiling, raw, one, base)
 
         def constrained(name: str, value: Any) -> _Steps | Always | _Named:
             if isinstance(value, Always):
@@ -243,9 +277,7 @@ class _Plan:
                 raise InvalidField(f"scope.{name}", f"expected one of {names}; other names go into `hints`")
         hints = declared.scope.get("hints", {})
         return _Plan(
-            target_id=()
-            if isinstance(declared.target_id, PathParam)
-            else steps(declared.target_id, "target_id"),
+            target_id=() if isinstance(declared.target_id, PathParam) else steps(declared.target_id, "target_id"),
             target_version=() if declared.target_version is None else steps(declared.target_version, "target_version"),
             resources=tuple((name, quantified(name, value)) for name, value in declared.resources.items()),
             constraints=tuple((name, constrained(name, value)) for name, value in declared.constraints.items()),
@@ -254,6 +286,7 @@ class _Plan:
                 *((("hints", scoped(hints, "scope.hints")),) if hints else ()),
             ),
             secrets=tuple(tuple(path.split(".")) for path in declared.secrets),
+            secret_names=tuple(_steps(path, "secret_names") for path in declared.secret_names),
             all=tuple(seen),
         )
 
@@ -301,6 +334,31 @@ def _check_room(body: Any, steps: Sequence[str], done: tuple[str, ...] = ()) -> 
     if rest:
         for name, value in inner:
             _check_room(value, rest, (*done, name if step != "*" else "*"))
+
+
+def _named_secrets(value: Any, steps: tuple[str, ...]) -> list[str]:
+    """The paths in an open object of fields whose name says that they are secrets."""
+    if value is not None and not isinstance(value, Mapping):
+        raise _no_object(steps, value)
+    found: list[str] = []
+    left: list[tuple[Any, tuple[str, ...]]] = [(value, steps)]
+    while left:
+        inner, at = left.pop()
+        named: Iterable[tuple[Any, Any]] = ()
+        if isinstance(inner, Mapping):
+            named = inner.items()
+        elif isinstance(inner, list):
+            named = enumerate(inner)
+        deepest = len(at) - len(steps) == MAX_SECRET_DEPTH
+        for name, item in named:
+            contains = isinstance(item, Mapping | list)
+            if (deepest and contains) or _SECRET_NAME.search(str(name)):
+                found.append(".".join((*at, str(name))))
+                if len(found) > MAX_SECRET_NAMES:
+                    return [".".join((*steps, "*"))]
+            elif contains:
+                left.append((item, (*at, str(name))))
+    return found
 
 
 def _identifier(value: Any, where: str) -> str | None:

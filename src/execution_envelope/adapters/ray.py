@@ -1,7 +1,7 @@
 """`POST /api/jobs/` of Ray's job server, as `ray.job_submission.JobSubmissionClient.submit_job` sends it.
 
-A job is a program that starts further work by itself, so its kind is `agent.run`. What it asks for is what Ray reserves for
-its entrypoint; tasks and actors that it starts ask Ray for their own. A backend whose jobs are all of another kind
+A job is a program that starts further work by itself, so its kind is `agent.run`. What it asks for is what Ray reserves
+for its entrypoint; tasks and actors that it starts ask Ray for their own. A backend whose jobs are all of another kind
 says so: ``dataclasses.replace(describe_job, kind="evaluation")``.
 """
 
@@ -29,9 +29,11 @@ describe_job: Final = Mapped(
         "custom_resources": "entrypoint_resources",
         "labels": "entrypoint_label_selector",
         "env": Names("runtime_env.env_vars"),
-        "image": "runtime_env.image_uri",
+        "image": ("runtime_env.image_uri", "runtime_env.container.image"),
         "working_dir": "runtime_env.working_dir",
         "pip": "runtime_env.pip",
+        "uv": "runtime_env.uv",
+        "conda": "runtime_env.conda",
     },
     scope={
         "project": "metadata.project",
