@@ -446,6 +446,7 @@ def _scope(reads: Sequence[tuple[str, Any]], body: Any, context: Context) -> dic
 
 
 def _scoped(name: str, read: Header | _Steps, body: Any, context: Context) -> Any:
+    value: Any
     if isinstance(read, Header):
         value, where = context.headers.get(read.name), f"headers.{read.name}"
     else:
