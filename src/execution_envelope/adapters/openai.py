@@ -87,6 +87,7 @@ _RESPONSE: Final = Mapped(
     secrets=["tools.*.authorization", "tools.*.headers.*"],
     schema="openai.responses/1",
     not_admitted=[
+        "tools.*",
         "input",
         "instructions",
         "prompt",

@@ -37,7 +37,8 @@ class Fields:
     def __init__(self, schema: Mapping[str, Any], samples: Sequence[Any], listed: Collection[str]) -> None:
         self._schema = schema
         self._samples = samples
-        self._listed = listed
+        # What is listed by ``path.*`` may have others beside it that are mapped, so that is looked into.
+        self._listed = {path for path in listed if not path.endswith(".*")}
         #: path -> values to try.
         self.values: dict[str, list[Any]] = {}
         #: Those that the schema says are secret: `format: password` or `writeOnly`.
