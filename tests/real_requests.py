@@ -85,10 +85,10 @@ def recording() -> Iterator[tuple[str, list[dict[str, Any]]]]:
     came: list[dict[str, Any]] = []
 
     class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:  # noqa: N802
+        def do_GET(self) -> None:
             self._answer()
 
-        def do_POST(self) -> None:  # noqa: N802
+        def do_POST(self) -> None:
             came.append(request(self.path, dict(self.headers), self.rfile.read(int(self.headers["content-length"]))))
             self._answer()
 

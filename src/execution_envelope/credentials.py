@@ -325,7 +325,7 @@ def literals(value: Any) -> Iterator[str]:
 
 
 def strings(value: Any) -> Iterator[str]:
-    """Every text in plain JSON data, keys too, in no order. However deep: what is removed because of its name may be."""
+    """Every text in plain JSON data, keys too, in no order, however deep it is: what has a secret name may be."""
     left = [value]
     while left:
         value = left.pop()

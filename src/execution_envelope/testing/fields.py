@@ -80,13 +80,13 @@ class Fields:
         self.values.setdefault(".".join((*path, "*")), []).extend(_values({}))
 
     def _alternatives(self, node: Any, seen: tuple[str, ...]) -> tuple[list[Mapping[str, Any]], tuple[str, ...]]:
-        """What a schema may stand for, without references; those that were followed already lead nowhere."""
+        """What a schema may stand for, without references. What refers to itself is looked into once."""
         if not isinstance(node, Mapping):
             return [{}], seen
         reference = node.get("$ref")
         if isinstance(reference, str):
             if reference in seen:
-                return [], seen
+                return [{"enum": [{}, {UNFORESEEN: "another"}, "another"]}], seen
             found: Any = self._schema
             for step in reference.removeprefix("#/").split("/"):
                 found = found[step]
