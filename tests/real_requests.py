@@ -194,8 +194,11 @@ def kamiwaza(address: str) -> None:
                 vram_allocation=2.0**33,
                 inference_resources=resources,
             )
-        with client.workroom_scope("w1"):
-            client.ingestion.run_active("s3", bucket="sales", prefix="2026/", secret_access_key="hunter2-key")
+        scoped = client.workroom_scope("w1")
+        try:
+            scoped.ingestion.run_active("s3", bucket="sales", prefix="2026/", secret_access_key="hunter2-key")
+        finally:
+            scoped.session.close()
         client.ingestion.run_slack_ingest(channels=["C1"], token="hunter2-token", max_messages=50, since_ts=NOW)
         client.retrieval.create_job(RetrievalRequest(dataset_urn=DATASET["urn"]))
         client.retrieval.create_job(
