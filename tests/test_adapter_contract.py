@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Mapping, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,6 +31,9 @@ def test_the_corpus_is_what_the_real_client_sends(client: str) -> None:
     assert json.loads(real_requests.text(client)) == json.loads((CORPUS / f"{client}.json").read_text()), (
         "run `python -m tests.real_requests` and look at what changed"
     )
+
+
+PAGE = (Path(__file__).parent.parent / "docs" / "reference" / "adapters.md").read_text()
 
 
 @cache
@@ -226,3 +231,32 @@ class TestJob(AdapterContract):
 
     def make_secrets(self) -> Collection[str]:
         return ["runtime_env.env_vars.*"]
+
+
+DOCUMENTED: dict[str, type[AdapterContract]] = {
+    "kamiwaza.deployment": TestDeployment,
+    "kamiwaza.ingestion": TestIngestion,
+    "kamiwaza.retrieval": TestRetrieval,
+    "mcp.tool_call": TestToolCall,
+    "openai.batch": TestBatch,
+    "openai.completion": TestLegacyCompletion,
+    "openai.embedding": TestEmbedding,
+    "openai.response": TestResponse,
+    "ray.job": TestJob,
+}
+
+
+def test_every_adapter_is_documented() -> None:
+    assert re.findall(r"^## (.*)$", PAGE, re.M) == sorted(DOCUMENTED)
+
+
+@pytest.mark.parametrize("name", DOCUMENTED)
+def test_the_page_says_what_each_field_becomes(name: str) -> None:
+    (section,) = re.findall(rf"^## {re.escape(name)}$(.*?)(?=^## |\Z)", PAGE, re.M | re.S)
+    rows = "".join(re.findall(r"^\| (`.*?) \|", section, re.M))
+    told = {field for field in re.findall(r"`([^`]+)`", rows) if not field.startswith("header ")}
+    found = {path for path, changes in DOCUMENTED[name]().changes() if changes}
+    # What is in an open object or in the items of a list may be told of as a whole.
+    untold = {path for path in found if not any(path == t or path.startswith(f"{t}.") for t in told)}
+    assert untold == set()
+    assert {t for t in told if not any(path == t or path.startswith(f"{t}.") for path in found)} == set()

@@ -80,7 +80,7 @@ class AdapterContract:
         listed = set(self.make_not_admitted())
         lost = []
         secrets = self._secrets()
-        for path, changes in self._each():
+        for path, changes in self.changes():
             if changes or _covered(path, listed) or _covered(path, secrets):
                 continue
             assert changes is not None, f"expected a value for `{path}` that is taken, add some to `make_values`"
@@ -99,7 +99,7 @@ class AdapterContract:
         stale = sorted(listed - known)
         assert not stale, f"expected only fields of the schema to be listed, these are none: {', '.join(stale)}"
         exact = {path for path in listed if not path.endswith(".*")}
-        wrong = [path for path, changes in self._each() if changes and (path in listed or _covered(path, exact))]
+        wrong = [path for path, changes in self.changes() if changes and (path in listed or _covered(path, exact))]
         assert not wrong, f"expected a listed field to change nothing in the ask, these do: {', '.join(wrong)}"
 
     def test_it_is_pure(self) -> None:
@@ -208,8 +208,8 @@ class AdapterContract:
     def _secrets(self) -> set[str]:
         return {path for sample in self.make_samples() for path in self._ask(sample).secrets}
 
-    def _each(self) -> Iterator[tuple[str, bool | None]]:
-        """Each field, and whether it changes the ask; None where no value of it was taken."""
+    def changes(self) -> Iterator[tuple[str, bool | None]]:
+        """Each field of the schema, and whether it changes the ask; None where no value of it was taken."""
         samples = self.make_samples()
         for path, values in self._fields().values.items():
             changes, taken = False, 0
