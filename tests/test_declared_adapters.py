@@ -1,16 +1,18 @@
 """Adapters that are declared: what each part of a declaration makes of a body, and what it refuses."""
 
-from __future__ import annotations
-
 import dataclasses
-from typing import Any
+from typing import Annotated, Any
 
+import httpx
 import pytest
+from fastapi import FastAPI
 
-from execution_envelope import InvalidField, Subject
+from execution_envelope import Admission, AdmissionController, InvalidField, Subject
 from execution_envelope.adapters import Context
 from execution_envelope.adapters.declared import Always, Header, Mapped, Names, PathParam, Raw
 from execution_envelope.envelope import Requested, Scope, seal
+from execution_envelope.integrations.fastapi import Admit, install
+from execution_envelope.ledger import MemoryLedger
 from execution_envelope.resources import Quantity
 from execution_envelope.testing import START
 
@@ -251,3 +253,29 @@ def test_it_says_what_it_reads_and_may_be_changed() -> None:
     other = dataclasses.replace(adapter, kind="maintenance", resources={})
     assert (other.kind, other.paths, adapter.kind) == ("maintenance", ("env", "model"), "evaluation")
     assert mapped() == mapped() != other
+
+
+@pytest.mark.anyio
+async def test_it_stands_where_a_function_may() -> None:
+    controller = AdmissionController(MemoryLedger())
+    app = FastAPI()
+    install(app, controller, guard=["POST /jobs"], identify=lambda request: Subject("user", "dana"))
+    adapter = mapped(resources={"memory": Raw("limits.mb", unit="MB")}, scope={"workroom": Header("x-workroom-id")})
+
+    @app.post("/jobs")
+    async def create(body: dict[str, Any], admission: Annotated[Admission, Admit(adapter)]) -> str:
+        return admission.id
+
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+        answer = await client.post("/jobs", json={"model": "m", "limits": {"mb": 5}}, headers={"X-Workroom-Id": "w1"})
+        refused = await client.post("/jobs", json={"model": "m", "limits": {"mb": "5"}})
+    envelope = (await controller.read(answer.json())).envelope
+    assert envelope.requested.resources["memory"].amount == 5_000_000
+    assert envelope.scope.workroom is not None and envelope.scope.workroom.value == "w1"
+    assert refused.status_code == 422
+    assert "body.limits.mb" in refused.json()["detail"]
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
