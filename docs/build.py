@@ -134,6 +134,11 @@ def _limits() -> str:
             f"{grant.MAX_NAME} characters",
             "refused, the field is named",
         ),
+        (
+            "open objects that an adapter looks through for names of secrets",
+            f"{MAX_SECRET_DEPTH} levels, {MAX_SECRET_NAMES} such names",
+            "what is deeper is taken out as a whole; with more names all of the object is",
+        ),
         ("a reference", "200 characters, with its kind", "refused, the field is named"),
         ("budgets of a controller", str(budgets.MAX_BUDGETS), "refused when they are made"),
         ("the name of an account", f"{budgets.MAX_ACCOUNT} bytes", "cut, and ends in a digest of the whole"),
