@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 import threading
 import uuid
 from collections.abc import Callable, Iterator
@@ -310,11 +312,29 @@ def bodies(client: str, path: str) -> list[Any]:
     return [each["body"] for each in found if re.search(f"{path}$", each["path"])]
 
 
-def text(client: str) -> str:
-    """The file of one client's requests as it should be."""
-    return json.dumps(CLIENTS[client](), indent=1) + "\n"
+def ray_schema() -> Any:
+    """The JSON schema of what Ray's job server takes."""
+    from pydantic import TypeAdapter
+    from ray.dashboard.modules.job.common import JobSubmitRequest
+
+    return TypeAdapter(JobSubmitRequest).json_schema()
+
+
+#: Name of a file -> what makes what is in it.
+FILES: dict[str, Callable[[], Any]] = {**CLIENTS, "ray.schema": ray_schema}
+
+
+def made(name: str) -> Any:
+    """What belongs into a file, made in a process of its own: clients change how their process logs."""
+    command = [sys.executable, "-m", "tests.real_requests", name]
+    ran = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0, ran.stderr
+    return json.loads(ran.stdout.splitlines()[-1])
 
 
 if __name__ == "__main__":
-    for name in CLIENTS:
-        (CORPUS / f"{name}.json").write_text(text(name))
+    if sys.argv[1:]:
+        print(json.dumps(FILES[sys.argv[1]]()))
+    else:
+        for file in FILES:
+            (CORPUS / f"{file}.json").write_text(json.dumps(made(file), indent=1) + "\n")
