@@ -1,8 +1,7 @@
 """Puts the parts together as a FastAPI application."""
 
 import asyncio
-import logging
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import httpx
@@ -11,9 +10,7 @@ from fastapi.encoders import jsonable_encoder
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 
-from execution_envelope import AdmissionController, LedgerUnavailable
 from execution_envelope.integrations.fastapi import install
-from execution_envelope.reconciliation import Prober
 from execution_envelope.telemetry.prometheus import metrics_app
 from proving_ground import catalog_routes, runtime, serving
 from proving_ground.admission import SUPERVISOR, EnvelopeRecorder, open_seam, prober
@@ -22,20 +19,15 @@ from proving_ground.catalog import Catalog
 from proving_ground.jobs import JOBS, Jobs, JobStore
 from proving_ground.jobs import prober as job_prober
 from proving_ground.machine import this_node
+from proving_ground.maintenance import Maintenance
 from proving_ground.policy import watch
 from proving_ground.settings import Settings
 from proving_ground.state import Backend
 from proving_ground.store import Store
 from proving_ground.supervisor import Supervisor
 
-log = logging.getLogger(__name__)
-
-
 _SEALED = ("/serving/deploy_model", *(f"/runtime/models/{{deployment_id}}/v1/{path}" for path in runtime.COUNTED))
 """Paths that start an execution: whatever they answer, an envelope was sealed before."""
-
-RECONCILE_SECONDS = 30.0
-"""How often open envelopes are looked after, beside once at start."""
 
 
 def create_app(settings: Settings, *, catalog: Catalog | None = None) -> FastAPI:
@@ -71,8 +63,10 @@ def create_app(settings: Settings, *, catalog: Catalog | None = None) -> FastAPI
             await supervisor.recover()
             await jobs.recover()
             probers = {SUPERVISOR: prober(supervisor), JOBS: job_prober(jobs)}
-            await controller.reconcile(probers, everything=True)
-            work = (_look_after(controller, probers), watch(seam.policy))
+            maintenance = Maintenance(controller, probers, supervisor, jobs)
+            await maintenance.reconcile(everything=True)
+            await maintenance.clean_up()
+            work = (maintenance.run(), watch(seam.policy))
             beside = [asyncio.create_task(one) for one in work]
             try:
                 yield
@@ -95,15 +89,6 @@ def create_app(settings: Settings, *, catalog: Catalog | None = None) -> FastAPI
     app.mount("/metrics", metrics_app(seam.metrics, controller))
     app.add_api_route("/api/health", _alive, methods=["GET"], include_in_schema=False)
     return app
-
-
-async def _look_after(controller: AdmissionController, probers: Mapping[str, Prober]) -> None:
-    while True:
-        await asyncio.sleep(RECONCILE_SECONDS)
-        try:
-            await controller.reconcile(probers)
-        except LedgerUnavailable:
-            log.exception("open envelopes could not be looked after")
 
 
 async def _alive() -> dict[str, str]:

@@ -292,10 +292,15 @@ class Jobs:
         job.status, job.error_code, job.error_message = status, code, sentence or None
         job.ended_at = datetime.now(UTC)
         self._store.save(job)
+
+    def forget_old(self, most: int) -> int:
+        """Forget the oldest ended jobs beyond `KEPT_ENDED`, at most so many; how many."""
         ended = [one for one in self.jobs.values() if one.ended]
-        for old in ended[: max(0, len(ended) - KEPT_ENDED)]:
+        gone = ended[: min(most, max(0, len(ended) - KEPT_ENDED))]
+        for old in gone:
             del self.jobs[old.id]
             self._store.forget(old.id)
+        return len(gone)
 
 
 async def _badly(admission: Admission, code: str, sentence: str) -> None:

@@ -265,7 +265,6 @@ class Supervisor:
         self._room = asyncio.Event()
         if tell:
             await self._tell_all_of_the_end(deployment, code, sentence)
-        self._forget_old()
 
     async def _tell_all_of_the_end(self, deployment: Deployment, code: str | None, sentence: str) -> None:
         for instance in deployment.instances:
@@ -325,13 +324,16 @@ class Supervisor:
         deployment.status = status
         self._store.save(deployment)
 
-    def _forget_old(self) -> None:
+    def forget_old(self, most: int) -> int:
+        """Forget the oldest ended deployments beyond `KEPT_ENDED`, with their logs, at most so many; how many."""
         ended = [deployment for deployment in self.deployments.values() if deployment.ended]
-        for deployment in ended[: max(0, len(ended) - KEPT_ENDED)]:
+        gone = ended[: min(most, max(0, len(ended) - KEPT_ENDED))]
+        for deployment in gone:
             del self.deployments[deployment.id]
             self._store.forget(deployment.id)
             for instance in deployment.instances:
                 (self._data / instance.log).unlink(missing_ok=True)
+        return len(gone)
 
 
 def _left(deployment: Deployment) -> str:

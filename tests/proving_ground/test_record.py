@@ -365,7 +365,7 @@ def test_killed_between_bind_and_start_it_is_found_and_never_guessed(start: Star
     with pytest.raises(httpx.HTTPError), backend.http() as http:
         http.post("/serving/deploy_model", json=body(backend))
     backend.process.wait()
-    (row,) = listed(backend)
+    (row,) = listed(backend, "--kind", "model.deploy")
     assert row["state"] == "admitted"
     assert set(row["references"]) == {"deployment"}
     after = start(backend.data)

@@ -1,5 +1,7 @@
 """The public kit for tests: a clock, an ask, a ledger that fails on purpose, and contracts of ledgers, hooks, adapters.
 
+`execution_envelope.testing.routes` has that of an application's routes, and needs Starlette.
+
 ::
 
     from execution_envelope.testing import HookContract, LedgerContract

@@ -1,0 +1,88 @@
+"""What this backend does of its own accord: it looks after open envelopes and forgets what is old, through the seam."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Final
+
+from execution_envelope import Admission, AdmissionController, Ask, Grant, LedgerUnavailable, Refused, Subject, Target
+from execution_envelope.reconciliation import Prober
+from proving_ground.jobs import Jobs
+from proving_ground.supervisor import Supervisor
+
+log = logging.getLogger(__name__)
+
+#: How often each is done, in seconds, beside once at start.
+RECONCILE_SECONDS: Final = 300.0
+CLEAN_UP_SECONDS: Final = 3600.0
+#: The most that one clean-up takes away.
+MAX_ROWS: Final = 1000
+#: Who asks: this backend, for nobody else.
+ITSELF: Final = Subject("service", "proving-ground", method="internal")
+
+
+class Maintenance:
+    """`probers` ask the owners of open envelopes; `supervisor` and `jobs` forget what has ended long ago."""
+
+    def __init__(
+        self, controller: AdmissionController, probers: Mapping[str, Prober], supervisor: Supervisor, jobs: Jobs
+    ) -> None:
+        self._controller = controller
+        self._probers = probers
+        self._supervisor = supervisor
+        self._jobs = jobs
+
+    async def reconcile(self, *, everything: bool = False) -> None:
+        """Look after open envelopes; see `AdmissionController.reconcile`. Policy may refuse it, which is logged."""
+        try:
+            async with self._controller.admit(_ask("backend.reconcile")) as admission:
+                begun = time.monotonic()
+                found = await self._controller.reconcile(self._probers, everything=everything)
+                asked = [id for id, _ in found.found if id != admission.id]
+                await _used(admission, len(asked), begun)
+        except Refused as refused:
+            log.warning("open envelopes are not looked after: %s", refused)
+
+    async def clean_up(self) -> None:
+        """Forget deployments and jobs that ended long ago, as many as are granted. Policy may refuse it."""
+        try:
+            async with self._controller.admit(_ask("backend.clean_up", MAX_ROWS)) as admission:
+                begun, limit = time.monotonic(), admission.limits.get("rows")
+                most = min(MAX_ROWS, limit) if isinstance(limit, int) else MAX_ROWS
+                await admission.grant(Grant({"rows": most}, basis="enforced"))
+                gone = self._supervisor.forget_old(most)
+                gone += self._jobs.forget_old(most - gone)
+                await _used(admission, gone, begun)
+        except Refused as refused:
+            log.warning("nothing is cleaned up: %s", refused)
+
+    async def run(self) -> None:
+        """Both again and again, for ever."""
+        await asyncio.gather(
+            _every(RECONCILE_SECONDS, self.reconcile, "open envelopes could not be looked after"),
+            _every(CLEAN_UP_SECONDS, self.clean_up, "nothing could be cleaned up"),
+        )
+
+
+def _ask(operation: str, rows: int | None = None) -> Ask:
+    return Ask(
+        kind="maintenance",
+        operation=operation,
+        target=Target("backend", "proving-ground"),
+        subject=ITSELF,
+        requested={"rows": rows},
+    )
+
+
+async def _used(admission: Admission, rows: int, begun: float) -> None:
+    await admission.used({"rows": rows, "duration": round((time.monotonic() - begun) * 1000)})
+
+
+async def _every(seconds: float, work: Callable[[], Awaitable[None]], problem: str) -> None:
+    while True:
+        await asyncio.sleep(seconds)
+        try:
+            await work()
+        except LedgerUnavailable:
+            log.exception(problem)
