@@ -1,7 +1,7 @@
 """Evaluations of deployed models: what is asked for, what is given, and the process that does it.
 
-An evaluation asks this backend for each sample's answer, by the token of its own run: each is a completion as any other,
-`part_of` the evaluation, and what it used is on its own record.
+An evaluation asks this backend for each sample's answer, by the token of its own run: each is a completion as any
+other, `part_of` the evaluation, and what it used is on its own record.
 """
 
 import asyncio
@@ -24,7 +24,7 @@ from execution_envelope.adapters import Context
 from proving_ground.admission import unkept
 from proving_ground.catalog import Catalog
 from proving_ground.deployment import Deployment
-from proving_ground.evaluation_child import FIELDS, Orders
+from proving_ground.evaluation_child import Orders
 from proving_ground.jobs import JobFailed, Work
 from proving_ground.logfile import count_lines, tail
 from proving_ground.supervisor import Supervisor
@@ -68,9 +68,7 @@ class EvaluationRequest(BaseModel):
     @model_validator(mode="after")
     def _fits(self) -> "EvaluationRequest":
         if self.output_tokens is not None and self.output_tokens < (self.limit or 1):
-            raise ValueError(
-                f"expected a token for each of {self.limit} samples, got {self.output_tokens} output_tokens"
-            )
+            raise ValueError(f"expected a token for each of {self.limit} samples - at output_tokens")
         if len(self.model_extra or {}) > MAX_UNKNOWN:
             raise ValueError(f"expected at most {MAX_UNKNOWN} unknown keys, got {len(self.model_extra or {})}")
         return self
@@ -90,7 +88,6 @@ def describe_evaluation(body: Any, context: Context) -> Ask:
         operation="evaluations.create",
         entrypoint="POST /evaluations",  # the same under any prefix
         target=Target("deployment", deployment),
-        scope={"workroom": context.headers.get("x-workroom-id")},
         requested={
             "samples": body.get("limit"),
             "output_tokens": body.get("output_tokens"),
@@ -130,9 +127,7 @@ def planned(admission: Admission, request: EvaluationRequest, size: int, left: M
     samples = request.limit or size
     said = None if request.limit else ("default", "the whole data set")
     has = ("capacity", size, f"the data set has {size} samples")
-    asks = [
-        (cause, most, f"{text}, and each sample is one") for cause, most, text in _bounds(admission, "requests", left)
-    ]
+    asks = [(cause, most, f"{text}, one for each sample") for cause, most, text in _bounds(admission, "requests", left)]
     samples = given("samples", samples, said, has, *asks)
     tokens, said = request.output_tokens, None
     if tokens is None:
@@ -150,11 +145,14 @@ def planned(admission: Admission, request: EvaluationRequest, size: int, left: M
     if (request.epochs or 1) > 1:
         because["epochs"] = ("unsupported", "each sample is asked once")
     asked = admission.envelope.requested.constraints
+    if "scorer" not in asked:
+        because["scorer"] = ("default", "whether the answer has what is expected in it")
     return Grant(
         {"samples": samples, "requests": samples, "output_tokens": tokens, "duration": duration},
         route={"deployment": str(request.deployment_id)},
         basis="enforced",
         honoured=[name for name in _CONSTRAINTS if name in asked and name not in because],
+        constraints={} if "scorer" in asked else {"scorer": SCORER},
         because=because,
     )
 
@@ -185,7 +183,7 @@ class Evaluations:
         request = EvaluationRequest.model_validate(work.job.body)
         deployment = self._deployed(request.deployment_id)
         model = self._catalog.model(deployment.model_id)
-        given = {"dataset": request.dataset, "scorer": request.scorer or SCORER}
+        given: dict[str, str] = {"dataset": request.dataset, "scorer": request.scorer or SCORER}
         given |= {} if model is None else {"model": model.repo_id}
         if (why := unkept(work.admission, _BOUNDED, given)) is not None:
             raise JobFailed("NOT_ALLOWED", why)
@@ -218,9 +216,7 @@ class Evaluations:
             async with asyncio.timeout(amounts["duration"] / 1000):
                 await self._evaluate(work, orders)
         except TimeoutError:
-            raise JobFailed(
-                "TIME_LIMIT", f"it was ended after the {amounts['duration']} ms that it was granted"
-            ) from None
+            raise JobFailed("TIME_LIMIT", f"ended after the {amounts['duration']} ms that were granted") from None
         except JobFailed as failure:
             self._deployed(deployment.id, failure.sentence)
             raise
@@ -309,6 +305,5 @@ async def _defaults(admission: Admission, request: EvaluationRequest, size: int)
         meant,
         constraints={} if request.scorer else {"scorer": SCORER},
         cause="default",
-        because=f"what is not asked for: the whole data set, one request and {SAMPLE_TOKENS} tokens for each sample, "
-        f"{SECONDS} seconds, the scorer {SCORER}",
+        because="what the caller left out",
     )

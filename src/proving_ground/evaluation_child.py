@@ -31,8 +31,8 @@ SCORERS: Final = ("exact", "f1", "includes", "match")
 
 
 class Orders(TypedDict):
-    """What an evaluation is told: `url` and `token` reach the model, `max_tokens` is for each sample. It writes below the
-    directory that it is started in."""
+    """What an evaluation is told: `url` and `token` reach the model, `max_tokens` is for each sample. What it
+    writes is below the directory that it is started in."""
 
     parent: int
     url: str

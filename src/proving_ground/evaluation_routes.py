@@ -3,20 +3,20 @@
 import json
 from dataclasses import replace
 from datetime import UTC, datetime
-from typing import Annotated, Any
+from typing import Any
 from uuid import UUID, uuid4
 
-from fastapi import APIRouter, Depends, HTTPException, Request
+from fastapi import APIRouter, HTTPException, Request
 from pydantic import BaseModel
 
-from execution_envelope import Admission, established
-from execution_envelope.integrations.fastapi import Admit
-from execution_envelope.integrations.fastapi import Caller as EnvelopeCaller
+from execution_envelope import Ask, established
+from execution_envelope.adapters import Context
+from execution_envelope.integrations.fastapi import admit
 from proving_ground.admission import envelope_caller, environment_of
-from proving_ground.auth import CurrentCaller
+from proving_ground.auth import Caller, CurrentCaller
 from proving_ground.evaluation import EVALUATION, EvaluationRequest, describe_evaluation
 from proving_ground.jobs import JOBS, MAX_OPEN, Job, Status
-from proving_ground.state import BackendState
+from proving_ground.state import Backend, BackendState
 
 router = APIRouter(prefix="/evaluations", tags=["evaluations"])
 
@@ -46,18 +46,20 @@ class EvaluationOut(BaseModel):
     error_message: str | None
 
 
-async def evaluation_caller(request: Request, caller: CurrentCaller, backend: BackendState) -> EnvelopeCaller:
-    """A dependency: who asks, in the environment of the deployment that is evaluated."""
+async def _described(request: Request, caller: Caller, backend: Backend) -> Ask:
+    """The ask of a valid body, in the environment of the deployment that is evaluated, where there is one."""
+    context = Context("POST /evaluations", request.path_params, request.query_params, {}, None)
     found = envelope_caller(caller)
+    ask = describe_evaluation(json.loads(await request.body()), context)
+    ask = replace(ask, subject=found.subject, scope=found.scope, part_of=found.part_of)
     try:
-        deployment = backend.deployment_of(caller, UUID((await request.json())["deployment_id"]))
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, HTTPException):
-        return found  # what is wrong is said later: when the body is checked, or on the record
-    environment = established(environment_of(deployment.workroom), by="deployment")
-    scope = {**found.scope, "environment": environment}
+        deployment = backend.deployment_of(caller, UUID(ask.target.id))
+    except HTTPException:
+        return ask  # which is said on the record
+    scope = {**ask.scope, "environment": established(environment_of(deployment.workroom), by="deployment")}
     if deployment.workroom is not None and caller.workroom is None:
         scope["workroom"] = established(deployment.workroom, by="deployment")
-    return replace(found, scope=scope)
+    return replace(ask, scope=scope, runs_on=f"deployment:{deployment.id}")
 
 
 @router.post("", status_code=202)
@@ -66,12 +68,12 @@ async def create_evaluation(
     request: Request,
     caller: CurrentCaller,
     backend: BackendState,
-    admission: Annotated[Admission, Admit(describe_evaluation, subject=evaluation_caller)],
 ) -> EvaluationOut:
     """Accept an evaluation; watch `GET /evaluations/{id}` for what becomes of it.
 
     With an `Idempotency-Key` that was used before, answer the same evaluation again and start nothing.
     """
+    admission = await admit(request, await _described(request, caller, backend))
     if admission.replayed:
         reference = admission.references.get(EVALUATION)
         if reference is None:
@@ -81,7 +83,9 @@ async def create_evaluation(
     backend.deployment_of(caller, body.deployment_id)
     if backend.jobs.is_full(caller):
         raise HTTPException(429, f"your tenant has {MAX_OPEN} open jobs, wait for one to end")
-    job = Job(uuid4(), EVALUATION, caller, json.loads(body.model_dump_json()), datetime.now(UTC))
+    # Only what is known here: nobody can tell what else there may be in a key that is not.
+    kept = body.model_dump(mode="json", include=set(EvaluationRequest.model_fields), exclude_none=True)
+    job = Job(uuid4(), EVALUATION, caller, kept, datetime.now(UTC))
     # Where this very request was answered, not what its `Host` says: the run's token is sent there.
     host, port = request.scope["server"]
     job.checkpoint["backend"] = f"http://{host}:{port}"
@@ -119,7 +123,7 @@ def _out(job: Job) -> EvaluationOut:
         started_at=job.started_at,
         ended_at=job.ended_at,
         progress=ProgressOut(done=job.done, total=job.total),
-        requested={name: value for name, value in job.body.items() if value is not None},
+        requested=job.body,
         granted=job.checkpoint.get("granted", {}),
         scores=job.result.get("scores", {}),
         samples=job.result.get("samples", []),
