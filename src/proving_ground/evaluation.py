@@ -107,6 +107,19 @@ def dataset_size(name: str) -> int:
     return count_lines(Path(spec.submodule_search_locations[0]) / _SAMPLES / f"{name}.jsonl")
 
 
+def meant(request: EvaluationRequest, size: int) -> dict[str, int]:
+    """Resource -> how much is meant by what the caller left out, of a data set of `size` samples."""
+    samples = request.limit or size
+    defaults = {
+        "samples": size,
+        "requests": samples,
+        "output_tokens": SAMPLE_TOKENS * samples,
+        "duration": SECONDS * 1000,
+    }
+    said = {"samples": request.limit, "output_tokens": request.output_tokens, "duration": request.time_limit}
+    return {name: amount for name, amount in defaults.items() if said.get(name) is None}
+
+
 def planned(admission: Admission, request: EvaluationRequest, size: int, left: Mapping[str, Any]) -> Grant:
     """What is given of a data set of `size` samples, where `left` is what is left of the grants above.
 
@@ -145,10 +158,12 @@ def planned(admission: Admission, request: EvaluationRequest, size: int, left: M
     if (request.epochs or 1) > 1:
         because["epochs"] = ("unsupported", "each sample is asked once")
     asked = admission.envelope.requested.constraints
-    if "scorer" not in asked:
-        because["scorer"] = ("default", "whether the answer has what is expected in it")
+    resources = {"samples": samples, "requests": samples, "output_tokens": tokens, "duration": duration}
+    for name, amount in meant(request, size).items():
+        if resources[name] == amount:
+            because.pop(name, None)  # which was said of the effective value
     return Grant(
-        {"samples": samples, "requests": samples, "output_tokens": tokens, "duration": duration},
+        resources,
         route={"deployment": str(request.deployment_id)},
         basis="enforced",
         honoured=[name for name in _CONSTRAINTS if name in asked and name not in because],
@@ -188,7 +203,13 @@ class Evaluations:
         if (why := unkept(work.admission, _BOUNDED, given)) is not None:
             raise JobFailed("NOT_ALLOWED", why)
         size = await asyncio.to_thread(dataset_size, request.dataset)
-        await _defaults(work.admission, request, size)
+        await work.admission.effective(
+            meant(request, size),
+            constraints={} if request.scorer else {"scorer": SCORER},
+            cause="default",
+            because=f"where the caller said nothing: all of the data set, a request and {SAMPLE_TOKENS} tokens for "
+            f"each sample, {SECONDS} seconds, the scorer {SCORER}",
+        )
         amounts: dict[str, Any] = {}
 
         def grant(left: Mapping[str, Any]) -> Grant:
@@ -290,20 +311,3 @@ class Evaluations:
                 await process.wait()
         finally:
             await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
-
-
-async def _defaults(admission: Admission, request: EvaluationRequest, size: int) -> None:
-    """What is meant by what the caller left out."""
-    samples = request.limit or size
-    meant = {
-        "samples": None if request.limit else size,
-        "requests": samples,
-        "output_tokens": None if request.output_tokens else SAMPLE_TOKENS * samples,
-        "duration": None if request.time_limit else SECONDS * 1000,
-    }
-    await admission.effective(
-        meant,
-        constraints={} if request.scorer else {"scorer": SCORER},
-        cause="default",
-        because="what the caller left out",
-    )
