@@ -147,7 +147,8 @@ def planned(admission: Admission, request: EvaluationRequest, size: int, left: M
         tokens, said = SAMPLE_TOKENS * samples, ("default", f"{SAMPLE_TOKENS} for each sample")
     tokens = given("output_tokens", tokens, said)
     if tokens < samples:
-        raise JobFailed("LIMIT_BELOW_FLOOR", f"{samples} samples take a token each; {because['output_tokens'][1]}")
+        why = because.get("output_tokens", ("", f"{tokens} output_tokens were asked for"))[1]
+        raise JobFailed("LIMIT_BELOW_FLOOR", f"{samples} samples take a token each; {why}")
     seconds = request.time_limit or SECONDS
     said = None if request.time_limit else ("default", f"{SECONDS} seconds")
     duration = given("duration", seconds * 1000, said)
