@@ -79,7 +79,8 @@ async def forever(work: Work) -> None:
     try:
         await asyncio.Event().wait()
     finally:
-        await asyncio.sleep(0)  # as when a child is waited for
+        work.job.result["stopping"] = True
+        await asyncio.sleep(0.01)  # as when a child is waited for
         await work.admission.used({"samples": work.job.done})
 
 
@@ -141,12 +142,13 @@ def test_cancelled_by_two_at_once_it_says_what_it_used_and_ends_once(tmp_path: P
         job = await house.submit()
         await until(lambda: job.status == "RUNNING")
         job.done = 1
-        both = [asyncio.create_task(house.jobs.cancel(job, by)) for by in ("user:dana", "user:lee")]
-        await asyncio.sleep(0)
-        await house.jobs.cancel(job, "user:sam")
-        await asyncio.gather(*both)
+        first = asyncio.create_task(house.jobs.cancel(job, "user:dana"))
+        await until(lambda: "stopping" in job.result)
+        await house.jobs.cancel(job, "user:lee")
+        await first
         record = await house.record(job)
         assert (job.status, record.state, record.used["samples"].amount) == ("CANCELLED", "cancelled", 1)
+        assert record.events[-1].by == job.stopped_by == "user:dana"
         await house.jobs.close()
 
     running(body)
