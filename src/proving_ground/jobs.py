@@ -192,7 +192,9 @@ class Jobs:
         """End a job for somebody who no longer wants it, with all its children; returns when it has ended."""
         if job.ended:
             return
-        job.stopped_by = job.stopped_by or by
+        if job.stopped_by is None:
+            job.stopped_by = by
+            self._store.save(job)  # or a backend that is killed now would have the next one go on with it
         self._stop(job.id)
         if (task := self._tasks.get(job.id)) is not None:
             await asyncio.wait([task])

@@ -144,6 +144,7 @@ def test_cancelled_by_two_at_once_it_says_what_it_used_and_ends_once(tmp_path: P
         job.done = 1
         first = asyncio.create_task(house.jobs.cancel(job, "user:dana"))
         await until(lambda: "stopping" in job.result)
+        assert [one.stopped_by for one in stored(tmp_path)] == ["user:dana"]
         await house.jobs.cancel(job, "user:lee")
         await first
         record = await house.record(job)
