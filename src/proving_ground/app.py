@@ -12,10 +12,11 @@ from fastapi.responses import JSONResponse
 
 from execution_envelope.integrations.fastapi import install
 from execution_envelope.telemetry.prometheus import metrics_app
-from proving_ground import catalog_routes, runtime, serving
+from proving_ground import catalog_routes, evaluation_routes, runtime, serving
 from proving_ground.admission import SUPERVISOR, EnvelopeRecorder, open_seam, prober
 from proving_ground.auth import RunTokens, TokenFile
 from proving_ground.catalog import Catalog
+from proving_ground.evaluation import EVALUATION, Evaluations
 from proving_ground.jobs import JOBS, Jobs, JobStore
 from proving_ground.jobs import prober as job_prober
 from proving_ground.machine import this_node
@@ -26,7 +27,11 @@ from proving_ground.state import Backend
 from proving_ground.store import Store
 from proving_ground.supervisor import Supervisor
 
-_SEALED = ("/serving/deploy_model", *(f"/runtime/models/{{deployment_id}}/v1/{path}" for path in runtime.COUNTED))
+_SEALED = (
+    "/serving/deploy_model",
+    "/evaluations",
+    *(f"/runtime/models/{{deployment_id}}/v1/{path}" for path in runtime.COUNTED),
+)
 """Paths that start an execution: whatever they answer, an envelope was sealed before."""
 
 
@@ -59,6 +64,7 @@ def create_app(settings: Settings, *, catalog: Catalog | None = None) -> FastAPI
                 retry_seconds=settings.retry_seconds,
             )
             jobs = Jobs(JobStore(settings.data), controller, app.state.runs)
+            jobs.offer(EVALUATION, Evaluations(settings.data / "evaluations", supervisor, models).run)
             app.state.backend = Backend(settings, models, supervisor, jobs, http)
             await supervisor.recover()
             await jobs.recover()
@@ -82,7 +88,7 @@ def create_app(settings: Settings, *, catalog: Catalog | None = None) -> FastAPI
     app.state.tokens, app.state.runs = TokenFile.load(settings.tokens), RunTokens()
     app.add_exception_handler(RequestValidationError, _unprocessable)
     install(app, controller, guard=[f"POST {prefix}{path}" for prefix in ("", "/api") for path in _SEALED])
-    for router in (catalog_routes.router, serving.router, runtime.router):
+    for router in (catalog_routes.router, serving.router, runtime.router, evaluation_routes.router):
         app.include_router(router, prefix="/api")
         app.include_router(router, include_in_schema=False)
     app.add_api_route("/health", _alive, methods=["GET"], tags=["backend"])

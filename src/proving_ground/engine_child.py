@@ -38,7 +38,7 @@ def main() -> None:
         os.execv(sys.executable, [sys.executable, "-m", "proving_ground.engine_child", *sys.argv[1:]])
     orders: Orders = json.loads(sys.stdin.readline())
     if orders["parent"]:
-        _die_with(orders["parent"])
+        die_with(orders["parent"])
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.sched_setaffinity(0, orders["cpu_ids"])
     resource.setrlimit(resource.RLIMIT_DATA, (orders["memory"], orders["memory"]))
@@ -51,7 +51,7 @@ def main() -> None:
         signal.pause()
 
 
-def _die_with(parent: int) -> None:
+def die_with(parent: int) -> None:
     """Be killed when the parent's spawning thread ends; it may have ended before we asked."""
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:

@@ -48,6 +48,7 @@ def described(raw: bytes, request: Request, caller: Caller, deployment: Deployme
     model = catalog.model(deployment.model_id)
     target = ask.target if model is None else Target("model", model.repo_id)
     ask = replace(ask, subject=found.subject, scope=scope, target=target, runs_on=f"deployment:{deployment.id}")
+    ask = replace(ask, part_of=caller.envelope)
     # The same for every deployment, and under any prefix.
     path = request.url.path.partition("/v1/")[2]
     return Completion(body, replace(ask, entrypoint=f"POST /runtime/models/{{id}}/v1/{path}"))

@@ -42,6 +42,8 @@ MAX_OPEN: Final = 64
 CHILDREN_SECONDS: Final = 5.0
 
 Status = Literal["REQUESTED", "RUNNING", "COMPLETED", "FAILED", "CANCELLED"]
+_End = tuple[Status, str | None, str]
+"""Status, code and sentence of how a job ended."""
 ENDED: Final[frozenset[Status]] = frozenset({"COMPLETED", "FAILED", "CANCELLED"})
 
 _SCHEMA: Final = """
@@ -147,6 +149,9 @@ class Jobs:
         self._tokens = tokens
         self._runs: dict[str, tuple[Run, bool]] = {}
         self._tasks: dict[UUID, asyncio.Task[None]] = {}
+        # What a task of those waits for, the run itself. Only that is ever cancelled, and once: the end is always told.
+        self._running: dict[UUID, asyncio.Task[None]] = {}
+        self._stopping: set[UUID] = set()
         self._turns = asyncio.Semaphore(MAX_RUNNING)
         self._closing = False
         self.jobs: dict[UUID, Job] = {job.id: job for job in store.load()}
@@ -185,21 +190,31 @@ class Jobs:
 
     async def cancel(self, job: Job, by: str) -> None:
         """End a job for somebody who no longer wants it, with all its children; returns when it has ended."""
-        job.stopped_by = job.stopped_by or by
-        task = self._tasks.get(job.id)
-        if task is not None:
-            task.cancel()
+        if job.ended:
+            return
+        if job.stopped_by is None:
+            job.stopped_by = by
+            self._store.save(job)  # or a backend that is killed now would have the next one go on with it
+        self._stop(job.id)
+        if (task := self._tasks.get(job.id)) is not None:
             await asyncio.wait([task])
 
     async def close(self) -> None:
         """End what runs: resumable jobs are left for the next backend, others fail."""
         self._closing = True
         tasks = list(self._tasks.values())
-        for task in tasks:
-            task.cancel()
+        for job_id in list(self._tasks):
+            self._stop(job_id)
         if tasks:
             await asyncio.wait(tasks)
         self._store.close()
+
+    def _stop(self, job_id: UUID) -> None:
+        """Cancel the run, once: it may have to say what it used. One that has not begun finds out when it does."""
+        run = self._running.get(job_id)
+        if run is not None and job_id not in self._stopping:
+            self._stopping.add(job_id)
+            run.cancel()
 
     def _start(self, job: Job) -> None:
         task = asyncio.create_task(self._guarded(job), name=f"{job.kind}-{job.id}")
@@ -216,49 +231,65 @@ class Jobs:
         acting = job.owner.acting_as(job.kind, str(job.id), admission.id)
         token = self._tokens.issue(acting)
         work = Work(job, admission, token, self._controller, self._store, acting)
+        running = self._running[job.id] = asyncio.create_task(self._in_turn(work, run))
+        if job.stopped_by is not None or self._closing:
+            self._stop(job.id)
         try:
-            await self._in_turn(work, run)
+            await running
         except asyncio.CancelledError:
-            self._tokens.revoke(token)
+            end: _End | None = ("FAILED", "BACKEND_STOPPED", "the backend ended while it ran; ask again")
             if job.stopped_by is not None:
-                await self._told(work, "CANCELLED", "CANCELLED", f"stopped by {job.stopped_by}")
-            elif not resumable:
-                await self._told(work, "FAILED", "BACKEND_STOPPED", "the backend ended while it ran; ask again")
+                end = ("CANCELLED", "CANCELLED", f"stopped by {job.stopped_by}")
+            elif resumable and self._closing:
+                end = None  # the next backend goes on with it
         except JobFailed as failure:
-            self._tokens.revoke(token)
-            await self._told(work, "FAILED", failure.code, failure.sentence)
+            end = ("FAILED", failure.code, failure.sentence)
         except Exception as error:
             log.exception("%s %s failed", job.kind, job.id)
-            self._tokens.revoke(token)
-            await self._told(work, "FAILED", "INTERNAL_ERROR", f"{type(error).__name__}: {error}"[:500])
+            end = ("FAILED", "INTERNAL_ERROR", f"{type(error).__name__}: {error}"[:500])
         else:
+            end = ("COMPLETED", None, "")
+        finally:
             self._tokens.revoke(token)
-            await self._told(work, "COMPLETED", None, "")
+            del self._running[job.id]
+            self._stopping.discard(job.id)
+        if end is not None:
+            await self._told(work, *end)
 
     async def _in_turn(self, work: Work, run: Run) -> None:
+        if work.job.owner.envelope is not None:
+            # Started by a run that has its turn and may wait for this: waiting here could last for ever.
+            await self._begun(work, run)
+            return
         if self._turns.locked():
             await work.admission.attempt(
                 [Candidate("this backend", "refused", f"{MAX_RUNNING} jobs run already")], reason="waits for its turn"
             )
         async with self._turns:
-            work.job.status, work.job.started_at = "RUNNING", work.job.started_at or datetime.now(UTC)
-            work.save()
-            await run(work)
+            await self._begun(work, run)
+
+    async def _begun(self, work: Work, run: Run) -> None:
+        work.job.status, work.job.started_at = "RUNNING", work.job.started_at or datetime.now(UTC)
+        work.save()
+        await run(work)
 
     async def _told(self, work: Work, status: Status, code: str | None, sentence: str) -> None:
         """The end on the record, after that of its children; then in the store."""
-        job, admission = work.job, work.admission
+        job, id = work.job, work.admission.id
         try:
-            await self._end_children(admission, sentence or "its parent has ended")
+            await self._end_children(work.admission, sentence or "its parent has ended")
+            # Others may have written to it: how it ends depends on the newest state.
+            admission = await self._controller.resume(id, by=JOBS)
             if status == "CANCELLED":
                 await admission.cancel(sentence, by=job.stopped_by)
             elif code is not None:
                 await _badly(admission, code, sentence)
             else:
-                await admission.complete()
-        except (OpenObligations, OpenChildren) as error:
-            status, code, sentence = "FAILED", "OPEN", str(error)
-            await _badly(admission, code, sentence)
+                try:
+                    await admission.complete()
+                except (OpenObligations, OpenChildren) as error:
+                    status, code, sentence = "FAILED", "OPEN", str(error)
+                    await _badly(admission, code, sentence)
         except EnvelopeError:
             log.exception("the end of %s %s could not be recorded", job.kind, job.id)
         self._end(job, status, code, sentence)

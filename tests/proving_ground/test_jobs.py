@@ -1,0 +1,310 @@
+"""Jobs: each ends once, on the record and in the store, whenever it is cancelled; and the tokens of runs."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+from uuid import UUID, uuid4
+
+from execution_envelope import AdmissionController, Ask, Grant, Record, Subject, Target
+from execution_envelope.ledger.memory import MemoryLedger
+from proving_ground.auth import Caller, RunTokens
+from proving_ground.jobs import JOBS, MAX_RUNNING, Job, JobFailed, Jobs, JobStore, Run, Work, prober
+
+DANA = Caller("dana", "acme", ("operator",), ("support-bot",), "support-bot")
+
+
+class House:
+    """Jobs with a ledger in memory, as long as a test runs."""
+
+    def __init__(self, directory: Path, run: Run, *, resumable: bool = False) -> None:
+        self.controller = AdmissionController(MemoryLedger(), component="test")
+        self.tokens = RunTokens()
+        self.directory = directory
+        self.jobs = self.opened(run, resumable)
+
+    def opened(self, run: Run, resumable: bool) -> Jobs:
+        jobs = Jobs(JobStore(self.directory), self.controller, self.tokens)
+        jobs.offer("evaluation", run, resumable=resumable)
+        return jobs
+
+    async def ask(self, caller: Caller = DANA, part_of: str | None = None) -> Job:
+        subject = Subject(caller.type, caller.subject, tenant=caller.tenant)
+        ask = Ask(
+            kind="evaluation",
+            operation="evaluations.create",
+            target=Target("deployment", "d"),
+            subject=subject,
+            part_of=part_of,
+        )
+        job = Job(uuid4(), "evaluation", caller, {"limit": 2}, datetime.now(UTC))
+        async with self.controller.admit(ask) as admission:
+            await admission.bind("evaluation", str(job.id), owner=JOBS)
+        return job
+
+    async def submit(self, caller: Caller = DANA, part_of: str | None = None) -> Job:
+        job = await self.ask(caller, part_of)
+        self.jobs.submit(job)
+        return job
+
+    async def record(self, job: Job) -> Record:
+        return await self.controller.read("evaluation", str(job.id))
+
+
+def stored(directory: Path) -> list[Job]:
+    store = JobStore(directory)
+    try:
+        return store.load()
+    finally:
+        store.close()
+
+
+async def until(condition: Callable[[], Any]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():  # noqa: ASYNC110 - what is waited for sets no event
+            await asyncio.sleep(0.001)
+
+
+def running(body: Callable[[], Awaitable[None]]) -> None:
+    async def bounded() -> None:
+        async with asyncio.timeout(30):
+            await body()
+
+    asyncio.run(bounded())
+
+
+async def forever(work: Work) -> None:
+    await work.admission.grant(Grant({"samples": 2}))
+    try:
+        await asyncio.Event().wait()
+    finally:
+        work.job.result["stopping"] = True
+        await asyncio.sleep(0.01)  # as when a child is waited for
+        await work.admission.used({"samples": work.job.done})
+
+
+async def at_once(work: Work) -> None:
+    await work.admission.grant(Grant({"samples": 2}))
+    work.job.done, work.job.total, work.job.result = 2, 2, {"scores": {"accuracy": 0.5}}
+
+
+def test_a_job_that_runs_to_its_end_is_completed_and_is_there_in_the_next_store(tmp_path: Path) -> None:
+    async def body() -> None:
+        house = House(tmp_path, at_once)
+        job = await house.submit()
+        await until(lambda: job.ended)
+        assert (job.status, job.error_code, (await house.record(job)).state) == ("COMPLETED", None, "completed")
+        await house.jobs.close()
+        assert stored(tmp_path) == [job]
+
+    running(body)
+
+
+def test_one_that_fails_is_rejected_before_a_grant_and_failed_after_one(tmp_path: Path) -> None:
+    async def body() -> None:
+        async def before(work: Work) -> None:
+            raise JobFailed("NO_ROOM", "there is none")
+
+        async def after(work: Work) -> None:
+            await work.admission.grant(Grant({"samples": 2}))
+            raise ZeroDivisionError("by zero")
+
+        house = House(tmp_path, before)
+        first = await house.submit()
+        await until(lambda: first.ended)
+        house.jobs.offer("evaluation", after)
+        second = await house.submit()
+        await until(lambda: second.ended)
+        assert [(await house.record(job)).state for job in (first, second)] == ["rejected", "failed"]
+        assert [job.error_code for job in (first, second)] == ["NO_ROOM", "INTERNAL_ERROR"]
+        assert second.error_message == "ZeroDivisionError: by zero"
+        await house.jobs.close()
+
+    running(body)
+
+
+def test_cancelled_before_it_began_it_ends_as_cancelled(tmp_path: Path) -> None:
+    async def body() -> None:
+        house = House(tmp_path, forever)
+        job = await house.submit()
+        await house.jobs.cancel(job, "user:dana")  # its task has not had its first turn
+        record = await house.record(job)
+        assert (job.status, record.state, record.events[-1].by) == ("CANCELLED", "cancelled", "user:dana")
+        await house.jobs.close()
+
+    running(body)
+
+
+def test_cancelled_by_two_at_once_it_says_what_it_used_and_ends_once(tmp_path: Path) -> None:
+    async def body() -> None:
+        house = House(tmp_path, forever)
+        job = await house.submit()
+        await until(lambda: job.status == "RUNNING")
+        job.done = 1
+        first = asyncio.create_task(house.jobs.cancel(job, "user:dana"))
+        await until(lambda: "stopping" in job.result)
+        assert [one.stopped_by for one in stored(tmp_path)] == ["user:dana"]
+        await house.jobs.cancel(job, "user:lee")
+        await first
+        record = await house.record(job)
+        assert (job.status, record.state, record.used["samples"].amount) == ("CANCELLED", "cancelled", 1)
+        assert record.events[-1].by == job.stopped_by == "user:dana"
+        await house.jobs.close()
+
+    running(body)
+
+
+def test_what_has_ended_cannot_be_cancelled(tmp_path: Path) -> None:
+    async def body() -> None:
+        house = House(tmp_path, at_once)
+        job = await house.submit()
+        await until(lambda: job.ended)
+        await house.jobs.cancel(job, "user:dana")
+        assert (job.status, job.stopped_by) == ("COMPLETED", None)
+        await house.jobs.close()
+
+    running(body)
+
+
+def test_a_job_that_ends_ends_its_children_first(tmp_path: Path) -> None:
+    async def body() -> None:
+        house = House(tmp_path, forever)
+        parent = await house.submit()
+        await until(lambda: parent.status == "RUNNING")
+        envelope = (await house.record(parent)).id
+        child = await house.submit(DANA.acting_as("evaluation", str(parent.id), envelope), envelope)
+        await until(lambda: child.status == "RUNNING")
+        await house.jobs.cancel(parent, "user:dana")
+        assert [job.status for job in (parent, child)] == ["CANCELLED", "CANCELLED"]
+        assert child.stopped_by == "its parent"
+        assert (await house.record(child)).events[-1].at <= (await house.record(parent)).events[-1].at
+        await house.jobs.close()
+
+    running(body)
+
+
+def test_more_wait_their_turn_but_what_a_run_has_started_does_not(tmp_path: Path) -> None:
+    async def body() -> None:
+        house = House(tmp_path, forever)
+        first = [await house.submit() for _ in range(MAX_RUNNING)]
+        await until(lambda: all(job.status == "RUNNING" for job in first))
+        waits = await house.submit()
+        envelope = (await house.record(first[0])).id
+        child = await house.submit(DANA.acting_as("evaluation", str(first[0].id), envelope), envelope)
+        await until(lambda: child.status == "RUNNING")
+        assert waits.status == "REQUESTED"
+        await house.jobs.cancel(first[1], "user:dana")
+        await until(lambda: waits.status == "RUNNING")
+        assert "attempt" in [event.data.__class__.__name__.lower() for event in (await house.record(waits)).events]
+        await house.jobs.close()
+
+    running(body)
+
+
+def test_closing_fails_what_runs_and_leaves_what_can_be_resumed(tmp_path: Path) -> None:
+    async def body() -> None:
+        for resumable, status, state in ((False, "FAILED", "failed"), (True, "RUNNING", "granted")):
+            directory = tmp_path / status
+            directory.mkdir()
+            house = House(directory, forever, resumable=resumable)
+            job = await house.submit()
+            await until(lambda job=job: job.status == "RUNNING")  # type: ignore[misc]
+            job.checkpoint["at"] = 1
+            await house.jobs.close()
+            assert (job.status, (await house.record(job)).state) == (status, state)
+            if resumable:
+                house.jobs = house.opened(at_once, True)
+                await house.jobs.recover()
+                (again,) = house.jobs.jobs.values()
+                await until(lambda again=again: again.ended)  # type: ignore[misc]
+                assert (again.status, (await house.record(again)).state) == ("COMPLETED", "completed")
+                await house.jobs.close()
+
+    running(body)
+
+
+def test_what_a_killed_backend_left_is_abandoned_with_the_evidence(tmp_path: Path) -> None:
+    async def body() -> None:
+        house = House(tmp_path, forever)
+        job = await house.ask()
+        store = JobStore(tmp_path)
+        job.status = "RUNNING"
+        store.save(job)
+        store.close()
+        house.jobs = house.opened(forever, False)
+        await house.jobs.recover()
+        await house.controller.reconcile({JOBS: prober(house.jobs)}, everything=True)
+        assert house.jobs.jobs[job.id].error_code == "BACKEND_RESTARTED"
+        record = await house.record(job)
+        assert record.state == "abandoned"
+        assert "FAILED BACKEND_RESTARTED: the backend ended while it ran" in str(record.events[-1].data)
+        await house.jobs.close()
+
+    running(body)
+
+
+def test_a_running_job_is_alive_and_an_unknown_one_gone(tmp_path: Path) -> None:
+    async def body() -> None:
+        house = House(tmp_path, forever)
+        job, unknown = await house.submit(), await house.ask()
+        await until(lambda: job.status == "RUNNING")
+        ask = prober(house.jobs)
+        said = [await ask(await house.record(one)) for one in (job, unknown)]
+        assert [(one.status, one.evidence) for one in said] == [
+            ("alive", "RUNNING, 0 of unknown done"),
+            ("gone", f"the backend has no evaluation {unknown.id}"),
+        ]
+        await house.jobs.close()
+
+    running(body)
+
+
+def test_a_token_is_good_from_the_start_of_a_run_to_its_end(tmp_path: Path) -> None:
+    async def body() -> None:
+        seen: list[tuple[str, Caller | None]] = []
+
+        async def run(work: Work) -> None:
+            seen.append((work.token, house.tokens.identify(work.token)))
+            raise JobFailed("NO_ROOM", "there is none")
+
+        house = House(tmp_path, run)
+        job = await house.submit()
+        await until(lambda: job.ended)
+        ((token, acting),) = seen
+        assert acting == Caller(
+            subject=str(job.id),
+            tenant="acme",
+            roles=("operator",),
+            workrooms=("support-bot",),
+            workroom="support-bot",
+            type="evaluation",
+            delegation=(("user", "dana"),),
+            envelope=(await house.record(job)).id,
+        )
+        assert house.tokens.identify(token) is None
+        await house.jobs.close()
+
+    running(body)
+
+
+def test_a_caller_is_the_same_after_it_was_stored(tmp_path: Path) -> None:
+    run = DANA.acting_as("agent", "a-1", "envelope").acting_as("agent", "a-2", "inner")
+    assert run.delegation == (("user", "dana"), ("agent", "a-1"))
+    store = JobStore(tmp_path)
+    store.save(Job(UUID(int=1), "agent", run, {}, datetime.now(UTC)))
+    assert [job.owner for job in store.load()] == [run]
+    store.close()
+
+
+def test_a_run_without_a_workroom_is_good_for_none() -> None:
+    assert Caller("dana", "acme", (), ("support-bot", "production")).acting_as("agent", "a", "e").workrooms == ()
+
+
+def test_tokens_are_random_and_not_kept() -> None:
+    tokens = RunTokens()
+    one, two = tokens.issue(DANA), tokens.issue(DANA)
+    assert one != two and one not in repr(vars(tokens))
+    tokens.revoke(one)
+    tokens.revoke(one)
+    assert (tokens.identify(one), tokens.identify(two), tokens.identify("")) == (None, DANA, None)
