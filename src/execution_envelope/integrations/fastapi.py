@@ -20,7 +20,7 @@ import inspect
 import json
 import re
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
 import msgspec
@@ -34,8 +34,9 @@ from starlette.routing import BaseRoute, Host, Match, Mount
 from execution_envelope.adapters import Context
 from execution_envelope.admission import Admission
 from execution_envelope.controller import AdmissionController
-from execution_envelope.envelope import Ask, Scoped, Subject
+from execution_envelope.envelope import Ask, Subject
 from execution_envelope.errors import Held, InvalidAsk, InvalidField, Refused, Unidentified
+from execution_envelope.integrations import Caller as Caller
 from execution_envelope.integrations.asgi import (
     SCOPE_KEY,
     EnvelopeHeader,
@@ -44,18 +45,6 @@ from execution_envelope.integrations.asgi import (
     RequestSeam,
     refusal_problem,
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Caller:
-    """Who asks, with the scope that the backend established about them: ``{"project": established(..., by="token")}``.
-
-    What is established here takes the place of what the request asserts.
-    """
-
-    subject: Subject
-    scope: Mapping[str, Scoped] = field(default_factory=dict)
-
 
 Identify: TypeAlias = Callable[[Request], "Subject | Caller | Awaitable[Subject | Caller | None] | None"]
 Describe: TypeAlias = Callable[[Any, Context], Ask]
