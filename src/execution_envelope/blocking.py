@@ -110,8 +110,9 @@ class BlockingController:
             try:
                 admission = admitted.result()
             except BaseException as error:
-                # Interrupted: what was not decided yet never is. What was admitted meanwhile is left.
-                if not admitted.cancel() and admitted.exception() is None:
+                # Refused, or interrupted: then its answer is waited for, which takes no longer than deciders and ledger
+                # may take, so that nothing stays admitted that nobody holds.
+                if admitted.exception() is None:
                     portal.call(block.__aexit__, type(error), error, error.__traceback__)
                 raise
             try:
