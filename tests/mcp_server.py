@@ -18,7 +18,7 @@ from execution_envelope.integrations.mcp import Identify, current, install
 HOOKS: Sequence[Hook] = [
     Rule("none of these", lambda e: Decision.deny("policy", "not that") if e.execution.target.id == "denied" else None),
     Rule("ask first", lambda e: Decision.hold("no one said yes") if e.execution.target.id == "held" else None),
-    Rule("others", lambda e: Decision.allow()),
+    Rule("anybody approves", lambda e: Decision.allow(), kinds=frozenset({"maintenance"})),
 ]
 
 
