@@ -194,9 +194,11 @@ async def test_a_call_is_part_of_what_it_says_within_its_tenant_only(
         beyond = await client.call_tool("add", {"a": 1, "b": 2}, meta=link)
     correlation = (await controller.read(meta(child)[ENVELOPE])).envelope.correlation
     assert (correlation.part_of, correlation.traceparent) == (run.id, trace)
-    # What the parent was granted is used up: the tool does not run.
-    assert meta(beyond)[PROBLEM]["type"] == "violation" and beyond.is_error
-    assert (await controller.read(meta(beyond)[ENVELOPE])).state == "failed"
+    # What the parent was granted is used up: the tool does not run, and the record says no more was given.
+    assert meta(beyond)[PROBLEM]["type"] == "exhausted" and beyond.is_error
+    rejected = await controller.read(meta(beyond)[ENVELOPE])
+    assert (rejected.state, rejected.granted, rejected.violations) == ("rejected", {}, ())
+    assert (await controller.tree(run.id)).used["tool_calls"].amount == 1
     assert (tmp_path / "add").read_text() == "x"
 
 
@@ -247,13 +249,16 @@ async def test_a_ledger_that_is_away_starts_nothing_and_loses_no_answer(tmp_path
     calls = FaultyLedger(MemoryLedger())
     async with Client(build(AdmissionController(calls), tmp_path, subject=DANA)) as client:
         await client.call_tool("add", {"a": 1, "b": 2})
-    seal, grant, used, end = range(calls.calls - 3, calls.calls + 1)
-    for fail_at in (seal, grant):
-        result, ran = await outcome(fail_at)
-        assert (meta(result)[PROBLEM]["type"], ran) == ("ledger-unavailable", False)
-    for fail_at in (used, end):
-        result, ran = await outcome(fail_at)
-        assert (text(result), ran) == ("3", True)
+    ran = []
+    for fail_at in range(1, calls.calls + 1):
+        result, has_run = await outcome(fail_at)
+        ran.append(has_run)
+        if has_run:
+            assert text(result) == "3"
+        else:
+            assert meta(result)[PROBLEM]["type"] == "ledger-unavailable"
+    # Until it is granted, and from then on.
+    assert ran == sorted(ran) and set(ran) == {False, True}
 
 
 async def test_one_seam_for_a_server(server: MCPServer, controller: AdmissionController) -> None:

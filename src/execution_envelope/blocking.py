@@ -17,6 +17,7 @@ from execution_envelope.envelope import Ask, Subject
 from execution_envelope.judge import Plan
 from execution_envelope.reconciliation import Prober, Reconciliation
 from execution_envelope.record import Record
+from execution_envelope.tree import Tree
 
 T = TypeVar("T")
 
@@ -28,6 +29,7 @@ class Seam(Protocol):
     async def begin(self, ask: Ask) -> Admission: ...
     async def resume(self, *reference: str, by: str) -> Admission: ...
     async def read(self, *reference: str) -> Record: ...
+    async def tree(self, *reference: str) -> Tree: ...
     async def plan(self, ask: Ask) -> Plan: ...
     async def approve(self, *reference: str, by: Subject, reason: str) -> Record: ...
     async def deny(self, *reference: str, by: Subject, reason: str) -> Record: ...
@@ -135,6 +137,10 @@ class BlockingController:
     def read(self, *reference: str) -> Record:
         """The record with this id or reference, as `AdmissionController.read`."""
         return self._loop.run(self._controller.read, *reference)
+
+    def tree(self, *reference: str) -> Tree:
+        """An envelope with all that are part of it, as `AdmissionController.tree`."""
+        return self._loop.run(self._controller.tree, *reference)
 
     def plan(self, ask: Ask) -> Plan:
         """What would happen to a request now, as `AdmissionController.plan`."""

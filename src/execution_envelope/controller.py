@@ -42,6 +42,7 @@ from execution_envelope.errors import (
     SelfApproval,
     Unidentified,
 )
+from execution_envelope.family import read_tree
 from execution_envelope.hooks import HookChain
 from execution_envelope.journal import Journal
 from execution_envelope.judge import Judge, Judgement, Plan
@@ -53,6 +54,7 @@ from execution_envelope.observers import Observers
 from execution_envelope.reconciler import Reconciler
 from execution_envelope.reconciliation import Prober, Reconciliation
 from execution_envelope.record import Record
+from execution_envelope.tree import Tree
 
 #: Attempted requests a process records in a second, and at once; the rest are counted as dropped.
 ATTEMPTED_PER_SECOND: Final = 20
@@ -259,6 +261,11 @@ class AdmissionController:
         """The record with this id, ``"kind:reference"`` or ``"kind", "reference"``. Raises `NotFound`."""
         return await self._journal.read(*reference)
 
+    async def tree(self, *reference: str) -> Tree:
+        """An envelope with all that are part of it, and what they come to together. Raises `NotFound`, and
+        `InvalidField` for a tree of more than 20,000 envelopes or 64 levels."""
+        return await read_tree(self._journal, (await self.read(*reference)).id)
+
     async def reconcile(
         self, probers: Mapping[str, Prober], *, everything: bool = False, by: str = "reconcile"
     ) -> Reconciliation:
@@ -346,9 +353,10 @@ class AdmissionController:
             if link != "runs_on" and ask.subject is not None and linked.envelope.identity.tenant != ask.subject.tenant:
                 problem = f"expected an envelope, none has the id {shown(reference, 200)}"
                 raise InvalidField(f"correlation.{link}", problem)
+            if link == "part_of" and linked.state not in ("admitted", "granted"):
+                problem = f"expected an envelope that was admitted and has not ended, {linked.id} is {linked.state}"
+                raise InvalidField(f"correlation.{link}", problem)
             changes[link] = linked.id
-        if not changes:
-            return ask
         return replace(ask, **changes)
 
     async def _again(self, sealed: SealedEnvelope, first: KeyRow) -> Admission:

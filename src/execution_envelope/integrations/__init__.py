@@ -12,8 +12,10 @@ from execution_envelope.envelope import Scoped, Subject
 class Caller:
     """Who asks, with the scope that the backend established about them: ``{"project": established(..., by="token")}``.
 
-    What is established here takes the place of what the request asserts.
+    What is established here takes the place of what the request asserts. `part_of` is the envelope of the run whose
+    credential this is, if it is one: a link that the credential establishes.
     """
 
     subject: Subject
     scope: Mapping[str, Scoped] = field(default_factory=dict)
+    part_of: str | None = None

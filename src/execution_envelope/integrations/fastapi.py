@@ -167,6 +167,7 @@ async def _begin(request: Request, seam: RequestSeam, ask: Ask, found: Subject |
             ask,
             subject=ask.subject or (found.subject if isinstance(found, Caller) else found),
             scope={**ask.scope, **found.scope} if isinstance(found, Caller) else ask.scope,
+            part_of=(found.part_of if isinstance(found, Caller) else None) or ask.part_of,
             entrypoint=ask.entrypoint or seam.surface,
             # An empty key is none: every request without a key of its own would be the same one.
             idempotency_key=ask.idempotency_key or _header(headers, b"idempotency-key") or None,

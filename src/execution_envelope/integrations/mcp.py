@@ -37,6 +37,7 @@ from execution_envelope.envelope import Ask, Subject
 from execution_envelope.errors import Held, InvalidField, LedgerUnavailable, Refused, Unidentified, Violation
 from execution_envelope.grant import Grant
 from execution_envelope.integrations import Caller
+from execution_envelope.resources import Amount, exceeds
 
 Identify: TypeAlias = Callable[
     [ServerRequestContext[Any, Any]], "Subject | Caller | Awaitable[Subject | Caller | None] | None"
@@ -79,6 +80,12 @@ def current() -> Admission:
     if admission is None:
         raise RuntimeError("expected to be called by a tool of a server with the seam")
     return admission
+
+
+class _Exhausted(Refused):
+    """Nothing is left above: the call is rejected, and its envelope was granted nothing."""
+
+    type = "exhausted"
 
 
 class _ToolCalls:
@@ -150,9 +157,9 @@ class _ToolCalls:
         """Grant, run the tool, and say how it ended; what was used is recorded however it ended."""
         try:
             if await self._has(admission.envelope.execution.target.id):
-                await admission.grant(Grant({"tool_calls": 1}, basis="enforced", route={"server": self._server.name}))
-        except (Violation, LedgerUnavailable) as refusal:
-            kind = "violation" if isinstance(refusal, Violation) else refusal.type
+                await admission.grant(self._granted)
+        except (_Exhausted, Violation, LedgerUnavailable) as refusal:
+            kind = refusal.type if isinstance(refusal, Refused) else "violation"
             await admission.leave(failed=(kind, str(refusal)))
             return _refusal(kind, str(refusal), admission.id)
         except BaseException as error:
@@ -170,6 +177,12 @@ class _ToolCalls:
         await _ended(admission, started, **_outcome(answer))
         return _named(answer, {ENVELOPE: admission.id})
 
+    def _granted(self, left: Mapping[str, Amount]) -> Grant:
+        """One call, if the runs that this is part of have one left."""
+        if "tool_calls" in left and exceeds(1, left["tool_calls"]):
+            raise _Exhausted("expected a tool call to be left of what this is part of, there is none")
+        return Grant({"tool_calls": 1}, basis="enforced", route={"server": self._server.name})
+
     async def _has(self, tool: str) -> bool:
         """Whether the server has the tool; one that it does not have is granted nothing, and the call is rejected."""
         if isinstance(self._server, MCPServer):
@@ -178,8 +191,10 @@ class _ToolCalls:
 
 
 def _completed(ask: Ask, ctx: ServerRequestContext[Any, Any], subject: Subject, found: Subject | Caller | None) -> Ask:
-    scope = {**ask.scope, **found.scope} if isinstance(found, Caller) else ask.scope
-    return replace(ask, subject=ask.subject or subject, scope=scope, request_id=ask.request_id or str(ctx.request_id))
+    ask = replace(ask, subject=ask.subject or subject, request_id=ask.request_id or str(ctx.request_id))
+    if not isinstance(found, Caller):
+        return ask
+    return replace(ask, scope={**ask.scope, **found.scope}, part_of=found.part_of or ask.part_of)
 
 
 async def _ended(admission: Admission, started: int, **how: Any) -> None:
