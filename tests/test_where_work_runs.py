@@ -79,5 +79,5 @@ def test_the_queue_runs_as_shown(tmp_path: Path) -> None:
         worker.wait(20)
     record = read(tmp_path, id)
     assert (record.state, record.events[-1].by, record.granted["memory"]) == ("completed", "worker-1", 64 * 1024**2)
-    [width] = [difference for difference in record.differences if difference.name == "width"]
-    assert (width.kind, width.cause) == ("substituted", "policy")
+    [width] = [difference for difference in record.differences if difference.key == "width"]
+    assert (width.outcome, width.reasons[0].cause) == ("substituted", "policy")
