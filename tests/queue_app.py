@@ -28,11 +28,18 @@ class App(NamedTuple):
         return (self.folder / name).exists()
 
 
-def build(folder: Path, worker: str, *, ledger: Ledger | None = None, hooks: Sequence[Hook] = ()) -> App:
+def build(
+    folder: Path,
+    worker: str,
+    *,
+    ledger: Ledger | None = None,
+    hooks: Sequence[Hook] = (),
+    patience: float = 0.05,
+) -> App:
     url = f"sqlite:///{folder / 'envelopes.db'}"
     controller = AdmissionController(ledger or open_ledger(url), hooks=hooks)
     huey = SqliteHuey("jobs", filename=str(folder / "jobs.db"))
-    queue = EnvelopeQueue(huey, controller, worker=worker, patience=0.05)
+    queue = EnvelopeQueue(huey, controller, worker=worker, patience=patience)
 
     def note(name: str) -> None:
         with (folder / name).open("a") as file:
@@ -67,7 +74,8 @@ def build(folder: Path, worker: str, *, ledger: Ledger | None = None, hooks: Seq
     @queue.task()
     def wait_for(admission, name: str) -> None:
         note("started")
-        while not (folder / name).exists():
+        until = time.monotonic() + 20
+        while not (folder / name).exists() and time.monotonic() < until:
             time.sleep(0.01)
 
     tasks = {task.task_class.__name__: task for task in (add, sleep, flaky, gives_up, hands_over, wait_for)}

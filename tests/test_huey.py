@@ -337,6 +337,13 @@ async def test_what_waits_is_alive_and_what_was_lost_is_gone_only_when_it_stays_
     assert isinstance(record.events[-1].data, lifecycle.Abandoned)
 
 
+async def test_what_is_missed_is_not_gone_before_patience_ends(tmp_path: Path) -> None:
+    app = build(tmp_path, "web", patience=60)
+    await enqueued(app, "add", 1, 2)
+    app.huey.flush()
+    assert [(await reconciled(app)).status for _ in range(3)] == ["unknown"] * 3
+
+
 async def test_what_is_scheduled_for_later_is_alive(app: App) -> None:
     await enqueued(app, "add", 1, 2, delay=3600)
     work(app)  # which puts it into the schedule
