@@ -25,7 +25,9 @@ class App(NamedTuple):
     tasks: dict[str, Any]
 
     def has(self, name: str) -> bool:
-        return (self.folder / name).exists()
+        """Whether it was written to: who is killed after that leaves it whole."""
+        file = self.folder / name
+        return file.exists() and file.stat().st_size > 0
 
 
 def build(
