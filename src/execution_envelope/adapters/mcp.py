@@ -34,6 +34,12 @@ _CALL: Final = Mapped(
     ],
 )
 
+#: Key of `_meta`: the envelope, or reference, that the call is part of. A link, never a right: the seam follows it only
+#: within the tenant that asks.
+PART_OF: Final = "execution-envelope/part_of"
+#: Key of `_meta`: the idempotency key.
+IDEMPOTENCY_KEY: Final = "execution-envelope/idempotency_key"
+
 #: What is in the digest only, or says how the message is sent. Of `_meta` the trace context is the envelope's.
 NOT_ADMITTED: Final = frozenset(_CALL.not_admitted)
 
@@ -56,11 +62,22 @@ def describe_tool_call(body: Any, context: Context) -> Ask:
     return dataclasses.replace(
         ask,
         body={"name": params["name"], "arguments": arguments, "task": params.get("task")},
-        traceparent=_text(meta, "traceparent"),
-        tracestate=_text(meta, "tracestate"),
+        part_of=_text(meta, PART_OF),
+        idempotency_key=_text(meta, IDEMPOTENCY_KEY),
+        traceparent=_trace(meta, "traceparent"),
+        tracestate=_trace(meta, "tracestate"),
     )
 
 
-def _text(meta: Mapping[str, Any] | None, name: str) -> str | None:
-    value = None if meta is None else meta.get(name)
+def _text(meta: Mapping[str, Any] | None, key: str) -> str | None:
+    """An empty one is none."""
+    value = None if meta is None else meta.get(key)
+    if value is not None and not isinstance(value, str):
+        raise InvalidField(f"body.params._meta.{key}", f"expected a string, got `{type(value).__name__}`")
+    return value or None
+
+
+def _trace(meta: Mapping[str, Any] | None, key: str) -> str | None:
+    """One that is no text is passed over: nothing is refused for a trace."""
+    value = None if meta is None else meta.get(key)
     return value if isinstance(value, str) else None

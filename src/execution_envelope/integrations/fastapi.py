@@ -20,7 +20,7 @@ import inspect
 import json
 import re
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
 import msgspec
@@ -34,8 +34,9 @@ from starlette.routing import BaseRoute, Host, Match, Mount
 from execution_envelope.adapters import Context, Describe
 from execution_envelope.admission import Admission
 from execution_envelope.controller import AdmissionController
-from execution_envelope.envelope import Ask, Scoped, Subject
+from execution_envelope.envelope import Ask, Subject
 from execution_envelope.errors import Held, InvalidAsk, InvalidField, Refused, Unidentified
+from execution_envelope.integrations import Caller as Caller
 from execution_envelope.integrations.asgi import (
     SCOPE_KEY,
     EnvelopeHeader,
@@ -44,20 +45,6 @@ from execution_envelope.integrations.asgi import (
     RequestSeam,
     refusal_problem,
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Caller:
-    """Who asks, with the scope that the backend established about them: ``{"project": established(..., by="token")}``.
-
-    What is established here takes the place of what the request asserts. `part_of` is the envelope of the run whose
-    credential this is, if it is one: a link that the credential establishes.
-    """
-
-    subject: Subject
-    scope: Mapping[str, Scoped] = field(default_factory=dict)
-    part_of: str | None = None
-
 
 Identify: TypeAlias = Callable[[Request], "Subject | Caller | Awaitable[Subject | Caller | None] | None"]
 Errors: TypeAlias = Callable[[Request, Refused], "Response | Awaitable[Response]"]
