@@ -28,7 +28,7 @@ from proving_ground.supervisor import Supervisor
 log = logging.getLogger(__name__)
 
 
-_SEALED = ("/serving/deploy_model", *(f"/runtime/models/{{deployment_id}}/v1/{path}" for path in runtime.COUNTED))
+_SEALED = ("/serving/deploy_model", *runtime.SEALED)
 """Paths that start an execution: whatever they answer, an envelope was sealed before."""
 
 RECONCILE_SECONDS = 30.0
