@@ -259,6 +259,7 @@ def refusal(refused: Refused) -> JSONResponse:
 
 
 def problem(said: str, status: int = 400, code: str | None = None) -> JSONResponse:
-    """What is wrong with a request, in OpenAI's error shape. The client does not try it again."""
-    error = {"message": said, "type": "invalid_request_error", "param": None, "code": code}
-    return JSONResponse({"error": error}, status, {"x-should-retry": "false"})
+    """What is wrong, in OpenAI's error shape. Below 500 it is the request, which the client does not try again."""
+    kind, headers = ("invalid_request_error", {"x-should-retry": "false"}) if status < 500 else ("server_error", {})
+    error = {"message": said, "type": kind, "param": None, "code": code}
+    return JSONResponse({"error": error}, status, headers)

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from typing import Protocol
 
 import httpx
-from fastapi import HTTPException, Request
+from fastapi import Request
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
@@ -29,6 +29,14 @@ _NOT_FORWARDED = _HOP_BY_HOP | {"host", "authorization", "cookie", "x-workroom-i
 _OF_A_BODY = {"content-length", "content-type", "accept-encoding"}
 
 
+class Unavailable(Exception):
+    """No engine answers; `status` is for the caller, 502 or 503."""
+
+    def __init__(self, status: int, sentence: str) -> None:
+        super().__init__(sentence)
+        self.status = status
+
+
 class Watcher(Protocol):
     """Is told how far a request came."""
 
@@ -46,12 +54,12 @@ class Watcher(Protocol):
 
 
 def least_busy(deployment: Deployment) -> tuple[Instance, Engine]:
-    """The engine with the fewest requests. Raises 503 when none serves."""
+    """The engine with the fewest requests. Raises `Unavailable` when none serves."""
     engines = [
         (instance, instance.engine) for instance in deployment.instances if instance.engine and instance.engine.running
     ]
     if deployment.status != "DEPLOYED" or not engines:
-        raise HTTPException(503, f"deployment `{deployment.id}` is {deployment.status} and serves nothing now")
+        raise Unavailable(503, f"deployment `{deployment.id}` is {deployment.status} and serves nothing now")
     return min(engines, key=lambda found: found[1].in_flight)
 
 
@@ -75,7 +83,7 @@ async def pass_on(
 ) -> Response:
     """Send a request to an engine, with `body`; its answer closes `release` when it has ended.
 
-    Where there is no answer `release` is closed here. Raises 502 when the engine does not answer.
+    Where there is no answer `release` is closed here. Raises `Unavailable` when the engine does not answer.
     """
     if watcher is not None:
         watcher.asking()
@@ -89,7 +97,7 @@ async def pass_on(
     except httpx.HTTPError as error:
         if watcher is not None:
             watcher.failed(error)
-        raise HTTPException(502, f"the engine did not answer: {type(error).__name__}") from error
+        raise Unavailable(502, f"the engine did not answer: {type(error).__name__}") from error
     release.push_async_callback(upstream.aclose)
     parts = upstream.aiter_raw()
     if watcher is not None:

@@ -10,13 +10,14 @@ from fastapi import APIRouter, Request
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
-from execution_envelope import Refused
+from execution_envelope import Admission, Refused
 from execution_envelope.integrations.fastapi import admit
 from proving_ground import inference
 from proving_ground.auth import CurrentCaller
 from proving_ground.counted import Counted
-from proving_ground.proxy import least_busy, occupied, pass_on
-from proving_ground.state import BackendState
+from proving_ground.deployment import Deployment
+from proving_ground.proxy import Unavailable, least_busy, occupied, pass_on
+from proving_ground.state import Backend, BackendState
 
 router = APIRouter(tags=["runtime"])
 
@@ -33,17 +34,24 @@ async def infer(deployment_id: UUID, request: Request, caller: CurrentCaller, ba
     """Seal a request, and pass it to the least busy engine within what is granted. Errors have OpenAI's shape."""
     deployment = backend.deployment_of(caller, deployment_id)
     try:
-        raw = await _body(request)
-        asked = inference.described(raw, request, caller, deployment, backend.catalog)
+        asked = inference.described(await _body(request), request, caller, deployment, backend.catalog)
         admission = await admit(request, asked.ask)
-    except inference.BadRequest as error:
-        return inference.problem(str(error))
+        if admission.replayed:
+            return inference.problem("answers are not kept: use a new Idempotency-Key", 409)
+        return await _answered(request, asked, admission, deployment, backend)
     except ClientDisconnect:
         return Response(status_code=499)
+    except inference.BadRequest as error:
+        return inference.problem(str(error))
     except Refused as refused:
         return inference.refusal(refused)
-    if admission.replayed:
-        return inference.problem("answers are not kept: use a new Idempotency-Key", 409)
+    except Unavailable as error:
+        return inference.problem(str(error), error.status)
+
+
+async def _answered(
+    request: Request, asked: inference.Inference, admission: Admission, deployment: Deployment, backend: Backend
+) -> Response:
     instance, engine = least_busy(deployment)
     async with contextlib.AsyncExitStack() as entered:
         release = await entered.enter_async_context(occupied(engine))
@@ -68,13 +76,16 @@ async def infer(deployment_id: UUID, request: Request, caller: CurrentCaller, ba
 @router.get(f"{_BASE}/models")
 async def models(deployment_id: UUID, request: Request, caller: CurrentCaller, backend: BackendState) -> Response:
     """What the engine says of its model: nothing is executed."""
-    _, engine = least_busy(backend.deployment_of(caller, deployment_id))
-    async with contextlib.AsyncExitStack() as entered:
-        release = await entered.enter_async_context(occupied(engine))
-        await release.enter_async_context(engine.slots)
-        answer = await pass_on(request, engine, "models", backend.http, release)
-        entered.pop_all()
-        return answer
+    try:
+        _, engine = least_busy(backend.deployment_of(caller, deployment_id))
+        async with contextlib.AsyncExitStack() as entered:
+            release = await entered.enter_async_context(occupied(engine))
+            await release.enter_async_context(engine.slots)
+            answer = await pass_on(request, engine, "models", backend.http, release)
+            entered.pop_all()
+            return answer
+    except Unavailable as error:
+        return inference.problem(str(error), error.status)
 
 
 async def _body(request: Request) -> bytes:
