@@ -57,6 +57,8 @@ from execution_envelope.record import Record
 #: Attempted requests a process records in a second, and at once; the rest are counted as dropped.
 ATTEMPTED_PER_SECOND: Final = 20
 ATTEMPTED_BURST: Final = 100
+#: Of how many envelopes that others link to a process remembers whose they are.
+MAX_LINKED: Final = 1000
 
 T = TypeVar("T")
 
@@ -124,6 +126,8 @@ class AdmissionController:
         self._new_id = new_id
         #: Admissions that may be recorded though their callers were told that the ledger is away.
         self._unanswered: set[str] = set()
+        #: Envelopes that others link to -> their tenants.
+        self._tenants: dict[str, str | None] = {}
         self._reconciler = Reconciler(self._journal)
         self._approver = Approver(self._journal, self._judge, self._reconciler, self._admitted_by_somebody)
         self._tokens = float(ATTEMPTED_BURST)
@@ -334,22 +338,32 @@ class AdmissionController:
             reference = getattr(ask, link)
             if reference is None:
                 continue
-            try:
-                linked = await self.read(reference)
-            except Exported:
-                # Whose it was is not known any more: it is said not to exist, as another tenant's.
-                problem = f"expected an envelope, none has the id {shown(reference, 200)}"
-                raise InvalidField(f"correlation.{link}", problem) from None
-            except NotFound as error:
-                raise InvalidField(f"correlation.{link}", str(error)) from error
+            id = str(reference)
+            if id not in self._tenants:
+                id = await self._look_up(link, id)
             # Another tenant's envelope is said not to exist: a link must not tell what others run.
-            if link != "runs_on" and ask.subject is not None and linked.envelope.identity.tenant != ask.subject.tenant:
+            if link != "runs_on" and ask.subject is not None and self._tenants[id] != ask.subject.tenant:
                 problem = f"expected an envelope, none has the id {shown(reference, 200)}"
                 raise InvalidField(f"correlation.{link}", problem)
-            changes[link] = linked.id
+            changes[link] = id
         if not changes:
             return ask
         return replace(ask, **changes)
+
+    async def _look_up(self, link: str, reference: str) -> str:
+        """The id that a link leads to; whose envelope that is, is remembered: neither ever changes."""
+        try:
+            linked = await self.read(reference)
+        except Exported:
+            # Whose it was is not known any more: it is said not to exist, as another tenant's.
+            problem = f"expected an envelope, none has the id {shown(reference, 200)}"
+            raise InvalidField(f"correlation.{link}", problem) from None
+        except NotFound as error:
+            raise InvalidField(f"correlation.{link}", str(error)) from error
+        while len(self._tenants) >= MAX_LINKED:
+            del self._tenants[next(iter(self._tenants))]
+        self._tenants[linked.id] = linked.envelope.identity.tenant
+        return linked.id
 
     async def _again(self, sealed: SealedEnvelope, first: KeyRow) -> Admission:
         """The same idempotency key once more."""

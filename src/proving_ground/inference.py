@@ -19,8 +19,6 @@ from proving_ground.deployment import Deployment, Instance
 EMBEDDINGS: Final = "embeddings"
 #: What engines do for callers here, below /v1.
 PATHS: Final = ("chat/completions", "completions", EMBEDDINGS)
-#: Bytes of a request body.
-MAX_BODY: Final = 1024**2
 #: What OpenAI's clients may ask for and this engine passes over without a word: on the record it is *ignored*.
 _NOT_HONOURED: Final = ("dimensions", "store")
 #: Tiers of service that every answer has.
@@ -74,7 +72,7 @@ def described(raw: bytes, request: Request, caller: Caller, deployment: Deployme
         requested=requested,
         constraints={**ask.constraints, **_wished(body)},
         entrypoint=surface,
-        runs_on=f"deployment:{deployment.id}",
+        runs_on=deployment.envelope or f"deployment:{deployment.id}",
         # Established by the credential of an agent's run or an evaluation, never by the request.
         part_of=getattr(caller, "envelope", None),
     )
