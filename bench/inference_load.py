@@ -1,5 +1,5 @@
-"""The load of the rows of inference: ``python -m bench.inference_load TARGET MODE SECONDS`` prints what was answered, as
-JSON. TARGET is what `bench.inference_server` printed.
+"""The load of the rows of inference: ``python -m bench.inference_load TARGET MODE SECONDS`` prints what was answered,
+as JSON. TARGET is what `bench.inference_server` printed.
 
 ``closed`` has 16 connections, each of which asks again when its answer is whole. ``open`` asks 100 times a second, and
 ``stream`` 50 times for a stream, whether or not the answers before have come: their times count from when the request

@@ -300,7 +300,9 @@ class Admission:
             return _Plan(_leaving(record, failed and self._clean(failed), cancelled and self._clean(cancelled)))
 
         try:
-            if self._journal.inline:  # nothing is waited for: a scope would only cost
+            if not self._record.is_open:
+                pass  # an end is for good
+            elif self._journal.inline:  # nothing is waited for: a scope would only cost
                 await self._write(plan, by=None)
             else:
                 with anyio.CancelScope(shield=True):

@@ -42,7 +42,7 @@ class NotGranted(Exception):
 def described(raw: bytes, request: Request, caller: Caller, deployment: Deployment, catalog: Catalog) -> "Inference":
     """What is asked of a deployment. Raises `BadRequest`."""
     # The same for every deployment, and under any prefix.
-    path = request.url.path.partition("/v1/")[2]
+    path = str(request.scope["path"]).partition("/v1/")[2]
     surface = f"POST /runtime/models/{{id}}/v1/{path}"
     try:
         body = json.loads(raw)

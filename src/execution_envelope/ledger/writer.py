@@ -50,8 +50,8 @@ class Writer:
         #: Held while the store is at work: a fork waits for it, or the child would inherit half a transaction.
         self.working = threading.Lock()
         self._queue: queue.SimpleQueue[Submission | None] = queue.SimpleQueue()
-        #: Set for who waits for an answer. While the thread only gathers what is relaxed nothing else wakes it: each time
-        #: it woke it would take the interpreter from those whom it serves.
+        #: Set for who waits for an answer. While the thread only gathers what is relaxed nothing else wakes it: each
+        #: time it woke it would take the interpreter from those whom it serves.
         self._urgent = threading.Event()
         self._starting = threading.Lock()
         self._thread: threading.Thread | None = None
