@@ -35,7 +35,7 @@ def _rate(run: Run, targets: dict[str, str]) -> Row:
         return loaded(targets[kind], "closed", run.scale(4, 1) / 2)["rate"]
 
     measures = {kind: partial(rate, kind) for kind in KINDS}
-    found = interleave(run, "inference_rate", measures, rounds=run.scale(9, 1))
+    found = interleave(run, "inference_rate", measures, rounds=run.scale(7, 1))
     return row(
         "inference_rate",
         found.median("ours"),
@@ -54,10 +54,10 @@ def _times(run: Run, targets: dict[str, str]) -> Iterator[Row]:
         said: dict[str, list[dict[str, float]]] = {kind: [] for kind in KINDS}
 
         def time(kind: str, mode: str = mode, key: str = key, said: dict[str, list[dict[str, float]]] = said) -> float:
-            said[kind].append(loaded(targets[kind], mode, run.scale(80, 1) / 10))
+            said[kind].append(loaded(targets[kind], mode, run.scale(50, 1) / 10))
             return said[kind][-1][key]
 
-        found = interleave(run, name, {kind: partial(time, kind) for kind in KINDS}, rounds=run.scale(9, 1))
+        found = interleave(run, name, {kind: partial(time, kind) for kind in KINDS}, rounds=run.scale(7, 1))
 
         def added(kind: str, key: str, said: dict[str, list[dict[str, float]]] = said) -> float:
             pairs = zip(said[kind], said["bare"], strict=True)

@@ -60,11 +60,11 @@ async def _answered(
             if (why := asked.unkept(admission, instance)) is not None:
                 raise inference.NotGranted("NOT_ALLOWED", why)
             grant = asked.granted(admission, deployment, instance, {})
+            # Recorded before the engine's slot is taken and after it is given back: nobody waits for the ledger in it.
+            await admission.grant(grant)
         except inference.NotGranted as refused:
             await admission.reject(refused.code, str(refused))
             return inference.problem(str(refused), refused.status, refused.error)
-        # Recorded before the engine's slot is taken and after it is given back: nobody waits for the ledger in it.
-        await admission.grant(grant)
         counted = Counted(admission, asked, grant)
         release.push_async_callback(counted.settle)
         await release.enter_async_context(engine.slots)
