@@ -30,7 +30,7 @@ from execution_envelope import AdmissionController, Ask, Grant, Subject, Target
 from proving_ground import catalog_routes, serving
 from proving_ground.admission import SUPERVISOR, ledger_url
 from proving_ground.app import create_app
-from proving_ground.auth import CurrentCaller, TokenFile, demo_tokens, write_demo
+from proving_ground.auth import CurrentCaller, RunTokens, TokenFile, demo_tokens, write_demo
 from proving_ground.catalog import Catalog, smollm2
 from proving_ground.deployment import Deployment, Instance, new_deployment
 from proving_ground.engine import Engine
@@ -67,7 +67,7 @@ def bare_app(settings: Settings) -> FastAPI:
             yield
 
     app = FastAPI(lifespan=lifespan)
-    app.state.tokens = TokenFile.load(settings.tokens)
+    app.state.tokens, app.state.runs = TokenFile.load(settings.tokens), RunTokens()
     deployments = dict[UUID, Deployment]()
     app.state.backend = SimpleNamespace(
         supervisor=SimpleNamespace(deployments=deployments),

@@ -11,6 +11,7 @@ import msgspec
 from execution_envelope import (
     answers,
     budgets,
+    counters,
     credentials,
     envelope,
     grant,
@@ -197,7 +198,7 @@ def _codes() -> str:
 
 
 def _counters() -> str:
-    rows = [(f"`{name}`", meaning) for name, meaning in journal.COUNTERS.items()]
+    rows = [(f"`{name}`", meaning) for name, meaning in counters.COUNTERS.items()]
     return (
         "# Counters\n\nWhat each process counts, under `AdmissionController.counters`; one that is not there is 0.\n\n"
         + _table(("counter", "counts"), rows)

@@ -16,10 +16,10 @@ CORE = "execution_envelope"
 
 #: A module may import only from those before it; a name stands for the module or for everything in the folder.
 ORDER = """
-version errors credentials resources values envelope lifecycle delta reckoning record decision process mailbox threads
-answers isolation hooks grant budgets approvals ledger reconciliation observers journal reconciler judge admission
-approver blocking controller facets policy telemetry adapters integrations review presentation cli_shared
-cli_admission cli_proof cli_projection cli_relay cli_upkeep cli testing
+version errors credentials resources values envelope lifecycle delta reckoning record tree decision process mailbox
+threads answers isolation hooks grant budgets approvals ledger reconciliation observers counters family journal
+reconciler judge admission approver blocking controller facets policy telemetry adapters integrations review
+presentation cli_shared cli_admission cli_proof cli_projection cli_relay cli_totals cli_upkeep cli testing
 """
 LEDGER_ORDER = """
 merkle chain projection schema exports commit balances submission contract writer spool sqlite_database
@@ -42,6 +42,7 @@ OPTIONAL = {
     "cli_proof",
     "cli_projection",
     "cli_relay",
+    "cli_totals",
     "cli_upkeep",
     "testing",
 }

@@ -20,9 +20,9 @@ from opentelemetry.trace import StatusCode
 from prometheus_client.parser import text_string_to_metric_families
 
 from execution_envelope import AdmissionController, Decision, Denied, Grant, Rule, Target
+from execution_envelope.counters import COUNTERS
 from execution_envelope.decision import Declaration, Observation
 from execution_envelope.envelope import seal
-from execution_envelope.journal import COUNTERS
 from execution_envelope.ledger import MemoryLedger
 from execution_envelope.lifecycle import (
     Admitted,

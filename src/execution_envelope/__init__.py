@@ -18,6 +18,7 @@ from execution_envelope.errors import (
     LedgerUnavailable,
     NotFound,
     NotHeld,
+    OpenChildren,
     OpenObligations,
     ReadOnly,
     ReferenceTaken,
@@ -31,6 +32,7 @@ from execution_envelope.lifecycle import Candidate
 from execution_envelope.reconciliation import Liveness
 from execution_envelope.record import Record
 from execution_envelope.resources import per_device, per_replica, total
+from execution_envelope.tree import Tree
 from execution_envelope.version import __version__
 
 __all__ = [
@@ -57,6 +59,7 @@ __all__ = [
     "NotHeld",
     "Observation",
     "Observer",
+    "OpenChildren",
     "OpenObligations",
     "ReadOnly",
     "Record",
@@ -66,6 +69,7 @@ __all__ = [
     "SelfApproval",
     "Subject",
     "Target",
+    "Tree",
     "Unidentified",
     "Violation",
     "__version__",

@@ -21,17 +21,19 @@ from execution_envelope.errors import (
     IllegalTransition,
     InvalidField,
     LedgerUnavailable,
+    OpenChildren,
     OpenObligations,
     ReadOnly,
     ReferenceTaken,
     Violation,
 )
+from execution_envelope.family import Family, open_children
 from execution_envelope.grant import Grant
 from execution_envelope.journal import Journal
 from execution_envelope.ledger.commit import SequenceConflict, Siblings
 from execution_envelope.lifecycle import Candidate, EventData, Fact
 from execution_envelope.record import WHOLE, Record
-from execution_envelope.resources import VOCABULARY, Amount, add, exceeds, human, parse_amount, parse_quantity
+from execution_envelope.resources import Amount, exceeds, human, parse_amount, parse_quantity
 from execution_envelope.values import same
 
 #: How often a write is tried again when other writers of the same envelope come first.
@@ -159,37 +161,49 @@ class Admission:
         )
         await self._say(fact)
 
-    async def grant(self, grant: Grant) -> None:
+    async def grant(self, grant: Grant | Callable[[Mapping[str, Amount]], Grant]) -> None:
         """Record what was given. Raises `Violation`, after recording both, when it is beyond a limit, the parent
         or a budget.
+
+        `grant` may be a function of what is left of the grants above (`part_of`), resource -> amount in base units,
+        empty without a parent: what it returns is recorded only if that still is left then, else it is asked again.
+        What it raises is passed on, and nothing is recorded.
 
         The first grant of an envelope that supersedes another ends the older one and takes over its references. In
         shadow mode a violation is recorded and warned of, not raised.
         """
-        fact = self._without_secrets(grant).fact()
+        given = None if callable(grant) else self._without_secrets(grant).fact()
         violations: list[lifecycle.Violation] = []
-        take_over = True
+        take_over, looks = True, 0
 
         async def plan(record: Record) -> _Plan:
-            siblings = None
-            violations[:] = [*_beyond_limits(record, fact), *unbounded(record, fact)]
+            nonlocal looks
+            looks += 1
+            family, by, fact = None, None if callable(grant) else grant.by, given
             if record.envelope.correlation.part_of is not None:
-                found, siblings = await self._beyond_parent(record, fact)
-                violations.extend(found)
+                family = await Family.of(self._journal, record, fresh=looks > 1)
+            if callable(grant):
+                said = self._without_secrets(grant({} if family is None else family.left()))
+                by, fact = said.by, said.fact()
+            assert fact is not None
+            violations[:] = [*_beyond_limits(record, fact), *unbounded(record, fact)]
+            siblings = () if family is None else family.siblings()
+            if family is not None:
+                violations.extend(family.beyond(fact))
             if not _is_news(record, fact):
-                return _Plan([fact])  # which is looked at again on the newest record
+                return _Plan([fact], by=by)  # which is looked at again on the newest record
             if record.state != "admitted" or record.envelope.correlation.supersedes is None:
-                return _Plan([fact, *violations], siblings=siblings)
+                return _Plan([fact, *violations], siblings=siblings, by=by)
             older = await self._journal.read(record.envelope.correlation.supersedes)
             taken = await self._taken_over(older, record) if take_over else []
-            return _Plan([fact, *violations, *taken], _superseded(older, record), siblings)
+            return _Plan([fact, *violations, *taken], _superseded(older, record), siblings, by)
 
         try:
-            said = await self._write(plan, by=grant.by)
+            said = await self._write(plan, by=None)
         except ReferenceTaken:
             # Another envelope took the reference over first. What was given is recorded all the same.
             take_over = False
-            said = await self._write(plan, by=grant.by)
+            said = await self._write(plan, by=None)
         # With those of budgets, which are only known once it is recorded.
         found = [fact for fact in said if isinstance(fact, lifecycle.Violation)]
         self._journal.counters["violations"] += len(found)
@@ -267,13 +281,16 @@ class Admission:
     async def complete(self, message: str | None = None, *, by: str | None = None) -> None:
         """The good end. Without any grant it is recorded with granted *unknown*.
 
-        Raises `OpenObligations`, and records nothing, while a required obligation is open.
+        Raises `OpenObligations`, and records nothing, while a required obligation is open; `OpenChildren` while an
+        envelope is that is part of it.
         """
         text = None if message is None else self._text(message)
 
         async def plan(record: Record) -> _Plan:
             if record.is_open and record.open_obligations:
                 raise OpenObligations(record.id, record.open_obligations)
+            if record.is_open and (children := await self._open_children(record)):
+                raise OpenChildren(record.id, children)
             return _Plan([lifecycle.Completed(None if record.grants else "unknown", text)])
 
         await self._write(plan, by=by)
@@ -297,7 +314,13 @@ class Admission:
 
         # Read by others too: the newest state decides, so it is looked at inside the write.
         async def plan(record: Record) -> _Plan:
-            return _Plan(_leaving(record, failed and self._clean(failed), cancelled and self._clean(cancelled)))
+            said, clean = failed and self._clean(failed), failed is None and cancelled is None
+            if clean and record.is_open and record.bound is None:
+                if record.open_obligations:
+                    said = "OpenObligations", f"left with open obligations: {', '.join(record.open_obligations)}"
+                elif children := await self._open_children(record):
+                    said = "OpenChildren", f"left with open parts: {', '.join(children[:3])}"
+            return _Plan(_leaving(record, said, cancelled and self._clean(cancelled)))
 
         try:
             if not self._record.is_open:
@@ -351,7 +374,9 @@ class Admission:
             try:
                 if said:
                     writes = [(record, said), *planned.older]
-                    beyond = await self._journal.write(writes, by=by or self._by, siblings=planned.siblings)
+                    beyond = await self._journal.write(
+                        writes, by=planned.by or by or self._by, siblings=planned.siblings
+                    )
                     return [*said, *beyond]
             except SequenceConflict:
                 self._record = await self._journal.read(self.id)
@@ -370,33 +395,8 @@ class Admission:
             f"expected to record a fact, other writers came first {MAX_CONFLICTS} times", envelope_id=self.id
         )
 
-    async def _beyond_parent(
-        self, record: Record, fact: lifecycle.Granted
-    ) -> tuple[list[lifecycle.Violation], Siblings]:
-        """Only for resources that the parent was granted; what its other children take is taken off first.
-
-        With it what was read for that: the ledger refuses the write when any of it has changed meanwhile.
-        """
-        journal, held = self._journal, record.with_grant(fact)
-        parent = await journal.read(str(record.envelope.correlation.part_of))
-        others = [
-            await journal.read(child)
-            for child in await journal.call(journal.ledger.children, parent.id)
-            if child != self.id
-        ]
-        # One that this grant is going to end holds nothing any more.
-        ends = record.envelope.correlation.supersedes if record.state == "admitted" else None
-        found = []
-        for name, granted in parent.granted.items():
-            bound = parent.held.get(name, 0) if parent.is_open else granted
-            if name not in held:
-                continue
-            taken = [_taken(other, name, ended=other.id == ends or not other.is_open) for other in others]
-            together = add([held[name], *taken]) if VOCABULARY[name].across_parts == "sum" else held[name]
-            if exceeds(together, bound):
-                text = _beyond(name, together, bound, f"parent {parent.id} was granted")
-                found.append(lifecycle.Violation(name, bound, together, f"parent {parent.id}", text))
-        return found, Siblings(parent.id, {seen.id: seen.next_sequence for seen in (parent, *others)})
+    async def _open_children(self, record: Record) -> list[str]:
+        return [] if self._journal.has_no_parts(record) else await open_children(self._journal, record.id)
 
     async def _taken_over(self, older: Record, newer: Record) -> list[lifecycle.Bound]:
         """The older envelope's references, as far as they still lead to it and the newer one has none of the kind."""
@@ -454,11 +454,13 @@ def _without(value: Any, removed: frozenset[str]) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """What is to be recorded: facts of the envelope, facts of one that it supersedes, and what was read of siblings."""
+    """What is to be recorded: facts of the envelope, facts of one that it supersedes, what was read of siblings, and
+    who says so."""
 
     facts: Sequence[Fact]
     older: Sequence[tuple[Record, Sequence[EventData]]] = ()
-    siblings: Siblings | None = None
+    siblings: Sequence[Siblings] = ()
+    by: str | None = None
 
 
 def _is_news(record: Record, fact: Fact) -> bool:
@@ -533,16 +535,6 @@ def plain(value: Any) -> str:
     return value if isinstance(value, str) else msgspec.json.encode(value).decode()
 
 
-def _taken(child: Record, name: str, *, ended: bool) -> Amount:
-    """What a child takes of its parent: what it holds; of a counter also what it used before it ended."""
-    if not ended:
-        return child.held.get(name, 0)
-    if VOCABULARY[name].across_reports != "sum":
-        return 0
-    # Nobody said what was used: it may have been all that was granted.
-    return child.used[name].amount if name in child.used else child.granted.get(name, 0)
-
-
 def _superseded(older: Record, newer: Record) -> list[tuple[Record, Sequence[EventData]]]:
     """The end of the older envelope, in the transaction that grants the newer one."""
     if not older.is_open:
@@ -560,8 +552,6 @@ def _leaving(record: Record, failed: tuple[str, str] | None, cancelled: str | No
         return [lifecycle.Error(scrub(problem))] if problem else []
     if cancelled is not None:
         return [lifecycle.Cancelled(scrub(cancelled))]
-    if failed is None and record.open_obligations:
-        failed = ("OpenObligations", f"left with open obligations: {', '.join(record.open_obligations)}")
     if failed is None:
         return [lifecycle.Completed(None if record.grants else "unknown")]
     code, message = scrub(failed[0]), scrub(failed[1])

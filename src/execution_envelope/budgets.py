@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Collection, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -41,12 +41,14 @@ from execution_envelope.resources import (
     UNLIMITED,
     Amount,
     Quantity,
+    add,
     human,
     known,
     largest,
     parse_amount,
     smallest,
 )
+from execution_envelope.tree import Tree
 
 Window: TypeAlias = Literal["now", "day", "month"]
 WINDOWS: Final[tuple[str, ...]] = get_args(Window)
@@ -315,6 +317,14 @@ class Reservation:
     within: frozenset[str] = frozenset()
     refused: tuple[Refusal, ...] = ()
 
+    def without(self, accounts: Collection[str]) -> Reservation:
+        """The same, but of some accounts nothing."""
+        return Reservation(
+            tuple(entry for entry in self.entries if entry.account not in accounts),
+            self.within - frozenset(accounts),
+            tuple(refusal for refusal in self.refused if refusal.account not in accounts),
+        )
+
 
 class Budgets:
     """The budgets of a controller and its price table. Raises `InvalidField` for what is declared wrongly.
@@ -392,8 +402,11 @@ def window_ends(name: str) -> datetime | None:
 # What an execution holds
 
 
-def consequences(record: Record, facts: Sequence[EventData]) -> Budgeted | None:
-    """What recording `facts` changes in the budgets that the execution takes of; None for nothing."""
+def consequences(record: Record, facts: Sequence[EventData], tree: Tree | None = None) -> Budgeted | None:
+    """What recording `facts` changes in the budgets that the execution takes of; None for nothing.
+
+    `tree` is that of the execution: at its end it has spent what those did that it had reserved for.
+    """
     if not record.budgets:
         return None
     after, state = record.reckoning.fork(), check(record.state, facts)
@@ -401,12 +414,18 @@ def consequences(record: Record, facts: Sequence[EventData]) -> Budgeted | None:
         after.apply(fact)
     entries = []
     for key, has in record.budgets.items():
-        reserved, spent, unknown = _standing(after, state, Key(*key), record.reserved[key])
+        covered = None if tree is None else tree.covered(key)
+        reserved, spent, unknown = _standing(after, state, Key(*key), record.reserved[key], covered)
         change = (reserved - has.reserved, spent - has.spent, unknown - has.unknown)
         if any(change):
             account, window, resource = key
             entries.append(BudgetEntry(account, window, resource, has.limit, *change, has.shadow))
     return Budgeted("settle" if state in TERMINAL else "adjust", tuple(entries)) if entries else None
+
+
+def counts_below(record: Record, facts: Sequence[EventData]) -> bool:
+    """Whether what is part of the execution has to be known to settle it: it has ended, and was spent of a window."""
+    return any(window != "now" for _, window, _ in record.budgets) and check(record.state, facts) in TERMINAL
 
 
 def standing(record: Record, key: Key) -> tuple[int, int, int]:
@@ -419,7 +438,9 @@ def standing(record: Record, key: Key) -> tuple[int, int, int]:
     return _standing(record.reckoning, record.state, key, record.reserved.get(key, BudgetEntry(*key, limit=0)))
 
 
-def _standing(reckoning: Reckoning, state: str, key: Key, first: BudgetEntry) -> tuple[int, int, int]:
+def _standing(
+    reckoning: Reckoning, state: str, key: Key, first: BudgetEntry, covered: Amount | None = None
+) -> tuple[int, int, int]:
     name, ended, granted = key.resource, state in TERMINAL, reckoning.was_granted(key.resource)
     used = reckoning.used(name)
     if key.window == "now":
@@ -429,6 +450,10 @@ def _standing(reckoning: Reckoning, state: str, key: Key, first: BudgetEntry) ->
         unknown = not isinstance(amount, int) or (not granted and bool(first.unknown))
         hold = _capped(amount, first.reserved)
         return max(hold, first.reserved) if reckoning.placing else hold, 0, int(unknown)
+    if ended and covered is not None:
+        # What it was granted went to those below, who say what came of it.
+        came_to = add([0 if used is None else used, covered])
+        return 0, _capped(came_to, first.reserved), int(not isinstance(came_to, int))
     if granted:
         amount = reckoning.taken(name, ended=ended)
     elif used is not None:

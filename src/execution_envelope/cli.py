@@ -10,12 +10,13 @@ import select
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
+import anyio
 import msgspec
 
 try:
@@ -27,7 +28,7 @@ except ImportError as missing:
     sys.stderr.write("expected the extra: pip install 'execution-envelope[cli]'\n")
     raise SystemExit(2) from None
 
-from execution_envelope import cli_admission, cli_projection, cli_proof, cli_relay, cli_upkeep, presentation
+from execution_envelope import cli_admission, cli_projection, cli_proof, cli_relay, cli_totals, cli_upkeep, presentation
 from execution_envelope.cli_projection import catch_up
 from execution_envelope.cli_proof import Against
 from execution_envelope.cli_shared import (
@@ -46,6 +47,7 @@ from execution_envelope.cli_shared import (
 )
 from execution_envelope.envelope import KINDS
 from execution_envelope.errors import Damaged, EnvelopeError, Exported, LedgerUnavailable, NotFound
+from execution_envelope.family import read_tree
 from execution_envelope.ledger import Finding, Ledger, Verification
 from execution_envelope.ledger import chain as chains
 from execution_envelope.ledger import verify as verify_ledger
@@ -57,6 +59,7 @@ from execution_envelope.ledger.projection import ProjectedEnvelope, Projection
 from execution_envelope.ledger.verification import of_envelope
 from execution_envelope.lifecycle import OPEN, TERMINAL
 from execution_envelope.record import Record
+from execution_envelope.tree import Tree
 from execution_envelope.version import __version__
 
 #: How often `tail` looks for new entries, in seconds.
@@ -189,9 +192,10 @@ def list_(
 @cli.command(short_help="Show one envelope: who asked for what, and what was granted.")
 @ledger_option
 @json_option
+@click.option("--tree", "as_tree", is_flag=True, help="Show all that is part of it, and what it comes to together.")
 @click.argument("id", metavar="ID|KIND:REFERENCE")
 @click.pass_context
-def show(context: click.Context, url: str | None, as_json: bool, id: str) -> None:
+def show(context: click.Context, url: str | None, as_json: bool, as_tree: bool, id: str) -> None:
     """Show one envelope: who asked for what, what was granted, and why the two differ.
 
     ID is an envelope's id, its beginning or its end (at least 8 characters); KIND:REFERENCE is the backend's own id,
@@ -200,6 +204,13 @@ def show(context: click.Context, url: str | None, as_json: bool, id: str) -> Non
     now, console = utc_now(), new_console()
     with opened(context, url) as ledger:
         found = resolve(ledger, id)
+        if as_tree:
+            tree = anyio.run(read_tree, _Trees(ledger), found)
+            if as_json:
+                print_json(presentation.tree_data(tree, now=now), indent=2)
+            else:
+                console.print(presentation.tree_picture(tree, width=console.width))
+            return
         record = _record(ledger, found)
         try:
             children, status = ledger.children(found), _chain_status(ledger, found)
@@ -325,6 +336,7 @@ cli_admission.add_to(cli)
 cli_proof.add_to(cli)
 cli_projection.add_to(cli)
 cli_relay.add_to(cli)
+cli_totals.add_to(cli)
 cli_upkeep.add_to(cli)
 
 
@@ -347,6 +359,23 @@ def _record(ledger: Ledger, id: str) -> Record:
     if stored is None:
         raise NotFound(f"expected an envelope, none has the id `{id[:200]}`")
     return stored.record()
+
+
+class _Trees:
+    """A ledger as trees are read."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+        self.ended: dict[str, Tree] = {}
+
+    async def read(self, *reference: str) -> Record:
+        return _record(self._ledger, ":".join(reference))
+
+    async def children(self, id: str) -> Sequence[str]:
+        return self._ledger.children(id)
+
+    def remember_ended(self, tree: Tree) -> None:
+        """Each is read once anyway."""
 
 
 def _listed(projection: Projection, size: int, **filters: Any) -> Iterator[str]:

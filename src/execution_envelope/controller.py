@@ -42,6 +42,7 @@ from execution_envelope.errors import (
     SelfApproval,
     Unidentified,
 )
+from execution_envelope.family import read_tree
 from execution_envelope.hooks import HookChain
 from execution_envelope.journal import Journal
 from execution_envelope.judge import Judge, Judgement, Plan
@@ -53,12 +54,13 @@ from execution_envelope.observers import Observers
 from execution_envelope.reconciler import Reconciler
 from execution_envelope.reconciliation import Prober, Reconciliation
 from execution_envelope.record import Record
+from execution_envelope.tree import Tree
 
 #: Attempted requests a process records in a second, and at once; the rest are counted as dropped.
 ATTEMPTED_PER_SECOND: Final = 20
 ATTEMPTED_BURST: Final = 100
-#: Of how many envelopes that others link to a process remembers whose they are.
-MAX_LINKED: Final = 1000
+#: How many envelopes that others run on a process remembers.
+MAX_RUN_ON: Final = 1000
 
 T = TypeVar("T")
 
@@ -126,8 +128,8 @@ class AdmissionController:
         self._new_id = new_id
         #: Admissions that may be recorded though their callers were told that the ledger is away.
         self._unanswered: set[str] = set()
-        #: Envelopes that others link to -> their tenants.
-        self._tenants: dict[str, str | None] = {}
+        #: Envelopes that others run on, by id: that they exist is all that such a link asks of them.
+        self._run_on: dict[str, None] = {}
         self._reconciler = Reconciler(self._journal)
         self._approver = Approver(self._journal, self._judge, self._reconciler, self._admitted_by_somebody)
         self._tokens = float(ATTEMPTED_BURST)
@@ -263,6 +265,11 @@ class AdmissionController:
         """The record with this id, ``"kind:reference"`` or ``"kind", "reference"``. Raises `NotFound`."""
         return await self._journal.read(*reference)
 
+    async def tree(self, *reference: str) -> Tree:
+        """An envelope with all that are part of it, and what they come to together. Raises `NotFound`, and
+        `InvalidField` for a tree of more than 20,000 envelopes or 64 levels."""
+        return await read_tree(self._journal, (await self.read(*reference)).id)
+
     async def reconcile(
         self, probers: Mapping[str, Prober], *, everything: bool = False, by: str = "reconcile"
     ) -> Reconciliation:
@@ -336,34 +343,29 @@ class AdmissionController:
             return ask
         for link in ("part_of", "runs_on", "supersedes"):
             reference = getattr(ask, link)
-            if reference is None:
+            if reference is None or (link == "runs_on" and reference in self._run_on):
                 continue
-            id = str(reference)
-            if id not in self._tenants:
-                id = await self._look_up(link, id)
+            try:
+                linked = await self.read(reference)
+            except Exported:
+                # Whose it was is not known any more: it is said not to exist, as another tenant's.
+                problem = f"expected an envelope, none has the id {shown(reference, 200)}"
+                raise InvalidField(f"correlation.{link}", problem) from None
+            except NotFound as error:
+                raise InvalidField(f"correlation.{link}", str(error)) from error
             # Another tenant's envelope is said not to exist: a link must not tell what others run.
-            if link != "runs_on" and ask.subject is not None and self._tenants[id] != ask.subject.tenant:
+            if link != "runs_on" and ask.subject is not None and linked.envelope.identity.tenant != ask.subject.tenant:
                 problem = f"expected an envelope, none has the id {shown(reference, 200)}"
                 raise InvalidField(f"correlation.{link}", problem)
-            changes[link] = id
-        if not changes:
-            return ask
+            if link == "part_of" and linked.state not in ("admitted", "granted"):
+                problem = f"expected an envelope that was admitted and has not ended, {linked.id} is {linked.state}"
+                raise InvalidField(f"correlation.{link}", problem)
+            if link == "runs_on":
+                while len(self._run_on) >= MAX_RUN_ON:
+                    del self._run_on[next(iter(self._run_on))]
+                self._run_on[linked.id] = None
+            changes[link] = linked.id
         return replace(ask, **changes)
-
-    async def _look_up(self, link: str, reference: str) -> str:
-        """The id that a link leads to; whose envelope that is, is remembered: neither ever changes."""
-        try:
-            linked = await self.read(reference)
-        except Exported:
-            # Whose it was is not known any more: it is said not to exist, as another tenant's.
-            problem = f"expected an envelope, none has the id {shown(reference, 200)}"
-            raise InvalidField(f"correlation.{link}", problem) from None
-        except NotFound as error:
-            raise InvalidField(f"correlation.{link}", str(error)) from error
-        while len(self._tenants) >= MAX_LINKED:
-            del self._tenants[next(iter(self._tenants))]
-        self._tenants[linked.id] = linked.envelope.identity.tenant
-        return linked.id
 
     async def _again(self, sealed: SealedEnvelope, first: KeyRow) -> Admission:
         """The same idempotency key once more."""

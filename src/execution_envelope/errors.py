@@ -16,6 +16,7 @@
     ├── NotHeld             there is no held request to approve or deny; nothing was recorded
     ├── SelfApproval        nobody approves what they asked for themselves; nothing was recorded
     ├── OpenObligations     a required obligation is open, so there is no clean end; nothing was recorded
+    ├── OpenChildren        an envelope that is part of it is open, so there is no clean end; nothing was recorded
     ├── ReadOnly            a replayed admission was written to; nothing was recorded
     ├── ReferenceTaken      the reference leads to another envelope; link with `supersedes`
     ├── Damaged             the rows of an envelope were changed and cannot be read any more
@@ -172,6 +173,19 @@ class OpenObligations(EnvelopeError):
         super().__init__(f"expected no open obligation for a clean end of {envelope}, got {', '.join(names)}")
         self.envelope_id = envelope
         self.names = tuple(names)
+
+
+class OpenChildren(EnvelopeError):
+    """An envelope that is part of it is open, so there is no clean end: end those first, or end it another way.
+
+    `children` are the ids of those that are open. Nothing was recorded.
+    """
+
+    def __init__(self, envelope: str, children: Sequence[str]) -> None:
+        some = ", ".join(children[:3]) + (f" and {len(children) - 3} more" if len(children) > 3 else "")
+        super().__init__(f"expected no open part of {envelope} for a clean end, got {some}")
+        self.envelope_id = envelope
+        self.children = tuple(children)
 
 
 class ReadOnly(EnvelopeError):

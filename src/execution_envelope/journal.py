@@ -16,11 +16,12 @@ import anyio.lowlevel
 import anyio.to_thread
 from anyio.lowlevel import RunVar
 
-from execution_envelope.budgets import consequences, over_run
+from execution_envelope.budgets import consequences, counts_below, over_run
 from execution_envelope.credentials import shown
 from execution_envelope.decision import Observation
 from execution_envelope.envelope import KINDS, Envelope, SealedEnvelope, timestamp
 from execution_envelope.errors import InvalidField, LedgerUnavailable, NotFound
+from execution_envelope.family import read_tree
 from execution_envelope.grant import label
 from execution_envelope.ledger import Ledger
 from execution_envelope.ledger.commit import BudgetExhausted, Commit, SequenceConflict, Siblings
@@ -30,40 +31,11 @@ from execution_envelope.ledger.submission import Outcome, Submission
 from execution_envelope.lifecycle import TERMINAL, Bound, Budgeted, Event, EventData, Fact, Late, Sealed, Violation
 from execution_envelope.mailbox import mailbox
 from execution_envelope.record import Record, check
+from execution_envelope.tree import Tree
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
-#: What is counted in each process, under `AdmissionController.counters`.
-COUNTERS: Final[Mapping[str, str]] = {
-    "admitted": "requests that were admitted",
-    "denied": "requests that were denied, those denied again under their key too",
-    "held": "requests that were held, those held again under their key too",
-    "undecided": "requests that were admitted because no decider covers their kind",
-    "replayed": "requests that were answered with an earlier admission of the same key",
-    "key_conflicts": "requests that came with the idempotency key of another request",
-    "expired": "held requests that nobody approved in time",
-    "hints_unread": "governance hints of requests that no hook read",
-    "redacted": "paths at which a credential was taken out before sealing",
-    "ungranted": "executions that completed in their block though nobody ever granted",
-    "violations": "grants and uses beyond a limit, a parent or a budget, one for each resource",
-    "abandoned": "executions that reconciliation ended because their owner no longer knows them",
-    "attempted": "requests that never became one",
-    "attempted_dropped": "of these, those that were not kept: they came too fast, or the ledger was away",
-    "unsealed": "answers below 400 of guarded routes whose request was not admitted",
-    "unavailable": "requests that were refused because the ledger was away",
-    "hooks_failed": "answers of deciders that were an error, or none that can be understood",
-    "hooks_timed_out": "deciders that did not answer in time",
-    "hooks_quarantined": "times that a decider was not asked because it had blocked the event loop",
-    "hooks_blocked": "times that a decider blocked the event loop",
-    "observed": "commits that an observer was told of, for each observer",
-    "observer_failed": "commits of which an observer was told and raised; they are not among `observed`",
-    "observer_dropped": "commits that an observer was not told of: it did not keep up, or not before the end",
-    "observer_unreported": "failures of observers that could not be recorded",
-    "spooled": "writes that went to the spool because the ledger was away",
-    "lost": "relaxed writes that were acknowledged and could not be recorded",
-    "unrecorded_exits": "ends that could not be recorded when they came, but when the ledger answered again",
-}
 #: Calls of the ledger under way at once, in threads of their own number, so that a slow ledger takes no thread from
 #: the application; and how long a call waits for its turn, in seconds.
 MAX_CALLS: Final = 4
@@ -74,6 +46,9 @@ MAX_REMEMBERED: Final = 1000
 
 #: How often it is looked, in seconds, whether a write has ended that nobody may leave alone.
 _LOOK_AGAIN: Final = 0.005
+
+#: Of how many envelopes a process remembers that it admitted parts of them.
+MAX_PARENTS: Final = 100_000
 
 #: The longest window of a relaxed write, in milliseconds.
 MAX_WINDOW_MS: Final = 60_000
@@ -149,6 +124,10 @@ class Journal:
         self._clock = clock
         self._currency: str | None = None
         self._removed: dict[str, frozenset[str]] = {}
+        #: Envelopes of which this process admitted parts; None when they are too many to tell.
+        self._parents: set[str] | None = set()
+        #: Trees of which everything has ended, as they were last read: only what was used can change in them.
+        self.ended: dict[str, Tree] = {}
 
     @property
     def inline(self) -> bool:
@@ -175,13 +154,30 @@ class Journal:
             raise NotFound(f"expected an envelope, none has the id {shown(name, 200)}")
         return stored.record()
 
+    def has_no_parts(self, record: Record) -> bool:
+        """Whether nothing can be part of an envelope, without a look at the ledger, for which what is relaxed would
+        have to be stored first: it is of a relaxed kind, belongs to this process because it is not bound, and this
+        process has admitted no part of it. Parts that another process admits of such a one are not looked for."""
+        mode = self._modes.get(record.envelope.execution.kind, STRICT)
+        relaxed = mode.window_ms is not None and record.bound is None
+        return relaxed and self._parents is not None and record.id not in self._parents
+
+    async def children(self, id: str) -> Sequence[str]:
+        """The envelopes that are part of this one; while the ledger is away, those that this process knows of."""
+        try:
+            return await self.call(self.ledger.children, id)
+        except LedgerUnavailable as error:
+            if id not in self._known or not error.retryable:
+                raise
+            return [one.id for one in self._known.values() if one.envelope.correlation.part_of == id]
+
     async def write(
         self,
         writes: Sequence[tuple[Record, Sequence[EventData]]],
         *,
         by: str,
         sealed: SealedEnvelope | None = None,
-        siblings: Siblings | None = None,
+        siblings: Sequence[Siblings] = (),
         within: frozenset[str] = frozenset(),
     ) -> list[Violation]:
         """Record facts of one or more envelopes in one transaction, and then in the records at hand.
@@ -208,7 +204,7 @@ class Journal:
         *,
         by: str,
         sealed: SealedEnvelope | None,
-        siblings: Siblings | None,
+        siblings: Sequence[Siblings],
         within: frozenset[str],
         over: Mapping[str, Violation],
     ) -> None:
@@ -218,15 +214,28 @@ class Journal:
         by, at = _label(by) if type(by) is str else label(by), timestamp(self.now())
         if sealed is not None and sealed.removed:
             self._remember(sealed)
+        if sealed is not None and sealed.envelope.correlation.part_of is not None and self._parents is not None:
+            self._parents.add(sealed.envelope.correlation.part_of)
+            self._parents = self._parents if len(self._parents) < MAX_PARENTS else None
         commits = []
         for record, facts in writes:
             check(record.state, facts)
             if record.budgets:
-                facts, within = _with_budgets(record, facts, over)
+                tree = await read_tree(self, record.id) if counts_below(record, facts) else None
+                facts, within = _with_budgets(record, facts, over, tree)
             commits.append(
-                Commit(record.id, record.next_sequence, at, by, facts, sealed=sealed, siblings=siblings, within=within)
+                Commit(
+                    record.id,
+                    record.next_sequence,
+                    at,
+                    by,
+                    facts,
+                    sealed=sealed,
+                    siblings=tuple(siblings),
+                    within=within,
+                )
             )
-            sealed, siblings, within = None, None, frozenset()
+            sealed, siblings, within = None, (), frozenset()
         landed: list[list[list[Event]]] = []
         stored = None if self.observed is None else _Stored(self.observed)
         try:
@@ -281,6 +290,14 @@ class Journal:
             counts.emitted + waiting + refused + before, counts.stored + before, counts.dropped + refused
         )
 
+    def remember_ended(self, tree: Tree) -> None:
+        """Keep a tree of which everything has ended, and not those below it beside it."""
+        for child in tree.children:
+            self.ended.pop(child.record.id, None)
+        self.ended[tree.record.id] = tree
+        while len(self.ended) > MAX_REMEMBERED:
+            del self.ended[next(iter(self.ended))]
+
     def close(self) -> None:
         """Store what is pending, and let go of ledger and spool."""
         if self._spool is not None:
@@ -289,7 +306,7 @@ class Journal:
 
     def _mode(self, record: Record, commits: Sequence[Commit]) -> WriteMode:
         """The mode of a write; of several envelopes, and where the ledger has to check more than the order, strict."""
-        if not self._modes or len(commits) > 1 or commits[0].siblings is not None:
+        if not self._modes or len(commits) > 1 or commits[0].siblings:
             return STRICT
         if record.budgets or any(isinstance(fact, Budgeted) for fact in commits[0].facts):
             return STRICT  # the balances are changed in the same transaction
@@ -541,10 +558,10 @@ def _fact(data: EventData) -> EventData:
 
 
 def _with_budgets(
-    record: Record, facts: Sequence[EventData], over: Mapping[str, Violation]
+    record: Record, facts: Sequence[EventData], over: Mapping[str, Violation], tree: Tree | None
 ) -> tuple[Sequence[EventData], frozenset[str]]:
     """The facts with what they change in budgets, before an end; and the accounts that must have room for it."""
-    change = consequences(record, facts)
+    change = consequences(record, facts, tree)
     if change is None:
         return facts, frozenset()
     raised = {entry.account for entry in change.entries if entry.reserved + entry.spent > 0}

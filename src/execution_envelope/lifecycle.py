@@ -141,10 +141,12 @@ class Admitted(_Data, frozen=True, tag="admitted"):
     """The request may go on.
 
     `undecided`: no decider covers the kind. `shadow`: what it would have come to, had everything been enforced.
+    `covered`: account of a budget -> the envelope above which has reserved of it for this one too.
     """
 
     undecided: bool = False
     shadow: Literal["denied", "held"] | None = None
+    covered: Mapping[str, str] = {}
 
 
 class Denied(_Data, frozen=True, tag="denied"):

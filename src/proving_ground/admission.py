@@ -83,10 +83,18 @@ def controller() -> AdmissionController:
 
 def envelope_caller(caller: CurrentCaller) -> EnvelopeCaller:
     """A dependency: the caller of the backend's own authentication, as the envelope names who asks."""
-    subject = Subject("user", caller.subject, tenant=caller.tenant, roles=caller.roles, method="bearer")
+    subject = Subject(
+        caller.type,
+        caller.subject,
+        tenant=caller.tenant,
+        roles=caller.roles,
+        delegation=caller.delegation,
+        method="bearer" if caller.envelope is None else "run-token",
+    )
     workroom = {} if caller.workroom is None else {"workroom": established(caller.workroom, by="token")}
     by = "server default" if caller.workroom is None else "workroom"
-    return EnvelopeCaller(subject, {"environment": established(environment_of(caller.workroom), by=by), **workroom})
+    scope = {"environment": established(environment_of(caller.workroom), by=by), **workroom}
+    return EnvelopeCaller(subject, scope, part_of=caller.envelope)
 
 
 def environment_of(workroom: str | None) -> str:

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI, Request
@@ -12,11 +12,14 @@ from fastapi.responses import JSONResponse
 
 from execution_envelope import AdmissionController, LedgerUnavailable
 from execution_envelope.integrations.fastapi import install
+from execution_envelope.reconciliation import Prober
 from execution_envelope.telemetry.prometheus import metrics_app
 from proving_ground import catalog_routes, runtime, serving
 from proving_ground.admission import SUPERVISOR, EnvelopeRecorder, open_seam, prober
-from proving_ground.auth import TokenFile
+from proving_ground.auth import RunTokens, TokenFile
 from proving_ground.catalog import Catalog
+from proving_ground.jobs import JOBS, Jobs, JobStore
+from proving_ground.jobs import prober as job_prober
 from proving_ground.machine import this_node
 from proving_ground.policy import watch
 from proving_ground.proxy import engine_client
@@ -60,22 +63,26 @@ def create_app(settings: Settings, *, catalog: Catalog | None = None) -> FastAPI
                 keep_engines=settings.keep_engines,
                 retry_seconds=settings.retry_seconds,
             )
-            app.state.backend = Backend(settings, models, supervisor, http)
+            jobs = Jobs(JobStore(settings.data), controller, app.state.runs)
+            app.state.backend = Backend(settings, models, supervisor, jobs, http)
             await supervisor.recover()
-            await controller.reconcile({SUPERVISOR: prober(supervisor)}, everything=True)
-            work = (_look_after(controller, supervisor), watch(seam.policy))
+            await jobs.recover()
+            probers = {SUPERVISOR: prober(supervisor), JOBS: job_prober(jobs)}
+            await controller.reconcile(probers, everything=True)
+            work = (_look_after(controller, probers), watch(seam.policy))
             beside = [asyncio.create_task(one) for one in work]
             try:
                 yield
             finally:
                 for task in beside:
                     task.cancel()
+                await jobs.close()
                 await supervisor.close()
                 store.close()
                 await controller.aclose()
 
     app = FastAPI(title="proving ground", lifespan=lifespan)
-    app.state.tokens = TokenFile.load(settings.tokens)
+    app.state.tokens, app.state.runs = TokenFile.load(settings.tokens), RunTokens()
     app.add_exception_handler(RequestValidationError, _unprocessable)
     install(app, controller, guard=[f"POST {prefix}{path}" for prefix in ("", "/api") for path in _SEALED])
     for router in (catalog_routes.router, serving.router, runtime.router):
@@ -87,11 +94,11 @@ def create_app(settings: Settings, *, catalog: Catalog | None = None) -> FastAPI
     return app
 
 
-async def _look_after(controller: AdmissionController, supervisor: Supervisor) -> None:
+async def _look_after(controller: AdmissionController, probers: Mapping[str, Prober]) -> None:
     while True:
         await asyncio.sleep(RECONCILE_SECONDS)
         try:
-            await controller.reconcile({SUPERVISOR: prober(supervisor)})
+            await controller.reconcile(probers)
         except LedgerUnavailable:
             log.exception("open envelopes could not be looked after")
 

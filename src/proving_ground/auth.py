@@ -18,13 +18,32 @@ OPERATOR = "operator"
 
 @dataclass(frozen=True)
 class Caller:
-    """An authenticated caller; `workroom` is the one this request names, if any."""
+    """An authenticated caller; `workroom` is the one this request names, if any.
+
+    A run of this backend calls it as itself: then `type` and `subject` name the run, `delegation` those it acts for,
+    outermost first, and `envelope` is that of the run, to which what it asks for belongs.
+    """
 
     subject: str
     tenant: str
     roles: tuple[str, ...]
     workrooms: tuple[str, ...]
     workroom: str | None = None
+    type: str = "user"
+    delegation: tuple[tuple[str, str], ...] = ()
+    envelope: str | None = None
+
+    def acting_as(self, type: str, subject: str, envelope: str) -> "Caller":
+        """A run that this caller has started: of the same tenant, roles and workroom, and no more."""
+        workrooms = () if self.workroom is None else (self.workroom,)
+        delegation = (*self.delegation, (self.type, self.subject))
+        return Caller(subject, self.tenant, self.roles, workrooms, self.workroom, type, delegation, envelope)
+
+    @classmethod
+    def from_json(cls, stored: Mapping[str, Any]) -> "Caller":
+        """As `dataclasses.asdict` and JSON made it."""
+        lists = {name: tuple(stored[name]) for name in ("roles", "workrooms")}
+        return cls(**{**stored, **lists, "delegation": tuple((type, id) for type, id in stored["delegation"])})
 
 
 class _Entry(BaseModel):
@@ -74,6 +93,27 @@ class TokenFile:
         return found
 
 
+class RunTokens:
+    """Credentials of runs, in memory: made when a run starts, good until it ends, and lost with the backend."""
+
+    def __init__(self) -> None:
+        self._runs: dict[bytes, Caller] = {}
+
+    def issue(self, acting: Caller) -> str:
+        """A new token for a run."""
+        token = f"run-{secrets.token_urlsafe(32)}"
+        self._runs[_digest(token)] = acting
+        return token
+
+    def revoke(self, token: str) -> None:
+        """From now on it is good for nothing."""
+        self._runs.pop(_digest(token), None)
+
+    def identify(self, bearer: str) -> Caller | None:
+        """The run that holds a token. Tokens are random and compared as digests, so that timing tells nothing."""
+        return self._runs.get(_digest(bearer))
+
+
 def write_demo(path: Path) -> None:
     """Make a token file of three people with random tokens, mode 0600."""
     people: dict[str, dict[str, Any]] = {
@@ -98,13 +138,15 @@ def current_caller(request: Request) -> Caller:
     """Identify the caller by the Authorization header alone; 401 without, 403 for a workroom that is not theirs."""
     scheme, _, bearer = request.headers.get("authorization", "").partition(" ")
     tokens: TokenFile = request.app.state.tokens
-    caller = tokens.identify(bearer.strip()) if scheme.lower() == "bearer" else None
+    runs: RunTokens = request.app.state.runs
+    bearer = bearer.strip()
+    caller = (runs.identify(bearer) or tokens.identify(bearer)) if scheme.lower() == "bearer" else None
     if caller is None:
         raise HTTPException(401, "Invalid token", headers={"WWW-Authenticate": "Bearer"})
     workroom = request.headers.get("x-workroom-id")
     if workroom is not None and workroom not in caller.workrooms:
         raise HTTPException(403, "not a member of the workroom - at X-Workroom-Id")
-    return replace(caller, workroom=workroom)
+    return caller if workroom is None else replace(caller, workroom=workroom)
 
 
 def require_role(caller: Caller, role: str) -> None:

@@ -74,7 +74,7 @@ def described(raw: bytes, request: Request, caller: Caller, deployment: Deployme
         entrypoint=surface,
         runs_on=deployment.envelope or f"deployment:{deployment.id}",
         # Established by the credential of an agent's run or an evaluation, never by the request.
-        part_of=getattr(caller, "envelope", None),
+        part_of=found.part_of,
     )
     return Inference(path, body, ask)
 
@@ -149,6 +149,17 @@ class Inference:
         if self.writes and any(bound < 1 for _, bound, _ in _bounds(admission, context)):
             return "policy allows no tokens"
         return None
+
+    async def grant(self, admission: Admission, deployment: Deployment, instance: Instance) -> Grant:
+        """Record what is given, and return it. Raises `NotGranted`; nothing is recorded then."""
+        given = []
+
+        def within(left: Mapping[str, Any]) -> Grant:
+            given.append(self.granted(admission, deployment, instance, left))
+            return given[-1]
+
+        await admission.grant(within)
+        return given[-1]
 
     def granted(
         self, admission: Admission, deployment: Deployment, instance: Instance, left: Mapping[str, Any]

@@ -59,9 +59,8 @@ async def _answered(
         try:
             if (why := asked.unkept(admission, instance)) is not None:
                 raise inference.NotGranted("NOT_ALLOWED", why)
-            grant = asked.granted(admission, deployment, instance, {})
             # Recorded before the engine's slot is taken and after it is given back: nobody waits for the ledger in it.
-            await admission.grant(grant)
+            grant = await asked.grant(admission, deployment, instance)
         except inference.NotGranted as refused:
             await admission.reject(refused.code, str(refused))
             return inference.problem(str(refused), refused.status, refused.error)

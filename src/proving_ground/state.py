@@ -10,6 +10,7 @@ from fastapi import Depends, HTTPException, Request
 from proving_ground.auth import Caller
 from proving_ground.catalog import Catalog
 from proving_ground.deployment import Deployment
+from proving_ground.jobs import Job, Jobs
 from proving_ground.settings import Settings
 from proving_ground.supervisor import Supervisor
 
@@ -21,6 +22,7 @@ class Backend:
     settings: Settings
     catalog: Catalog
     supervisor: Supervisor
+    jobs: Jobs
     http: httpx.AsyncClient
     """For talking to engines."""
 
@@ -34,6 +36,12 @@ class Backend:
         if found is None or found.tenant != caller.tenant:
             raise HTTPException(404, f"no deployment `{deployment_id}`")
         return found
+
+    def job_of(self, caller: Caller, kind: str, job_id: UUID) -> Job:
+        """One job of a kind; 404 when there is none or it is another tenant's, the same answer for both."""
+        for found in self.jobs.of(caller, kind, job_id):
+            return found
+        raise HTTPException(404, f"no {kind} `{job_id}`")
 
 
 def _backend(request: Request) -> Backend:

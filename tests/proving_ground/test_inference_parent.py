@@ -4,8 +4,8 @@ Without an engine: what is decided of it before the engine is asked, on a real s
 """
 
 import json
-from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -25,41 +25,40 @@ from proving_ground.schemas import CreateModelDeployment
 MODEL = smollm2()
 
 
-@dataclass(frozen=True)
-class Running(Caller):
-    """Who holds the credential of a run."""
-
-    envelope: str | None = None
-
-
 class Child:
     """A request for inference, admitted as part of a parent that was granted something."""
 
-    def __init__(self, asked: Inference, admission: Admission, deployment: Deployment, instance: Instance) -> None:
-        self.asked, self.admission, self.deployment, self.instance = asked, admission, deployment, instance
+    def __init__(
+        self, controller: AdmissionController, asked: Inference, admission: Admission, deployment: Deployment
+    ) -> None:
+        self.controller, self.asked, self.admission, self.deployment = controller, asked, admission, deployment
+        self.instance = _instance(deployment.id)
 
     def granted(self, **left: Any) -> Grant:
         return self.asked.granted(self.admission, self.deployment, self.instance, left)
 
+    async def again(self) -> "Child":
+        return Child(self.controller, self.asked, await self.controller.begin(self.asked.ask), self.deployment)
+
+
+async def admitted(path: str, **body: Any) -> Child:
+    controller = AdmissionController.open("memory://", component="proving-ground")
+    run = await controller.begin(an_ask(kind="agent.run", operation="agents.run", target=Target("agent", "a")))
+    await run.grant(Grant({"output_tokens": 40, "requests": 5}))
+    caller = Caller("dana", "acme", ("operator",), ()).acting_as("agent", "a", run.id)
+    wish = CreateModelDeployment(m_id=MODEL.id, m_config_id=MODEL.config_id)
+    deployment = new_deployment(wish, caller, uuid4(), datetime.now(UTC))
+    deploying = await controller.begin(an_ask())
+    await deploying.bind("deployment", str(deployment.id))
+    asked = described(json.dumps(body).encode(), _request(deployment.id, path), caller, deployment, Catalog())
+    admission = await controller.begin(asked.ask)
+    assert admission.envelope.correlation.part_of == run.id
+    assert admission.envelope.correlation.runs_on == deploying.id
+    return Child(controller, asked, admission, deployment)
+
 
 def child(path: str = "chat/completions", **body: Any) -> Child:
-    async def admitted() -> Child:
-        controller = AdmissionController.open("memory://", component="proving-ground")
-        run = await controller.begin(an_ask(kind="agent.run", operation="agents.run", target=Target("agent", "a")))
-        await run.grant(Grant({"output_tokens": 40, "requests": 5}))
-        dana = Running("dana", "acme", ("operator",), (), envelope=run.id)
-        wish = CreateModelDeployment(m_id=MODEL.id, m_config_id=MODEL.config_id)
-        deployment = new_deployment(wish, dana, uuid4(), datetime.now(UTC))
-        deploying = await controller.begin(an_ask())
-        await deploying.bind("deployment", str(deployment.id))
-        instance = _instance(deployment.id)
-        asked = described(json.dumps(body).encode(), _request(deployment.id, path), dana, deployment, Catalog())
-        admission = await controller.begin(asked.ask)
-        assert admission.envelope.correlation.part_of == run.id
-        assert admission.envelope.correlation.runs_on == deploying.id
-        return Child(asked, admission, deployment, instance)
-
-    return anyio.run(admitted)
+    return anyio.run(partial(admitted, path, **body))
 
 
 def _instance(deployment: UUID) -> Instance:
@@ -119,9 +118,17 @@ def test_an_embedding_writes_nothing_and_reads_what_is_left() -> None:
     assert "max_tokens" not in json.loads(found.asked.told(grant))
 
 
-def test_a_grant_within_what_is_left_is_no_violation() -> None:
-    async def granted(found: Child) -> Any:
-        await found.admission.grant(found.granted(output_tokens=40, requests=5))
-        return found.admission.record.violations
+def test_what_other_parts_hold_is_not_left() -> None:
+    async def granted() -> tuple[Any, Any, Any]:
+        found = await admitted("chat/completions", messages=[])
+        first = await found.asked.grant(found.admission, found.deployment, found.instance)
+        # The parent was granted 40, and the first of its parts holds them all.
+        second = await found.again()
+        with pytest.raises(NotGranted) as caught:
+            await second.asked.grant(second.admission, second.deployment, second.instance)
+        return first, found.admission.record, (str(caught.value), second.admission.state)
 
-    assert anyio.run(granted, child(messages=[])) == ()
+    first, record, (said, state) = anyio.run(granted)
+    assert first.resources["output_tokens"] == 40 and record.violations == ()
+    assert (record.envelope.identity.subject.id, record.envelope.identity.delegation[0].id) == ("a", "dana")
+    assert said.startswith("0 of output_tokens are left of what parent") and state == "admitted"

@@ -50,11 +50,13 @@ from execution_envelope.integrations.asgi import (
 class Caller:
     """Who asks, with the scope that the backend established about them: ``{"project": established(..., by="token")}``.
 
-    What is established here takes the place of what the request asserts.
+    What is established here takes the place of what the request asserts. `part_of` is the envelope of the run whose
+    credential this is, if it is one: a link that the credential establishes.
     """
 
     subject: Subject
     scope: Mapping[str, Scoped] = field(default_factory=dict)
+    part_of: str | None = None
 
 
 Identify: TypeAlias = Callable[[Request], "Subject | Caller | Awaitable[Subject | Caller | None] | None"]
@@ -178,6 +180,7 @@ async def _begin(request: Request, seam: RequestSeam, ask: Ask, found: Subject |
             ask,
             subject=ask.subject or (found.subject if isinstance(found, Caller) else found),
             scope={**ask.scope, **found.scope} if isinstance(found, Caller) else ask.scope,
+            part_of=(found.part_of if isinstance(found, Caller) else None) or ask.part_of,
             entrypoint=ask.entrypoint or seam.surface,
             # An empty key is none: every request without a key of its own would be the same one.
             idempotency_key=ask.idempotency_key or _header(headers, b"idempotency-key") or None,

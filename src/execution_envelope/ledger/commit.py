@@ -83,7 +83,7 @@ class Commit:
     by: str
     facts: Sequence[EventData]
     sealed: SealedEnvelope | None = None
-    siblings: Siblings | None = None
+    siblings: tuple[Siblings, ...] = ()
     within: frozenset[str] = frozenset()
 
     @property

@@ -334,9 +334,9 @@ def check(commit: Commit, stored: Standing) -> None:
     expected = stored.next_sequence(commit.envelope)
     if commit.sequence != expected or (expected == 0) != (commit.sealed is not None):
         raise SequenceConflict
-    if commit.siblings is not None:
-        family = {commit.siblings.parent, *stored.children(commit.siblings.parent)} - {commit.envelope}
-        if {id: stored.next_sequence(id) for id in family} != dict(commit.siblings.sequences):
+    for siblings in commit.siblings:
+        family = {siblings.parent, *stored.children(siblings.parent)} - {commit.envelope}
+        if {id: stored.next_sequence(id) for id in family} != dict(siblings.sequences):
             raise SequenceConflict
     for fact in commit.facts:
         if isinstance(fact, Bound):

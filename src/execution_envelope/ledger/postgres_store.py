@@ -181,7 +181,7 @@ class Store:
         return batch
 
     def _plain(self, commit: Commit, ahead: Mapping[str, int]) -> bool:
-        if commit.siblings is not None or commit.budgeted or commit.binds:
+        if commit.siblings or commit.budgeted or commit.binds:
             return False
         if commit.sealed is not None:
             return commit.sequence == 0 and "\0" not in (commit.sealed.envelope.correlation.part_of or "")
@@ -252,8 +252,8 @@ class Store:
             parents |= {id: _parent(body) for id, body in found.items() if id not in parents}
         taken = {c.envelope for c in commits} - set(_admitted(commits)) | set(parents.values())
         locks = {bucket_of(id): False for id in taken if id is not None}
-        locks |= {bucket_of(c.siblings.parent): True for c in commits if c.siblings is not None}
-        families = {c.siblings.parent for c in commits if c.siblings is not None}
+        families = {siblings.parent for c in commits for siblings in c.siblings}
+        locks |= {bucket_of(parent): True for parent in families}
         digests = [row.digest for row in (c.key_row for c in commits) if row is not None]
         names = {(fact.kind, fact.reference) for fact in bound if "\0" not in fact.kind + fact.reference}
         entries = [(key_of(entry), c) for c in commits if c.budgeted for entry in c.entries]

@@ -27,7 +27,7 @@ from execution_envelope.record import Record
 from execution_envelope.resources import UNKNOWN, VOCABULARY, Amount
 
 #: Of the rows, the roll-ups and the tables. A projection of another version is dropped and made again.
-VERSION: Final = 2
+VERSION: Final = 3
 #: The state of an envelope whose entries cannot be read as a record.
 DAMAGED: Final = "damaged"
 
@@ -46,7 +46,9 @@ RARE: Final = TERMINAL - {"completed"}
 _NOT_ADDED: Final = frozenset(name for name in VOCABULARY if name == "context")
 
 By: TypeAlias = Literal["day", "tenant", "project", "kind"]
-Side: TypeAlias = Literal["requested", "granted", "used"]
+#: What a part of another execution asked for and was granted stands within what that one did, and is summed apart; used
+#: amounts exclude children.
+Side: TypeAlias = Literal["requested", "granted", "used", "requested_within", "granted_within"]
 #: Told how many more entries were taken in.
 Progress: TypeAlias = Callable[[int], None]
 
@@ -55,7 +57,8 @@ class ProjectedEnvelope(msgspec.Struct, frozen=True, omit_defaults=True):
     """One envelope as it is looked for. Amounts are totals in base units, with *unknown* and *unlimited* as they are.
 
     `events` is how many events it is made of. `ungranted`: nobody granted, and it is open or completed; `unstated`:
-    how many differences nobody explained. Of a damaged one there is only the id.
+    how many differences nobody explained. `project` is the workroom where no project is named. Of a damaged one
+    there is only the id.
     """
 
     id: str
@@ -73,6 +76,7 @@ class ProjectedEnvelope(msgspec.Struct, frozen=True, omit_defaults=True):
     ended_at: str | None = None
     owner: str | None = None
     check_by: str | None = None
+    part_of: str | None = None
     undecided: bool = False
     ungranted: bool = False
     unstated: int = 0
@@ -110,13 +114,14 @@ def project(record: Record) -> ProjectedEnvelope:
         kind=execution.kind,
         operation=execution.operation,
         target=f"{execution.target.type}:{execution.target.id}{f'@{version}' if version else ''}",
-        project=_text(scope.project),
+        project=_text(scope.project or scope.workroom),
         environment=_text(scope.environment),
         purpose=_text(scope.purpose),
         created_at=envelope.correlation.created_at,
         ended_at=next((event.at for event in record.events if ended(event.data)), None),
         owner=None if bound is None else bound.owner,
         check_by=None if bound is None else bound.check_by,
+        part_of=envelope.correlation.part_of,
         undecided=record.undecided,
         ungranted=record.ungranted or (not has_grants and record.is_open),
         unstated=sum(difference.unstated for difference in record.differences) if has_grants else 0,
@@ -236,7 +241,9 @@ class Changes:
             return
         where = (row.day, searchable(row.tenant), searchable(row.project), row.kind)
         self.counts[CountKey(*where, row.state)] += sign
-        for side, amounts in (("requested", row.requested), ("granted", row.granted), ("used", row.used)):
+        within = "" if row.part_of is None else "_within"
+        sides = ((f"requested{within}", row.requested), (f"granted{within}", row.granted), ("used", row.used))
+        for side, amounts in sides:
             for resource, amount in amounts.items():
                 if resource in _NOT_ADDED:
                     continue
@@ -347,7 +354,14 @@ class Projection(Protocol):
         ...
 
     def totals(
-        self, day_from: str, day_to: str, *, by: Sequence[By] = (), tenant: str | None = None, fresh: bool = True
+        self,
+        day_from: str,
+        day_to: str,
+        *,
+        by: Sequence[By] = (),
+        tenant: str | None = None,
+        project: str | None = None,
+        fresh: bool = True,
     ) -> list[Totals]:
         """Roll-ups over the UTC days of admission from one to the other (``2026-05-01``), both included."""
         ...

@@ -244,10 +244,17 @@ class Store:
             }
         return counts, amounts
 
-    def totals(self, day_from: str, day_to: str, by: Sequence[By], tenant: str | None) -> list[Totals]:
+    def totals(
+        self, day_from: str, day_to: str, by: Sequence[By], tenant: str | None, project: str | None
+    ) -> list[Totals]:
         """See `Projection.totals`."""
         counts, amounts = self.rolled_up(day_from, day_to, tenant)
-        return grouped(counts.items(), amounts.items(), by)
+        wanted = None if project is None else searchable(project)
+        return grouped(
+            [(key, number) for key, number in counts.items() if wanted in (None, key.project)],
+            [(key, amount) for key, amount in amounts.items() if wanted in (None, key.project)],
+            by,
+        )
 
 
 def _columns(row: ProjectedEnvelope) -> tuple[str, ...]:

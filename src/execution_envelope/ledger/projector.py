@@ -405,10 +405,17 @@ class Projector:
         return Coverage(envelopes, of, unreadable, len(attempted), unsealed, sum(r.dropped for r in attempted))
 
     def totals(
-        self, day_from: str, day_to: str, *, by: Sequence[By] = (), tenant: str | None = None, fresh: bool = True
+        self,
+        day_from: str,
+        day_to: str,
+        *,
+        by: Sequence[By] = (),
+        tenant: str | None = None,
+        project: str | None = None,
+        fresh: bool = True,
     ) -> list[Totals]:
         with self._looked_at(fresh) as store:
-            return store.totals(day_from, day_to, by, tenant)
+            return store.totals(day_from, day_to, by, tenant, project)
 
     @contextmanager
     def _looked_at(self, fresh: bool) -> Iterator[Store]:

@@ -186,7 +186,7 @@ class Store:
 
     def _plain(self, commit: Commit, ahead: dict[str, int]) -> bool:
         """Whether nothing but the unique keys of the tables could refuse it."""
-        if commit.siblings is not None or commit.binds:
+        if commit.siblings or commit.binds:
             return False
         if commit.sealed is not None:
             return commit.sequence == 0

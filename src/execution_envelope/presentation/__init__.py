@@ -9,6 +9,7 @@ from execution_envelope.presentation.facts import ChainStatus
 from execution_envelope.presentation.lists import attempted_table, entry_line, finding_text, list_row, list_table
 from execution_envelope.presentation.sheet import sheet
 from execution_envelope.presentation.text import clean, counted, when
+from execution_envelope.presentation.trees import tree_data, tree_picture
 
 __all__ = [
     "ChainStatus",
@@ -24,6 +25,8 @@ __all__ = [
     "list_table",
     "sheet",
     "summary",
+    "tree_data",
+    "tree_picture",
     "when",
     "whole",
 ]

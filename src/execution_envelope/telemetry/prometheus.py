@@ -10,8 +10,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from execution_envelope.controller import AdmissionController
+from execution_envelope.counters import COUNTERS
 from execution_envelope.decision import Declaration, Observation
-from execution_envelope.journal import COUNTERS
 from execution_envelope.telemetry.measures import METRICS, measure
 
 _UNITS: Final = {"s": "_seconds"}

@@ -167,7 +167,7 @@ class LedgerContract(BalanceContract):
 
             def step(sequence: int, **siblings: int) -> Commit:
                 commit = commit_of(one, sequence, lifecycle.Ready(str(sequence)))
-                return replace(commit, siblings=Siblings(parent.envelope.id, siblings))
+                return replace(commit, siblings=(Siblings(parent.envelope.id, siblings),))
 
             for changed in ({parent.envelope.id: 3}, {two.envelope.id: 1}, {stranger.envelope.id: 2}):
                 with raises(SequenceConflict):
@@ -187,7 +187,7 @@ class LedgerContract(BalanceContract):
         with self.opened(tmp_path) as ledger:
             parent = sealed_ask()
             ledger.commit(admission_of(parent))
-            siblings = Siblings(parent.envelope.id, {parent.envelope.id: 2})
+            siblings = (Siblings(parent.envelope.id, {parent.envelope.id: 2}),)
             first, second = (
                 replace(admission_of(sealed_ask(part_of=parent.envelope.id)), siblings=siblings) for _ in range(2)
             )

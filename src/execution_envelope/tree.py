@@ -1,0 +1,140 @@
+"""A record with those that are part of it, read together: what each holds of the one above, and the roll-ups. Pure.
+
+Used amounts exclude children, so that every unit is reported once: what a run came to in all is the sum over its tree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from execution_envelope.delta import granted_totals
+from execution_envelope.lifecycle import Granted
+from execution_envelope.record import Record, Usage
+from execution_envelope.resources import UNKNOWN, VOCABULARY, Amount, add, largest
+
+
+@dataclass(frozen=True, slots=True)
+class Tree:
+    """`record`, and the trees of the envelopes that are part of it, oldest first."""
+
+    record: Record
+    children: tuple[Tree, ...] = ()
+
+    def walk(self, depth: int = 0) -> Iterator[tuple[int, Record]]:
+        """Every record with its depth, the root first, children after their parent."""
+        yield depth, self.record
+        for child in self.children:
+            yield from child.walk(depth + 1)
+
+    @property
+    def requested(self) -> dict[str, Amount]:
+        """What was asked for: a part of what its parent asked for is not counted again."""
+        return self._outermost("requested")
+
+    @property
+    def granted(self) -> dict[str, Amount]:
+        """What was given: a part of what its parent was granted is not counted again."""
+        return self._outermost("granted")
+
+    @property
+    def used(self) -> dict[str, Usage]:
+        """What was used in all, the root's own and that of all below."""
+        found: dict[str, list[Usage]] = {}
+        for _, record in self.walk():
+            for name, usage in record.used.items():
+                found.setdefault(name, []).append(usage)
+        return {
+            name: Usage(
+                together(name, [usage.amount for usage in each]),
+                "estimated" if any(usage.how == "estimated" for usage in each) else "measured",
+            )
+            for name, each in found.items()
+        }
+
+    def taken(self, name: str, *, without: str | None = None, ends: str | None = None) -> Amount:
+        """What this takes of the nearest envelope above that was granted `name`; nothing for the one called `without`.
+
+        Of a counter what is granted to it as long as it is open, and what it came to with all below once it has ended:
+        what was not used goes back. Where nobody said what was used, it may have been all that was granted. Of a level
+        what it holds now. The one called `ends` counts as ended.
+        """
+        record = self.record
+        if record.id == without:
+            return 0
+        given, is_open = name in record.granted, record.is_open and record.id != ends
+        below = [child.taken(name, without=without, ends=ends) for child in self.children]
+        if VOCABULARY[name].across_reports != "sum":
+            if not given:
+                return together(name, below)
+            return record.held.get(name, 0) if is_open else 0  # what those below hold is within it
+        if given and not is_open and not below:
+            return record.reckoning.taken(name, ended=True)
+        came_to = add([_reported(record, name), *below])
+        return largest((record.held.get(name, 0), came_to)) if is_open else came_to
+
+    def covered(self, key: tuple[str, str, str]) -> Amount | None:
+        """What those below came to in a balance (account, window, resource) of which they reserved nothing themselves,
+        because the root had; None when there are none."""
+        found: list[Amount] = []
+        for child in self.children:
+            if key in child.record.budgets:
+                continue  # it counts for itself, and for those below it
+            record, below = child.record, child.covered(key)
+            own = (
+                _reported(record, key[2])
+                if child.children
+                else record.reckoning.taken(key[2], ended=not record.is_open)
+            )
+            found.append(own if below is None else add([own, below]))
+        return add(found) if found else None
+
+    def bound(self, name: str) -> Amount:
+        """What the root may share with those below: what it holds, or once it has ended what it was granted."""
+        return self.record.held.get(name, 0) if self.record.is_open else self.record.granted.get(name, 0)
+
+    def shared(self, name: str, *, without: str, ends: str | None = None) -> Amount:
+        """How much of that is taken by others than `without`, the root itself among them.
+
+        What does not add up is there for each of them in full.
+        """
+        if VOCABULARY[name].across_parts != "sum":
+            return 0
+        taken = [child.taken(name, without=without, ends=ends) for child in self.children]
+        return add([*taken, _reported(self.record, name)]) if VOCABULARY[name].across_reports == "sum" else add(taken)
+
+    def _outermost(self, family: str) -> dict[str, Amount]:
+        mine: Mapping[str, Amount] = self.record.granted if family == "granted" else asked(self.record)
+        below: dict[str, list[Amount]] = {}
+        for child in self.children:
+            for name, amount in child._outermost(family).items():
+                if name not in mine:
+                    below.setdefault(name, []).append(amount)
+        return {**mine, **{name: together(name, amounts) for name, amounts in below.items()}}
+
+
+def _reported(record: Record, name: str) -> Amount:
+    used = record.reckoning.used(name)
+    return 0 if used is None else used
+
+
+def asked(record: Record) -> dict[str, Amount]:
+    """What was requested, as totals in base units."""
+    return granted_totals([Granted(record.envelope.requested.resources, "reserved")])
+
+
+def together(name: str, amounts: list[Amount]) -> Amount:
+    """Amounts of several executions: they add up, and of what does not the largest counts."""
+    return add(amounts) if VOCABULARY[name].across_parts == "sum" or not amounts else largest(amounts)
+
+
+def minus(bound: Amount, taken: Amount) -> Amount:
+    """What is left of `bound`, never less than nothing; unknown where either is not known."""
+    if UNKNOWN in (bound, taken):
+        return UNKNOWN
+    if bound == "unlimited":
+        return bound
+    if taken == "unlimited":
+        return 0
+    assert isinstance(bound, int) and isinstance(taken, int)
+    return max(0, bound - taken)

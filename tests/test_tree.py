@@ -1,0 +1,334 @@
+"""Trees of envelopes: what a child may be given, what comes to the parent, and what budgets make of it."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from execution_envelope import (
+    Admission,
+    AdmissionController,
+    Ask,
+    Denied,
+    Grant,
+    InvalidField,
+    OpenChildren,
+    Subject,
+    Target,
+    Tree,
+    Violation,
+)
+from execution_envelope.budgets import Budget, Budgets
+from execution_envelope.ledger import verify
+from execution_envelope.ledger.memory import MemoryLedger
+from execution_envelope.resources import Amount
+
+pytestmark = pytest.mark.anyio
+NOW = datetime(2026, 5, 1, 12, tzinfo=UTC)
+
+
+def ask(kind: str = "agent.run", **more: Any) -> Ask:
+    subject = Subject("user", "dana", tenant="acme")
+    return Ask(kind=kind, operation="run", target=Target("agent", "a"), subject=subject, **more)
+
+
+async def run(controller: AdmissionController, given: dict[str, Any], **more: Any) -> Admission:
+    admission = await controller.begin(ask(**more))
+    await admission.grant(Grant(given))
+    return admission
+
+
+@pytest.fixture
+def controller() -> AdmissionController:
+    return AdmissionController(MemoryLedger())
+
+
+# What is left
+
+
+async def test_a_grant_may_be_a_function_of_what_is_left_above(controller: AdmissionController) -> None:
+    seen: list[dict[str, Amount]] = []
+
+    def within(left: Any) -> Grant:
+        seen.append(dict(left))
+        return Grant({"tool_calls": min(3, left.get("tool_calls", 9))})
+
+    alone = await controller.begin(ask())
+    await alone.grant(within)
+    assert seen == [{}] and alone.record.granted == {"tool_calls": 3}
+    parent = await run(controller, {"tool_calls": 5, "output_tokens": 100})
+    for expected in (3, 2, 0):
+        child = await controller.begin(ask(part_of=parent.id))
+        await child.grant(within)
+        assert child.record.granted == {"tool_calls": expected}
+    assert seen[1:] == [{"tool_calls": left, "output_tokens": 100} for left in (5, 2, 0)]
+    assert controller.counters["violations"] == 0
+
+
+async def test_what_a_grant_raises_is_passed_on_and_nothing_is_recorded(controller: AdmissionController) -> None:
+    parent = await run(controller, {"tool_calls": 0})
+    child = await controller.begin(ask(part_of=parent.id))
+
+    def nothing(left: Any) -> Grant:
+        raise LookupError(left["tool_calls"])
+
+    with pytest.raises(LookupError, match="0"):
+        await child.grant(nothing)
+    assert (await controller.read(child.id)).state == "admitted"
+
+
+async def test_what_an_ended_child_did_not_use_goes_back(controller: AdmissionController) -> None:
+    parent = await run(controller, {"output_tokens": 100, "memory": "1GiB"})
+    child = await run(controller, {"output_tokens": 60, "memory": "1GiB"}, part_of=parent.id)
+    below = await run(controller, {"output_tokens": 50}, part_of=child.id)
+    await below.used({"output_tokens": 20})
+    await below.complete()
+    await child.used({"output_tokens": 5})
+    left: dict[str, Amount] = {}
+    other = await controller.begin(ask(part_of=parent.id))
+
+    def look(found: Any) -> Grant:
+        left.update(found)
+        return Grant({"requests": 1})
+
+    await other.grant(look)
+    assert left == {"output_tokens": 40, "memory": 0}
+    await child.complete()
+    another = await controller.begin(ask(part_of=parent.id))
+    await another.grant(look)
+    assert left == {"output_tokens": 75, "memory": 2**30}
+
+
+async def test_what_a_parent_used_itself_is_not_left(controller: AdmissionController) -> None:
+    parent = await run(controller, {"output_tokens": 100})
+    await parent.used({"output_tokens": 90})
+    child = await controller.begin(ask(part_of=parent.id))
+    with pytest.raises(Violation, match="output_tokens 101 is beyond the 100"):
+        await child.grant(Grant({"output_tokens": 11}))
+
+
+async def test_the_nearest_above_that_was_granted_it_bounds(controller: AdmissionController) -> None:
+    outer = await run(controller, {"output_tokens": 100, "tool_calls": 9})
+    inner = await run(controller, {"tool_calls": 2}, part_of=outer.id)
+    one = await run(controller, {"output_tokens": 70, "tool_calls": 1}, part_of=inner.id)
+    two = await controller.begin(ask(part_of=inner.id))
+    with pytest.raises(Violation, match=f"output_tokens 140 is beyond the 100 that parent {outer.id}"):
+        await two.grant(Grant({"output_tokens": 70, "tool_calls": 1}))
+    assert one.state == "granted"
+    three = await controller.begin(ask(part_of=outer.id))
+    with pytest.raises(Violation, match="output_tokens 141"):
+        await three.grant(Grant({"output_tokens": 1}))
+
+
+async def test_grants_at_once_over_two_processes_never_come_to_more(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/l.db"
+    one, two = AdmissionController.open(url), AdmissionController.open(url)
+    parent = await run(one, {"tool_calls": 10})
+    children = [await controller.begin(ask(part_of=parent.id)) for controller in (one, two) for _ in range(8)]
+
+    async def grant(child: Admission) -> None:
+        await child.grant(lambda left: Grant({"tool_calls": min(1, int(left["tool_calls"]))}))
+
+    async with anyio.create_task_group() as group:
+        for child in children:
+            group.start_soon(grant, child)
+    assert sum(child.record.granted["tool_calls"] == 1 for child in children) == 10
+    assert one.counters["violations"] == two.counters["violations"] == 0
+    await one.aclose()
+    await two.aclose()
+
+
+# Ends
+
+
+async def test_no_clean_end_while_a_part_is_open(controller: AdmissionController) -> None:
+    parent = await run(controller, {"tool_calls": 5})
+    child = await controller.begin(ask(part_of=parent.id))
+    with pytest.raises(OpenChildren, match=f"expected no open part of {parent.id}") as refused:
+        await parent.complete()
+    assert refused.value.children == (child.id,) and parent.state == "granted"
+    await child.complete()
+    await parent.complete()
+
+
+async def test_leaving_the_block_with_an_open_part_is_no_clean_end(controller: AdmissionController) -> None:
+    for granted, state in ((False, "rejected"), (True, "failed")):
+        async with controller.admit(ask()) as parent:
+            if granted:
+                await parent.grant(Grant({"tool_calls": 1}))
+            child = await controller.begin(ask(part_of=parent.id))
+        assert parent.state == state
+        assert parent.record.events[-1].data.code == "OpenChildren"  # type: ignore[union-attr]
+        await child.cancel()
+
+
+@pytest.mark.parametrize("end", ["complete", "cancel", None])
+async def test_nothing_is_part_of_what_was_not_admitted_or_has_ended(
+    controller: AdmissionController, end: str | None
+) -> None:
+    parent = await controller.begin(ask())
+    if end is not None:
+        await getattr(parent, end)()
+        with pytest.raises(InvalidField, match="has not ended") as refused:
+            await controller.begin(ask(part_of=parent.id))
+        assert refused.value.field == "correlation.part_of"
+        assert controller.counters["attempted"] == 1
+    else:
+        await controller.begin(ask(part_of=parent.id))
+
+
+# Budgets
+
+
+def budgets(limit: int = 1000, **more: Any) -> Budgets:
+    return Budgets([Budget(name="tokens", resource="output_tokens", limit=limit, window="day", unknown=0, **more)])
+
+
+def balance(controller: AdmissionController) -> tuple[int, int]:
+    found = controller.ledger.balances()
+    return sum(one.reserved for one in found), sum(one.spent for one in found)
+
+
+async def test_a_tree_takes_of_a_budget_once() -> None:
+    controller = AdmissionController(MemoryLedger(), budgets=budgets(), clock=lambda: NOW)
+    parent = await run(controller, {"output_tokens": 800}, requested={"output_tokens": 800})
+    assert balance(controller) == (800, 0)
+    # There would be no room for it beside its parent.
+    child = await run(controller, {"output_tokens": 500}, requested={"output_tokens": 500}, part_of=parent.id)
+    covered = next(e.data.covered for e in child.record.events if e.data.type == "admitted")  # type: ignore[union-attr]
+    assert covered == {"tokens/acme": parent.id} and balance(controller) == (800, 0)
+    with pytest.raises(Denied, match="200 of 1000"):
+        await controller.begin(ask(requested={"output_tokens": 500}))
+    await child.used({"output_tokens": 120})
+    await child.complete()
+    await parent.used({"output_tokens": 30})
+    await parent.complete()
+    assert balance(controller) == (0, 150)
+    await child.used({"output_tokens": 10})  # late, and too late for a settled parent
+    await parent.used({"steps": 1})
+    assert balance(controller) == (0, 160)
+    assert verify(controller.ledger).findings == ()
+
+
+async def test_a_part_reserves_for_itself_where_the_parent_did_not() -> None:
+    controller = AdmissionController(MemoryLedger(), budgets=budgets(kinds=frozenset({"inference"})), clock=lambda: NOW)
+    parent = await run(controller, {"output_tokens": 800}, requested={"output_tokens": 800})
+    child = await run(
+        controller, {"output_tokens": 500}, kind="inference", requested={"output_tokens": 500}, part_of=parent.id
+    )
+    assert balance(controller) == (500, 0)
+    await child.used({"output_tokens": 120})
+    await child.complete()
+    await parent.complete()
+    assert balance(controller) == (0, 120)
+
+
+async def test_what_is_open_below_a_cancelled_parent_counts_as_all_that_it_may_use() -> None:
+    controller = AdmissionController(MemoryLedger(), budgets=budgets(), clock=lambda: NOW)
+    parent = await run(controller, {"output_tokens": 800}, requested={"output_tokens": 800})
+    await run(controller, {"output_tokens": 500}, requested={"output_tokens": 500}, part_of=parent.id)
+    await parent.cancel("no more")
+    assert balance(controller) == (0, 500)
+
+
+# Any tree
+
+
+class Spec:
+    """One node: what it wants and uses of two counters and a level, whether it reports, whether it goes too far."""
+
+    def __init__(self, wants: int, uses: int, reports: bool, beyond: bool, given: bool, below: list[Spec]) -> None:
+        self.wants, self.uses, self.reports, self.beyond, self.given = wants, uses, reports, beyond, given
+        self.below = below
+
+    def __repr__(self) -> str:
+        return f"Spec({self.wants}, {self.uses}, {self.reports}, {self.beyond}, {self.given}, {self.below})"
+
+
+def specs() -> st.SearchStrategy[Spec]:
+    numbers = st.integers(0, 60)
+    node = st.builds(Spec, numbers, numbers, st.booleans(), st.booleans(), st.booleans(), st.just([]))
+
+    def extend(children: st.SearchStrategy[Spec]) -> st.SearchStrategy[Spec]:
+        below = st.lists(children, max_size=3)
+        return st.builds(Spec, numbers, numbers, st.booleans(), st.booleans(), st.booleans(), below)
+
+    return st.recursive(node, extend, max_leaves=8)
+
+
+async def grow(controller: AdmissionController, spec: Spec, parent: Admission | None) -> None:
+    link = None if parent is None else parent.id
+    admission = await controller.begin(ask(part_of=link, requested={"output_tokens": spec.wants}))
+    if spec.given or parent is None:
+
+        def within(left: Any) -> Grant:
+            most = left.get("output_tokens", spec.wants)
+            return Grant({"output_tokens": spec.wants if spec.beyond else min(spec.wants, most)})
+
+        try:
+            await admission.grant(within)
+        except Violation:
+            assert spec.beyond
+    for below in spec.below:
+        await grow(controller, below, admission)
+    if spec.reports:
+        # Nobody reports more than it was given of what is left to it: what goes beyond a grant is the backend's doing.
+        await admission.used({"output_tokens": spec.uses})
+    await admission.complete()
+
+
+def granted_of(tree: Tree) -> int:
+    amount = tree.record.granted.get("output_tokens", 0)
+    assert isinstance(amount, int)
+    return amount
+
+
+def check_bounds(tree: Tree) -> None:
+    """Children that were given more than their parent, at any moment, stand with a violation."""
+    if "output_tokens" in tree.record.granted:
+        for child in tree.children:
+            if granted_of(child) > granted_of(tree):
+                assert child.record.violations
+    for child in tree.children:
+        check_bounds(child)
+
+
+@settings(max_examples=150, deadline=None)
+@given(spec=specs())
+async def test_children_never_exceed_parents_unseen_and_roll_ups_are_sums(spec: Spec) -> None:
+    controller = AdmissionController(MemoryLedger(), budgets=budgets(10**6), clock=lambda: NOW)
+    await grow(controller, spec, None)
+    [root] = [
+        id for id in controller.ledger.newest(100) if (await controller.read(id)).envelope.correlation.part_of is None
+    ]
+    tree = await controller.tree(root)
+    check_bounds(tree)
+    reports = [record.used["output_tokens"].amount for _, record in tree.walk() if "output_tokens" in record.used]
+    total = sum(amount for amount in reports if isinstance(amount, int))
+    assert tree.used["output_tokens"].amount == total if reports else "output_tokens" not in tree.used
+    for depth, record in tree.walk():
+        assert not record.is_open and (depth or record.envelope.correlation.part_of is None)
+    reserved, spent = balance(controller)
+    assert reserved == 0 and spent >= total
+    if spec.wants:  # the root has reserved for all of them
+        assert spent == sum(came_to(node) for node in nodes(tree))
+    assert verify(controller.ledger).findings == ()
+
+
+def nodes(tree: Tree) -> list[Tree]:
+    return [tree, *(node for child in tree.children for node in nodes(child))]
+
+
+def came_to(node: Tree) -> int:
+    """What it reported; where nobody below or itself says anything, all that it was given."""
+    used = node.record.used.get("output_tokens")
+    if used is not None:
+        assert isinstance(used.amount, int)
+        return used.amount
+    return 0 if node.children else granted_of(node)
