@@ -396,7 +396,11 @@ class Admission:
         )
 
     async def _open_children(self, record: Record) -> list[str]:
-        return [] if self._journal.has_no_parts(record) else await open_children(self._journal, record.id)
+        # To look at the ledger would store first what is relaxed. What is not bound belongs to this process alone.
+        relaxed = self._journal.mode(record.envelope, None).window_ms is not None
+        if relaxed and record.bound is None and not self._journal.parts.may_be_of(record.id):
+            return []
+        return await open_children(self._journal, record.id)
 
     async def _taken_over(self, older: Record, newer: Record) -> list[lifecycle.Bound]:
         """The older envelope's references, as far as they still lead to it and the newer one has none of the kind."""

@@ -21,7 +21,7 @@ from execution_envelope.credentials import shown
 from execution_envelope.decision import Observation
 from execution_envelope.envelope import KINDS, Envelope, SealedEnvelope, timestamp
 from execution_envelope.errors import InvalidField, LedgerUnavailable, NotFound
-from execution_envelope.family import read_tree
+from execution_envelope.family import Parts, read_tree
 from execution_envelope.grant import label
 from execution_envelope.ledger import Ledger
 from execution_envelope.ledger.commit import BudgetExhausted, Commit, SequenceConflict, Siblings
@@ -46,9 +46,6 @@ MAX_REMEMBERED: Final = 1000
 
 #: How often it is looked, in seconds, whether a write has ended that nobody may leave alone.
 _LOOK_AGAIN: Final = 0.005
-
-#: Of how many envelopes a process remembers that it admitted parts of them.
-MAX_PARENTS: Final = 100_000
 
 #: The longest window of a relaxed write, in milliseconds.
 MAX_WINDOW_MS: Final = 60_000
@@ -124,8 +121,7 @@ class Journal:
         self._clock = clock
         self._currency: str | None = None
         self._removed: dict[str, frozenset[str]] = {}
-        #: Envelopes of which this process admitted parts; None when they are too many to tell.
-        self._parents: set[str] | None = set()
+        self.parts = Parts()
         #: Trees of which everything has ended, as they were last read: only what was used can change in them.
         self.ended: dict[str, Tree] = {}
 
@@ -153,14 +149,6 @@ class Journal:
         if stored is None:
             raise NotFound(f"expected an envelope, none has the id {shown(name, 200)}")
         return stored.record()
-
-    def has_no_parts(self, record: Record) -> bool:
-        """Whether nothing can be part of an envelope, without a look at the ledger, for which what is relaxed would
-        have to be stored first: it is of a relaxed kind, belongs to this process because it is not bound, and this
-        process has admitted no part of it. Parts that another process admits of such a one are not looked for."""
-        mode = self._modes.get(record.envelope.execution.kind, STRICT)
-        relaxed = mode.window_ms is not None and record.bound is None
-        return relaxed and self._parents is not None and record.id not in self._parents
 
     async def children(self, id: str) -> Sequence[str]:
         """The envelopes that are part of this one; while the ledger is away, those that this process knows of."""
@@ -214,9 +202,8 @@ class Journal:
         by, at = _label(by) if type(by) is str else label(by), timestamp(self.now())
         if sealed is not None and sealed.removed:
             self._remember(sealed)
-        if sealed is not None and sealed.envelope.correlation.part_of is not None and self._parents is not None:
-            self._parents.add(sealed.envelope.correlation.part_of)
-            self._parents = self._parents if len(self._parents) < MAX_PARENTS else None
+        if sealed is not None:
+            self.parts.admitted(sealed.envelope.correlation.part_of)
         commits = []
         for record, facts in writes:
             check(record.state, facts)
