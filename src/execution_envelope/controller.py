@@ -360,10 +360,10 @@ class AdmissionController:
             if link == "part_of" and linked.state not in ("admitted", "granted"):
                 problem = f"expected an envelope that was admitted and has not ended, {linked.id} is {linked.state}"
                 raise InvalidField(f"correlation.{link}", problem)
-            if link == "runs_on":
-                while len(self._run_on) >= MAX_RUN_ON:
-                    del self._run_on[next(iter(self._run_on))]
-                self._run_on[linked.id] = None
+            if link == "part_of":
+                self._journal.parts.admitted(linked.id)
+            elif link == "runs_on":
+                self._run_on = dict.fromkeys([*self._run_on, linked.id][-MAX_RUN_ON:])
             changes[link] = linked.id
         return replace(ask, **changes)
 

@@ -68,9 +68,9 @@ class Parts:
     def __init__(self) -> None:
         self._parents: set[str] = set()
 
-    def admitted(self, parent: str | None) -> None:
-        """A part of this one was sealed."""
-        if parent is not None and len(self._parents) < MAX_PARENTS:
+    def admitted(self, parent: str) -> None:
+        """A part of this one is about to be sealed."""
+        if len(self._parents) < MAX_PARENTS:
             self._parents.add(parent)
 
     def may_be_of(self, id: str) -> bool:

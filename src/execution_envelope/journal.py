@@ -202,8 +202,6 @@ class Journal:
         by, at = _label(by) if type(by) is str else label(by), timestamp(self.now())
         if sealed is not None and sealed.removed:
             self._remember(sealed)
-        if sealed is not None:
-            self.parts.admitted(sealed.envelope.correlation.part_of)
         commits = []
         for record, facts in writes:
             check(record.state, facts)
