@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -20,6 +20,16 @@ from execution_envelope import (
     lifecycle,
     resources,
 )
+from execution_envelope.adapters import kamiwaza, mcp, openai, ray
+from execution_envelope.adapters.declared import (
+    MAX_SECRET_DEPTH,
+    MAX_SECRET_NAMES,
+    Always,
+    Header,
+    Mapped,
+    Names,
+    Raw,
+)
 from execution_envelope.admission import MAX_CONFLICTS
 from execution_envelope.controller import ATTEMPTED_BURST, ATTEMPTED_PER_SECOND, AdmissionController
 from execution_envelope.decision import CODES
@@ -32,8 +42,10 @@ from execution_envelope.ledger.segments import PATIENCE as SEGMENT_PATIENCE
 from execution_envelope.ledger.spool import MAX_SPOOLED
 from execution_envelope.ledger.sqlite_database import BUSY_TIMEOUT, MAX_SEGMENTS
 from execution_envelope.ledger.writer import MAX_GROUP, MAX_WAITING
+from execution_envelope.observed import MAX_SKEW
 from execution_envelope.observers import MAX_WAITING as MAX_UNTOLD
 from execution_envelope.reconciliation import PATIENCE, PROBE_TIMEOUT
+from execution_envelope.reporting import MAX_LINE
 
 HERE = Path(__file__).parent / "reference"
 
@@ -47,6 +59,7 @@ def pages() -> dict[Path, str]:
         HERE / "reason-codes.md": _codes(),
         HERE / "counters.md": _counters(),
         HERE / "credentials.md": _credentials(),
+        HERE / "adapters.md": _adapters(),
         HERE / "envelope.schema.json": _schema(envelope.Envelope),
         HERE / "event.schema.json": _schema(Entry),
     }
@@ -124,6 +137,11 @@ def _limits() -> str:
             f"{grant.MAX_NAME} characters",
             "refused, the field is named",
         ),
+        (
+            "open objects that an adapter looks through for names of secrets",
+            f"{MAX_SECRET_DEPTH} levels, {MAX_SECRET_NAMES} such names",
+            "what is deeper is taken out as a whole; with more names all of the object is",
+        ),
         ("a reference", "200 characters, with its kind", "refused, the field is named"),
         ("budgets of a controller", str(budgets.MAX_BUDGETS), "refused when they are made"),
         ("the name of an account", f"{budgets.MAX_ACCOUNT} bytes", "cut, and ends in a digest of the whole"),
@@ -185,6 +203,21 @@ def _limits() -> str:
             f"{SEGMENT_PATIENCE:g} s without being renewed",
             "its process is taken to have left it",
         ),
+        (
+            "end of an execution that is recorded after the fact",
+            f"{MAX_SKEW.total_seconds():g} s ahead of the clock",
+            "refused, the field is named",
+        ),
+        (
+            "a backend's revision that is a number",
+            f"0 to {resources.MAX_AMOUNT}",
+            "refused, the field is named; as digits in a text it may be larger",
+        ),
+        (
+            "envelopes of a `supersedes` line that a report is compared with",
+            str(MAX_LINE),
+            "what was said of a part before those is not looked for",
+        ),
         ("segments of an SQLite ledger that are not dropped", str(MAX_SEGMENTS), "the next one is refused"),
         ("envelopes of a projection in memory", str(MAX_IN_MEMORY), "`LedgerUnavailable`: make the folder writable"),
         ("findings of a verification", str(MAX_FINDINGS), "counted, not listed"),
@@ -212,6 +245,143 @@ def _credentials() -> str:
         "before anything is sealed or recorded. The request is not refused. A secret in no such format is taken out "
         "only when the adapter names its field (`Ask.secrets`).\n\n" + _table(("format", "marker"), rows)
     )
+
+
+#: What functions make of fields, beside what they declare: (fields, what they become).
+_BY_FUNCTION: Mapping[str, Sequence[tuple[str, str]]] = {
+    "openai.completion": (
+        ("model", "id of the target; constraint `model`"),
+        (
+            "n_predict, max_completion_tokens, max_tokens",
+            "requested `output_tokens`: the first of them, for all answers together; `-1` is unlimited",
+        ),
+        ("n, best_of, prompt", "how many answers: the larger of the two, to each prompt"),
+        ("service_tier", "constraint `service_tier`"),
+        ("web_search_options", "constraint `web_search_options`"),
+        ("", "requested `requests`: 1"),
+    ),
+    "openai.embedding": (
+        ("input", "requested `input_tokens`, where it is written in tokens; else in the digest only"),
+    ),
+    "openai.response": (("tools.*.type", "constraint `tools`: those that the server itself is to use"),),
+    "mcp.tool_call": (("params._meta.traceparent, params._meta.tracestate", "the trace of the envelope"),),
+    "kamiwaza.deployment": (
+        ("m_id", "id of the target"),
+        ("m_config_id", "version of the target"),
+        ("m_file_id", "constraint `weights`"),
+        ("starting_copies, min_copies, max_copies", "requested `replicas`, its floor and its ceiling"),
+        ("duration", "requested `duration`, in minutes"),
+        ("max_concurrent_requests", "requested `concurrency`"),
+        ("context", "requested `context`"),
+        ("vram_allocation", "requested `gpu_memory` per replica; beside a minimum for each device a constraint"),
+        ("gpu_allocation", "constraint `gpu_allocation`"),
+        ("gpu_floor", "floor of requested `gpu`"),
+        ("engine_name", "constraint `engine`"),
+        ("location", "constraint `location`"),
+        ("node_resource_type", "constraint `node_type`"),
+        ("autoscaling, force_cpu, lb_port", "constraints of these names"),
+        ("env", "constraint `env`: its names"),
+        ("inferenceResources.cpu.requests.cpu", "requested `cpu` per replica"),
+        ("inferenceResources.cpu.requests.memory", "requested `memory` per replica"),
+        ("inferenceResources.cpu.architecture", "constraint `architecture`"),
+        ("inferenceResources.accelerator.count", "requested `gpu` per replica; one where there is no count"),
+        ("inferenceResources.accelerator.memory.minimum", "requested `gpu_memory` per device, and its floor"),
+        ("inferenceResources.accelerator.capability", "constraint `accelerator`"),
+        ("inferenceResources.accelerator.isolation", "constraint `isolation`"),
+        ("inferenceResources.accelerator.profile", "constraint `gpu_profile`"),
+        ("inferenceResources.runtime.selection", "constraint `runtime`"),
+        ("inferenceResources.alternatives", "constraint `alternatives`"),
+        ("header x-workroom-id", "scope `workroom`"),
+    ),
+}
+#: Name -> request, what declares it (or None), target, secrets, client defaults, not part of admission.
+_ADAPTERS: Mapping[str, tuple[str, Mapped | None, str, Sequence[str], Mapping[str, object], Iterable[str]]] = {
+    "kamiwaza.deployment": (
+        "`POST /serving/deploy_model`",
+        None,
+        "model.deploy",
+        ["env.*"],
+        kamiwaza.CLIENT_DEFAULTS,
+        kamiwaza.NOT_ADMITTED,
+    ),
+    **{
+        name: (request, mapped, mapped.kind, mapped.secrets, mapped.client_defaults, mapped.not_admitted)
+        for name, request, mapped in (
+            ("kamiwaza.ingestion", "`POST /ingestion/ingest/run`", kamiwaza.describe_ingestion),
+            ("kamiwaza.retrieval", "`POST /retrieval/jobs`", kamiwaza.describe_retrieval),
+            ("mcp.tool_call", "`tools/call`, the JSON-RPC request", mcp._CALL),
+            ("openai.batch", "`POST /v1/batches`", openai.describe_batch),
+            ("openai.embedding", "`POST /v1/embeddings`", openai._EMBEDDING),
+            ("openai.response", "`POST /v1/responses`", openai._RESPONSE),
+            ("ray.job", "`POST /api/jobs/`", ray.describe_job),
+        )
+    },
+    "openai.completion": (
+        "`POST /v1/chat/completions`, `POST /v1/completions`",
+        None,
+        "inference",
+        [],
+        {},
+        openai.COMPLETION_NOT_ADMITTED,
+    ),
+}
+
+
+def _adapters() -> str:
+    text = (
+        "# Adapters\n\nWhat each adapter makes of a request, field by field; "
+        '[how to write one](../howto/write-an-adapter.md). By name: `adapters.load("openai.completion")`. Null is '
+        "absent. A field that is *not part of admission* is in the digest of the request only; `path.*` stands for the "
+        "other names of an open object. *Secrets* are in no digest either. A value equal to a *client default* is "
+        "recorded as one and never reported as ignored. Where every field is a secret whose name says so, what is "
+        f"nested deeper than {MAX_SECRET_DEPTH} levels is one as a whole, and with more than {MAX_SECRET_NAMES} the "
+        "whole object is.\n"
+    )
+    for name, (request, mapped, kind, secrets, defaults, rest) in sorted(_ADAPTERS.items()):
+        rows = [] if mapped is None else _declared(mapped)
+        rows += _BY_FUNCTION.get(name, ())
+        shown = [
+            (", ".join(f"`{f}`" for f in fields.split(", ")) if fields else "always", said) for fields, said in rows
+        ]
+        text += f"\n## {name}\n\n{request}, kind `{kind}`.\n\n{_table(('field', 'becomes'), shown)}"
+        told = {
+            "Secrets": [*secrets, *(f"{path}, names that say so" for path in (mapped.secret_names if mapped else ()))],
+            "Client defaults": [_default(key, value) for key, value in defaults.items()],
+            "Not part of admission": sorted(rest),
+        }
+        for what, items in told.items():
+            if items:
+                text += f"\n{what}: {', '.join(f'`{item}`' for item in items)}.\n"
+    return text
+
+
+def _default(name: str, value: object) -> str:
+    plain = value["amount"] if isinstance(value, dict) else value
+    return f"{name} {msgspec.json.encode(plain).decode()}"
+
+
+def _declared(mapped: Mapped) -> list[tuple[str, str]]:
+    """The rows of what an adapter declares."""
+
+    def at(path: object) -> str:
+        if isinstance(path, Header):
+            return f"header {path.name}"
+        return ", ".join((path,) if isinstance(path, str) else path)  # type: ignore[arg-type]
+
+    rows = [(at(mapped.target_id), f"id of the target, a {mapped.target}")]
+    for name, read in mapped.resources.items():
+        if isinstance(read, Always):
+            rows.append(("", f"requested `{name}`: {read.value}"))
+            continue
+        raw = read if isinstance(read, Raw) else Raw(read)
+        unit = f", in {raw.unit}" if raw.unit else ""
+        rows.append((at(raw.path), f"requested `{name}`{unit}" + (", rounded up" if raw.round_up else "")))
+    for name, constraint in mapped.constraints.items():
+        if isinstance(constraint, Names):
+            rows.append((at(constraint.path), f"constraint `{name}`: its names"))
+        elif not isinstance(constraint, Always):
+            rows.append((at(constraint), f"constraint `{name}`"))
+    return rows + [(at(path), f"scope `{name}`") for name, path in mapped.scope.items()]
 
 
 def main() -> None:

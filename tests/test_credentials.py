@@ -702,3 +702,13 @@ def test_looking_once_finds_what_looking_at_every_text_finds(overrides: dict[str
         patch.setattr(credentials, "suspicious", lambda text: True)
         each = outcome(ask(**overrides))
     assert once == each
+
+
+@pytest.mark.parametrize("depth", [1, 20_000])
+def test_what_has_a_secret_name_is_taken_out_however_deep_it_is(depth: int) -> None:
+    deep: Any = {"name-hunter2": ["value-hunter2"]}
+    for _ in range(depth):
+        deep = [deep]
+    sealed = seal(ask(body={"env": {"A": deep}}, schema="s/1", secrets=["env.*"]), id="e", now=START)
+    assert sealed.redacted == ("request.env.A",)
+    assert sealed.removed == {"name-hunter2", "value-hunter2"}

@@ -17,10 +17,12 @@ import httpx
 import pytest
 
 from execution_envelope import Subject
+from execution_envelope.adapters import Context
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-RUNNABLE = re.findall(r"<!-- runs: tests/test_docs.py -->\n```python\n(.*?)```", README, re.S)
+RUNS = re.compile(r"<!-- runs: tests/test_docs.py -->\n```python\n(.*?)```", re.S)
+RUNNABLE = RUNS.findall(README)
 DANA = Subject("user", "dana", tenant="acme", roles=["operator"])
 PAGES = [ROOT / "README.md", ROOT / "ARCHITECTURE.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")]
 
@@ -105,6 +107,42 @@ async def test_a_plain_endpoint_calls_the_handle_as_shown():
     async with controller.admit(asked) as admission:
         await anyio.to_thread.run_sync(lambda: eval(shown, {"anyio": anyio, "admission": admission}))
     assert (await controller.read("deployment", "d-1")).state == "admitted"
+
+
+def test_the_adapter_of_the_guide_keeps_the_contract_as_shown():
+    names: dict = {}
+    blocks = RUNS.findall((ROOT / "docs" / "howto" / "write-an-adapter.md").read_text())
+    for block in blocks:
+        exec(compile(block, "write-an-adapter.md", "exec", dont_inherit=True), names)
+    assert len(blocks[1].splitlines()) <= 22
+    shown = names["TestEvaluation"]
+
+    class OfTheFunction(shown):
+        def make_adapter(self):
+            return names["describe_judged_evaluation"]
+
+        def make_not_admitted(self):
+            return ["title"]
+
+    for contract in (shown(), OfTheFunction()):
+        for test in [name for name in dir(contract) if name.startswith("test_")]:
+            getattr(contract, test)()
+    # As it says: a field that somebody adds later has to be decided upon.
+    later = type("Later", (names["EvaluationRequest"],), {"__annotations__": {"priority": int}, "priority": 0})
+    contract = type("OfLater", (shown,), {"make_schema": lambda self: later})()
+    with pytest.raises(AssertionError, match=r"these are not: priority$"):
+        contract.test_every_field_is_mapped_or_listed()
+
+
+def test_the_adapter_of_the_guide_refuses_as_said():
+    names: dict = {}
+    page = (ROOT / "docs" / "howto" / "write-an-adapter.md").read_text()
+    for block in RUNS.findall(page)[:2]:
+        exec(compile(block, "write-an-adapter.md", "exec", dont_inherit=True), names)
+    (said,) = re.findall(r"``(expected .*?) ``", page)
+    context = Context("POST /evaluations", {}, {}, {}, None)
+    with pytest.raises(ValueError, match=re.escape(said)):
+        names["describe_evaluation"]({"model": "m", "limits": {"memory_mb": "5"}}, context)
 
 
 def test_every_setting_of_the_proving_ground_is_documented():

@@ -165,6 +165,13 @@ def test_every_event_type_has_a_sentence() -> None:
         (lifecycle.Admitted(), "admitted, it may go on"),
         (lifecycle.Admitted(undecided=True), "admitted undecided: no decider covers this kind"),
         (lifecycle.Admitted(shadow="denied"), "admitted, not enforced: enforcing would have denied it"),
+        (
+            lifecycle.Observed("gateway", "7", "2026-05-01T12:00:00.000000Z", "2026-05-01T11:59:00.000000Z"),
+            "observed after the fact, never admitted, no decider was asked: entry 7 of gateway, "
+            "from 2026-05-01 11:59:00Z to 2026-05-01 12:00:00Z",
+        ),
+        (lifecycle.Reported("ready", 7, "r0"), "r0 is ready as of revision 7, says the backend"),
+        (lifecycle.Reported("pending", "8", None, "full"), "it is pending as of revision 8, says the backend: full"),
         (lifecycle.Denied("capacity", "full", True), "denied (capacity): full; trying later can help"),
         (
             lifecycle.Held("approval_required", "ask a boss", "k1"),

@@ -121,6 +121,8 @@ async def everything() -> MemoryLedger:
         )
     await admission.ready("0")
     await admission.used({"steps": 1, "output_tokens": "unlimited"}, key="r", how="estimated")
+    await admission.observe("unready", rev=7, part="0", reason="draining")
+    await admission.observe("ready", rev="18446744073709551616")
     await admission.release("0", reason="scaled down")
     await admission.fail("Crash", "it crashed")
     await admission.used({"steps": 1})
@@ -128,6 +130,7 @@ async def everything() -> MemoryLedger:
         other = await controller.begin(ask())
         await other.oblige("scan", "fulfilled", "clean")
         await (other.reject("NoRoom", "full") if end == "reject" else getattr(other, end)())
+    await controller.record(ask(), source="gateway", key="7", began_at=START, ended_at=START, used={"steps": 1}, by="c")
     lost = await controller.begin(ask())
     await lost.bind("job", "j", owner="node")
 

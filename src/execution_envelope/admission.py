@@ -12,7 +12,7 @@ import anyio
 import msgspec
 
 from execution_envelope import grant as grants
-from execution_envelope import lifecycle
+from execution_envelope import lifecycle, reporting
 from execution_envelope.budgets import Prices, is_enforced, unbounded
 from execution_envelope.credentials import marker, scrub, shown
 from execution_envelope.decision import told
@@ -221,6 +221,22 @@ class Admission:
         """A part serves."""
         await self._say(lifecycle.Ready(grants.label(part, "part")), by=by)
 
+    async def observe(
+        self, state: str, *, rev: int | str, part: str | None = None, reason: str | None = None, by: str | None = None
+    ) -> None:
+        """What the backend says that a part, or the whole, is now, as often as it likes: see `reporting`.
+
+        Raises `OpenObligations` and `OpenChildren` as `complete`, and records nothing, when the whole *completed*.
+        """
+        said = None if reason is None else self._text(reason)
+        fact = reporting.reported(state, rev, grants.label(part, "observe.part"), said)
+
+        async def plan(record: Record) -> _Plan:
+            return _Plan(await reporting.facts(record, fact, self._journal))
+
+        told = await self._write(plan, by=by)
+        self._journal.counters["reported" if told else "reported_again"] += 1
+
     async def used(
         self,
         resources: Mapping[str, Any],
@@ -413,6 +429,14 @@ class Admission:
             and await journal.call(journal.ledger.find, kind, fact.reference) == older.id
         ]
 
+    async def assess(self, grant: Grant) -> tuple[lifecycle.Granted, Sequence[lifecycle.Violation], Sequence[Siblings]]:
+        """A grant as it is recorded, what it goes beyond of those above, and what was read for that."""
+        fact = self._without_secrets(grant).fact()
+        if self.envelope.correlation.part_of is None:
+            return fact, (), ()
+        family = await Family.of(self._journal, self._record, fresh=True)
+        return fact, family.beyond(fact), family.siblings()
+
     def _text(self, text: str) -> str:
         return scrub(text, removed=self._journal.removed(self.id))
 
@@ -469,6 +493,8 @@ class _Plan:
 
 def _is_news(record: Record, fact: Fact) -> bool:
     """Whether it says more than what is known of the same part: no change, no event."""
+    if isinstance(fact, lifecycle.Reported):
+        return reporting.is_news(record, fact)
     if not record.is_open:
         return True
     if isinstance(fact, lifecycle.Granted):

@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Final, Literal
 
+from msgspec.structs import replace
+
 from execution_envelope.credentials import shown
 from execution_envelope.decision import grounds
 from execution_envelope.envelope import Ask, Identity, Subject, Target, established, seal
-from execution_envelope.errors import InvalidField, NotHeld, SelfApproval
-from execution_envelope.lifecycle import Approval, Held
+from execution_envelope.errors import InvalidField, KeyConflict, NotHeld, SelfApproval
+from execution_envelope.lifecycle import Approval, Held, Verdict
 from execution_envelope.record import Record
 
 #: The operation of a request to approve or deny one that is held; of kind `maintenance`.
@@ -119,3 +121,28 @@ def until(now: datetime, span: timedelta) -> datetime:
         return now + span
     except OverflowError:
         return datetime.max.replace(tzinfo=now.tzinfo)
+
+
+def said_before(record: Record, verdict: Verdict) -> bool:
+    """Whether the hook's newest verdict on the record says the same, in whatever words and however long it took."""
+    before = next((seen for seen in reversed(record.verdicts) if seen.hook == verdict.hook), None)
+    return before is not None and _gist(before) == _gist(verdict)
+
+
+def _gist(verdict: Verdict) -> tuple[object, ...]:
+    return verdict.decision, verdict.code, grounds(verdict), verdict.shadow, verdict.limits
+
+
+def lasting(identity: Identity) -> Identity:
+    """Without the session: whoever waits for approval comes again in another one."""
+    how = identity.authentication
+    return identity if how is None else replace(identity, authentication=replace(how, session=None))
+
+
+def decided_just_now(record: Record) -> KeyConflict:
+    """Another request under the key of a held one came first."""
+    return KeyConflict(
+        "another request with this idempotency key was decided just now, try again later",
+        envelope_id=record.id,
+        retryable=True,
+    )

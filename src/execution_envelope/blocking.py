@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractAsyncContextManager, contextmanager
 from functools import partial
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, Unpack
 
 from anyio.from_thread import BlockingPortalProvider
 
 from execution_envelope.admission import Admission
 from execution_envelope.envelope import Ask, Subject
 from execution_envelope.judge import Plan
+from execution_envelope.observed import Seen
 from execution_envelope.record import Record
 
 
@@ -22,6 +23,10 @@ class Seam(Protocol):
     async def resume(self, *reference: str, by: str) -> Admission: ...
     async def read(self, *reference: str) -> Record: ...
     async def plan(self, ask: Ask) -> Plan: ...
+    async def observe(
+        self, *reference: str, state: str, rev: int | str, part: str | None, reason: str | None, by: str
+    ) -> Record: ...
+    async def record(self, ask: Ask, **seen: Unpack[Seen]) -> Record: ...
     async def approve(self, *reference: str, by: Subject, reason: str) -> Record: ...
     async def deny(self, *reference: str, by: Subject, reason: str) -> Record: ...
 
@@ -55,6 +60,19 @@ class BlockingController:
         with self._portals as portal:
             return portal.call(self._controller.plan, ask)
 
+    def observe(
+        self, *reference: str, state: str, rev: int | str, part: str | None = None, reason: str | None = None, by: str
+    ) -> Record:
+        """What the backend says that a part is now, as `AdmissionController.observe`."""
+        call = partial(self._controller.observe, *reference, state=state, rev=rev, part=part, reason=reason, by=by)
+        with self._portals as portal:
+            return portal.call(call)
+
+    def record(self, ask: Ask, **seen: Unpack[Seen]) -> Record:
+        """An execution that is only known afterwards, as `AdmissionController.record`."""
+        with self._portals as portal:
+            return portal.call(partial(self._controller.record, ask, **seen))
+
     def approve(self, *reference: str, by: Subject, reason: str) -> Record:
         """Let a held request go on, as `AdmissionController.approve`."""
         with self._portals as portal:
@@ -77,6 +95,7 @@ class BlockingAdmission:
             "grant",
             "release",
             "ready",
+            "observe",
             "used",
             "oblige",
             "reject",

@@ -10,7 +10,7 @@ import select
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
@@ -66,6 +66,8 @@ from execution_envelope.version import __version__
 POLL: Final = 0.25
 #: After so many exported envelopes `list` looks no further.
 MAX_EXPORTED: Final = 10_000
+#: Among so many of the newest that were observed `list --observed` looks.
+MAX_OBSERVED: Final = 10_000
 #: Findings printed; `--json` lists them all.
 MAX_PRINTED: Final = 100
 _PAGE: Final = 1000
@@ -115,12 +117,14 @@ def cli(context: click.Context, url: str | None) -> None:
     "--state",
     "states",
     multiple=True,
-    type=click.Choice(sorted(OPEN | TERMINAL)),
+    # An observed one has ended by the time that anybody sees it.
+    type=click.Choice(sorted((OPEN | TERMINAL) - {"observed"})),
     metavar="STATE",
     help="Only in this state; may be repeated.",
 )
 @click.option("--kind", type=click.Choice(KINDS), metavar="KIND", help="Only of this kind, such as model.deploy.")
 @click.option("--tenant", help="Only of this tenant.")
+@click.option("--observed", is_flag=True, help="Only what went past the seam and was recorded after the fact.")
 @click.option("--attempted", is_flag=True, help="List the requests that never became an envelope instead.")
 @click.pass_context
 def list_(
@@ -131,14 +135,15 @@ def list_(
     states: tuple[str, ...],
     kind: str | None,
     tenant: str | None,
+    observed: bool,
     attempted: bool,
 ) -> None:
     """List envelopes, newest first.
 
     The short id of the table is enough for `envelope show`.
     """
-    if attempted and (states or kind or tenant):
-        raise Problem("expected --attempted without --state, --kind and --tenant: such a request has none of them")
+    if attempted and (states or kind or tenant or observed):
+        raise Problem("expected --attempted without --state, --kind, --tenant and --observed: it has none of them")
     now, console = utc_now(), new_console()
     rows: list[dict[str, Text]] = []
     damaged, exported = [], 0
@@ -155,7 +160,10 @@ def list_(
         emit: Callable[[Any], None] = print_json if as_json else rows.append
         projection = ledger.projection()
         catch_up(projection)
-        for id in _listed(projection, min(limit, _PAGE), states=states, kind=kind, tenant=tenant):
+        ids: Iterable[str] = _listed(projection, min(limit, _PAGE), states=states, kind=kind, tenant=tenant)
+        if observed:
+            ids = projection.coverage(MAX_OBSERVED).of["observed"].newest
+        for id in ids:
             try:
                 record = _record(ledger, id)
                 execution, identity = record.envelope.execution, record.envelope.identity

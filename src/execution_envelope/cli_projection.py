@@ -42,6 +42,7 @@ ADVICE: Final = {
     "ungranted": "the backend has to say what it gave: `admission.grant(...)`",
     "unstated": "grant with `because={...}`, or state the step with `admission.effective(...)`",
     "violations": "`envelope show ID` names the bound and who went beyond it",
+    "observed": "let them come through the seam; `envelope show ID` says by which log they are known",
     "undecided": "register a decider that covers the kind",
     "damaged": "run `envelope verify`",
     "unreadable": "run `envelope verify`",

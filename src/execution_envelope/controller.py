@@ -12,7 +12,7 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self, TypeAlias, TypeVar
+from typing import Any, Final, Self, TypeAlias, TypeVar, Unpack
 
 import anyio
 import anyio.to_thread
@@ -22,13 +22,13 @@ from msgspec.structs import replace as replace_struct
 from execution_envelope import decision as decisions
 from execution_envelope import lifecycle
 from execution_envelope.admission import Admission
-from execution_envelope.approvals import Approvals, expired, lapsed
+from execution_envelope.approvals import Approvals, decided_just_now, expired, lapsed, lasting, said_before
 from execution_envelope.approver import Approver, Said
 from execution_envelope.blocking import BlockingController
 from execution_envelope.budgets import Budgets
 from execution_envelope.credentials import scrub, shown
 from execution_envelope.decision import Hook, Mode
-from execution_envelope.envelope import Ask, Envelope, Identity, SealedEnvelope, Subject, key_digest, seal, timestamp
+from execution_envelope.envelope import Ask, Envelope, SealedEnvelope, Subject, key_digest, seal, timestamp
 from execution_envelope.errors import (
     Denied,
     Exported,
@@ -50,6 +50,7 @@ from execution_envelope.ledger import AttemptedRequest, Ledger, open_ledger
 from execution_envelope.ledger.commit import BudgetExhausted, KeyRow, KeyTaken, SequenceConflict
 from execution_envelope.ledger.contract import Conservation
 from execution_envelope.lifecycle import EventData
+from execution_envelope.observed import Recorder, Seen
 from execution_envelope.observers import Observers
 from execution_envelope.reconciler import Reconciler
 from execution_envelope.reconciliation import Prober, Reconciliation
@@ -132,6 +133,7 @@ class AdmissionController:
         self._run_on: dict[str, None] = {}
         self._reconciler = Reconciler(self._journal)
         self._approver = Approver(self._journal, self._judge, self._reconciler, self._admitted_by_somebody)
+        self._recorder = Recorder(self._journal, self._judge, self._sealed, self._handle)
         self._tokens = float(ATTEMPTED_BURST)
         self._refilled = time.monotonic()
 
@@ -199,9 +201,7 @@ class AdmissionController:
 
     async def _begin(self, ask: Ask, *, must_decide: bool = False) -> Admission:
         # 1. Seal: five families, validated, without credentials, in canonical form.
-        sealed = seal(await self._linked(ask), id=self._new_id(), now=self._journal.now())
-        if self._facets is not None:
-            self._facets(sealed.envelope)
+        sealed = await self._sealed(ask)
         # 2. Recognise a request that was sent before.
         if sealed.key_digest is not None:
             first = await self._journal.call(self.ledger.key, sealed.key_digest)
@@ -235,9 +235,7 @@ class AdmissionController:
 
         Hooks that have side effects, or do not say, are left out and named. Raises `InvalidField` and `Unidentified`.
         """
-        sealed = seal(await self._linked(ask), id=self._new_id(), now=self._journal.now())
-        if self._facets is not None:
-            self._facets(sealed.envelope)
+        sealed = await self._sealed(ask)
         return await self._judge.plan(sealed.envelope)
 
     async def approve(self, *reference: str, by: Subject, reason: str) -> Record:
@@ -260,6 +258,25 @@ class AdmissionController:
         `NotFound`.
         """
         return self._handle(await self.read(*reference), by=by)
+
+    async def observe(
+        self, *reference: str, state: str, rev: int | str, part: str | None = None, reason: str | None = None, by: str
+    ) -> Record:
+        """What the backend says that a part, or the whole, is now; for level-triggered controllers, as `by`.
+
+        Idempotent over processes and restarts: see `Admission.observe`. Returns the record; raises `NotFound` too.
+        """
+        admission = await self.resume(*reference, by=by)
+        await admission.observe(state, rev=rev, part=part, reason=reason)
+        return admission.record
+
+    async def record(self, ask: Ask, **seen: Unpack[Seen]) -> Record:
+        """An execution that is only known afterwards, from a log: recorded, accounted, never admitted.
+
+        See `observed.Seen` for what is said of it, and `observed.Recorder.record`.
+        """
+        await self._settle()
+        return await self._recorder.record(ask, seen)
 
     async def read(self, *reference: str) -> Record:
         """The record with this id, ``"kind:reference"`` or ``"kind", "reference"``. Raises `NotFound`."""
@@ -336,8 +353,17 @@ class AdmissionController:
 
     # Steps
 
-    async def _linked(self, ask: Ask) -> Ask:
-        """The ask with its links resolved to envelope ids, each of the asking tenant."""
+    async def _sealed(self, ask: Ask, *, ended: bool = False) -> SealedEnvelope:
+        sealed = seal(await self._linked(ask, ended=ended), id=self._new_id(), now=self._journal.now())
+        if self._facets is not None:
+            self._facets(sealed.envelope)
+        return sealed
+
+    async def _linked(self, ask: Ask, *, ended: bool) -> Ask:
+        """The ask with its links resolved to envelope ids, each of the asking tenant.
+
+        What it is part of may have `ended` only when it is recorded after the fact.
+        """
         changes: dict[str, Any] = {}
         if ask.part_of is ask.runs_on is ask.supersedes is None:
             return ask
@@ -357,7 +383,7 @@ class AdmissionController:
             if link != "runs_on" and ask.subject is not None and linked.envelope.identity.tenant != ask.subject.tenant:
                 problem = f"expected an envelope, none has the id {shown(reference, 200)}"
                 raise InvalidField(f"correlation.{link}", problem)
-            if link == "part_of" and linked.state not in ("admitted", "granted"):
+            if link == "part_of" and not ended and linked.state not in ("admitted", "granted"):
                 problem = f"expected an envelope that was admitted and has not ended, {linked.id} is {linked.state}"
                 raise InvalidField(f"correlation.{link}", problem)
             if link == "part_of":
@@ -469,7 +495,7 @@ class AdmissionController:
 
     async def _decide_again(self, sealed: SealedEnvelope, record: Record) -> Admission:
         """A held request came back: who asks is looked at again, and the deciders run again."""
-        if _lasting(sealed.envelope.identity) != _lasting(record.envelope.identity):
+        if lasting(sealed.envelope.identity) != lasting(record.envelope.identity):
             raise KeyConflict(
                 "expected the identity that was held, this request has other roles, delegation or authentication",
                 envelope_id=record.id,
@@ -481,21 +507,21 @@ class AdmissionController:
         judgement = await self._judge.decide(record.envelope, held=record)
         if isinstance(judgement.outcome, lifecycle.Held):
             # Whoever asks again and again gets the same verdicts: only others are news.
-            news = [verdict for verdict in judgement.verdicts if not _said(record, verdict)]
+            news = [verdict for verdict in judgement.verdicts if not said_before(record, verdict)]
             if news:
                 await self._decided(news, record)
             return self._answer(record, judgement)
         try:
             judgement = await self._record(record, judgement)
         except SequenceConflict as error:
-            raise _decided_just_now(record) from error
+            raise decided_just_now(record) from error
         return self._answer(record, judgement)
 
     async def _decided(self, facts: Sequence[EventData], record: Record) -> None:
         try:
             await self._journal.write([(record, facts)], by=self.component)
         except SequenceConflict as error:
-            raise _decided_just_now(record) from error
+            raise decided_just_now(record) from error
 
     def _answer(self, record: Record, judgement: Judgement | None = None) -> Admission:
         """Hand over the admission, or raise what was decided: just now, or as the record says."""
@@ -564,14 +590,6 @@ class Block:
             await self._admission.leave(cancelled=f"{name} while it was resolved")
 
 
-def _decided_just_now(record: Record) -> KeyConflict:
-    return KeyConflict(
-        "another request with this idempotency key was decided just now, try again later",
-        envelope_id=record.id,
-        retryable=True,
-    )
-
-
 def _provided(name: str, given: T | Callable[[], T] | None, default: T) -> Callable[[], T]:
     if given is None:
         return lambda: default
@@ -581,19 +599,3 @@ def _provided(name: str, given: T | Callable[[], T] | None, default: T) -> Calla
     if callable(given):
         return given
     raise InvalidField(name, f"expected {type(default).__name__}, or a function that returns them, got {shown(given)}")
-
-
-def _said(record: Record, verdict: lifecycle.Verdict) -> bool:
-    """Whether the hook's newest verdict on the record says the same, in whatever words and however long it took."""
-    before = next((seen for seen in reversed(record.verdicts) if seen.hook == verdict.hook), None)
-    return before is not None and _gist(before) == _gist(verdict)
-
-
-def _gist(verdict: lifecycle.Verdict) -> tuple[object, ...]:
-    return verdict.decision, verdict.code, decisions.grounds(verdict), verdict.shadow, verdict.limits
-
-
-def _lasting(identity: Identity) -> Identity:
-    """Without the session: whoever waits for approval comes again in another one."""
-    how = identity.authentication
-    return identity if how is None else replace_struct(identity, authentication=replace_struct(how, session=None))

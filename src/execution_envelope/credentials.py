@@ -329,16 +329,17 @@ def literals(value: Any) -> Iterator[str]:
 
 
 def strings(value: Any) -> Iterator[str]:
-    """Every text in plain JSON data, keys too."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from strings(key)
-            yield from strings(item)
-    elif isinstance(value, Sequence) and not isinstance(value, bytes | bytearray):
-        for item in value:
-            yield from strings(item)
+    """Every text in plain JSON data, keys too, in no order, however deep it is: what has a secret name may be."""
+    left = [value]
+    while left:
+        value = left.pop()
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, Mapping):
+            left.extend(value)
+            left.extend(value.values())
+        elif isinstance(value, Sequence) and not isinstance(value, bytes | bytearray):
+            left.extend(value)
 
 
 def remove_fields(value: Any, fields: Iterable[str], *, found: Callable[[str, Any], None]) -> Any:

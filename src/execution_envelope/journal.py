@@ -201,7 +201,7 @@ class Journal:
             self._spool.recover()  # in a forked child, or after `close`
         by, at = _label(by) if type(by) is str else label(by), timestamp(self.now())
         if sealed is not None and sealed.removed:
-            self._remember(sealed)
+            self.remember(sealed)
         commits = []
         for record, facts in writes:
             check(record.state, facts)
@@ -296,7 +296,9 @@ class Journal:
         if record.budgets or any(isinstance(fact, Budgeted) for fact in commits[0].facts):
             return STRICT  # the balances are changed in the same transaction
         facts = commits[0].facts
-        sealed = next((fact for fact in (*facts[:1], *_first(record)) if isinstance(fact, Sealed)), None)
+        sealed = next(
+            (fact for fact in (*facts[:1], *(e.data for e in record.events[:1])) if isinstance(fact, Sealed)), None
+        )
         mode = self.mode(record.envelope, None if sealed is None else sealed.key)
         if mode.window_ms is not None and any(isinstance(fact, Bound) for fact in facts):
             return STRICT
@@ -420,13 +422,14 @@ class Journal:
             self._removed[id] = values  # last used, last forgotten
         return values
 
-    def _remember(self, sealed: SealedEnvelope) -> None:
+    def remember(self, sealed: SealedEnvelope) -> None:
+        """Keep in mind what was taken out of its request as secret."""
         if len(self._removed) >= MAX_REMEMBERED:
             self._removed.pop(next(iter(self._removed)))
         self._removed[sealed.envelope.id] = sealed.removed
 
     def _is_spooled(self, record: Record) -> bool:
-        sealed = next((fact for fact in _first(record) if isinstance(fact, Sealed)), None)
+        sealed = next((e.data for e in record.events[:1] if isinstance(e.data, Sealed)), None)
         return self.mode(record.envelope, None if sealed is None else sealed.key).spooled
 
     def _remember_spooled(self, spool: Spool, record: Record) -> None:
@@ -555,10 +558,6 @@ def _with_budgets(
         added = [fact if isinstance(fact, Late) else Late(fact) for fact in added]
     end = next((place for place, fact in enumerate(facts) if fact.type in TERMINAL), len(facts))
     return [*facts[:end], *added, *facts[end:]], frozenset(raised - over.keys())
-
-
-def _first(record: Record) -> Sequence[EventData]:
-    return [record.events[0].data] if record.events else []
 
 
 async def _shielded(outcomes: Sequence[Outcome]) -> None:

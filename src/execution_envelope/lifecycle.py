@@ -27,18 +27,30 @@ Cause: TypeAlias = Literal[
 CAUSES: Final[tuple[str, ...]] = get_args(Cause)
 Basis: TypeAlias = Literal["reserved", "allocated", "enforced"]
 BASES: Final[tuple[str, ...]] = get_args(Basis)
+Level: TypeAlias = Literal["pending", "unready", "ready", "released", "completed", "failed", "cancelled"]
+#: What a backend may say that a part, or the whole, is now. Of the whole the last three are its end.
+LEVELS: Final[Mapping[str, str]] = {
+    "pending": "not placed: it waits for room",
+    "unready": "placed, and does not serve: not yet, or not any more",
+    "ready": "serves",
+    "released": "holds nothing any more, and may be placed again",
+    "completed": "ended well",
+    "failed": "ended badly",
+    "cancelled": "ended because nobody wants it any more",
+}
 
 ASKED: Final = "asked"
-OPEN: Final = frozenset({"held", "admitted", "granted"})
+OPEN: Final = frozenset({"held", "admitted", "observed", "granted"})
 TERMINAL: Final = frozenset(
     {"denied", "expired", "rejected", "completed", "failed", "cancelled", "revoked", "abandoned"}
 )
 
 #: state -> the events that change it; each event is named after the state it leads to.
 TRANSITIONS: Final[Mapping[str, frozenset[str]]] = {
-    "asked": frozenset({"denied", "held", "admitted"}),
+    "asked": frozenset({"denied", "held", "admitted", "observed"}),
     "held": frozenset({"admitted", "denied", "expired", "cancelled"}),
     "admitted": frozenset({"granted", "rejected", "completed", "cancelled", "revoked", "abandoned"}),
+    "observed": frozenset({"granted", "rejected", "completed", "failed", "cancelled"}),
     "granted": frozenset({"granted", "completed", "failed", "cancelled", "revoked", "abandoned"}),
     **{state: frozenset() for state in sorted(TERMINAL)},
 }
@@ -56,6 +68,7 @@ _EXECUTING: Final = frozenset(
         "released",
         "obligation",
         "budgeted",
+        "reported",
     }
 )
 
@@ -64,6 +77,7 @@ NOTES: Final[Mapping[str, frozenset[str]]] = {
     "asked": frozenset({"sealed", "verdict"}),
     "held": frozenset({"verdict", "approval", "error"}),
     "admitted": _EXECUTING,
+    "observed": frozenset({"effective", "used", "violation", "budgeted"}),
     "granted": _EXECUTING,
     **{state: frozenset({"late"}) for state in sorted(TERMINAL)},
 }
@@ -147,6 +161,19 @@ class Admitted(_Data, frozen=True, tag="admitted"):
     undecided: bool = False
     shadow: Literal["denied", "held"] | None = None
     covered: Mapping[str, str] = {}
+
+
+class Observed(_Data, frozen=True, tag="observed"):
+    """An execution that no seam saw early, recorded after the fact: nobody admitted it, and no decider was asked.
+
+    It is entry `key` of the log `source`, by which it began and ended at these times (RFC 3339). It takes of budgets
+    what was used.
+    """
+
+    source: str
+    key: str
+    ended_at: str
+    began_at: str | None = None
 
 
 class Denied(_Data, frozen=True, tag="denied"):
@@ -291,6 +318,19 @@ class Ready(_Data, frozen=True, tag="ready"):
     part: str | None = None
 
 
+class Reported(_Data, frozen=True, tag="reported"):
+    """What the backend said that a part, or the whole, is now: its level, and its own revision of that.
+
+    An older or equal revision changes nothing, nor does a newer one of the same level for the same reason. What
+    follows from it, such as `ready`, `released` or the end, stands behind it.
+    """
+
+    state: Level
+    rev: int | str
+    part: str | None = None
+    reason: str | None = None
+
+
 class Used(_Data, frozen=True, tag="used"):
     """What was really used, in base units. A report with a `key` that was seen before counts once. `priced` is the
     version of the price table that its cost is by."""
@@ -338,7 +378,7 @@ class Completed(_Data, frozen=True, tag="completed"):
 
 
 class Failed(_Data, frozen=True, tag="failed"):
-    """It ended badly after a grant."""
+    """It ended badly after a grant; of an observed execution also where no grant is known."""
 
     code: str
     message: str
@@ -368,6 +408,7 @@ Fact: TypeAlias = (
     | Sealed
     | Verdict
     | Admitted
+    | Observed
     | Held
     | Approval
     | Limit
@@ -379,6 +420,7 @@ Fact: TypeAlias = (
     | Granted
     | Released
     | Ready
+    | Reported
     | Used
     | Violation
     | Error

@@ -82,7 +82,7 @@ class Reconciler:
         """The chain and the process that admitted the envelope, or those that recorded its newest event."""
         event = record.events[-1]
         if admitting:
-            event = next(e for e in record.events if isinstance(e.data, lifecycle.Admitted))
+            event = next(e for e in record.events if isinstance(e.data, lifecycle.Admitted | lifecycle.Observed))
         chain = await self._journal.call(self._journal.ledger.chain_of, record.id, event.sequence)
         return chain, None if chain is None else await self._journal.call(self._journal.ledger.writer, chain)
 

@@ -28,8 +28,10 @@ from execution_envelope.lifecycle import (
     Late,
     Limit,
     Obligation,
+    Observed,
     Ready,
     Released,
+    Reported,
     Verdict,
     Violation,
     legal_from,
@@ -107,7 +109,10 @@ class Record:
                 for entry in data.entries:
                     key = (entry.account, entry.window, entry.resource)
                     self.budgets[key] = _sum(self.budgets.get(key), entry)
-                    self.reserved.setdefault(key, entry)
+                    if key not in self.reserved:
+                        # Who was observed reserved nothing: what it took at once stands for that.
+                        taken = entry.spent if data.action == "settle" else entry.reserved
+                        self.reserved[key] = msgspec.structs.replace(entry, reserved=taken)
 
     @property
     def reckoning(self) -> Reckoning:
@@ -127,6 +132,17 @@ class Record:
     @property
     def is_open(self) -> bool:
         return self.state not in TERMINAL
+
+    @property
+    def observed(self) -> Observed | None:
+        """How it was recorded after the fact; None of one that came through the seam."""
+        return next((e.data for e in self.events if isinstance(e.data, Observed)), None)
+
+    @property
+    def reported(self) -> dict[str, Reported]:
+        """Part -> what the backend said last that it is, late reports included; the whole is ``""``."""
+        facts = (e.data.fact if isinstance(e.data, Late) else e.data for e in self.events)
+        return {fact.part or WHOLE: fact for fact in facts if isinstance(fact, Reported)}
 
     @property
     def undecided(self) -> bool:

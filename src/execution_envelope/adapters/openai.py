@@ -1,14 +1,17 @@
-"""`POST /v1/chat/completions` and `/v1/completions` as OpenAI clients send them: how many tokens may be written.
+"""`POST /v1/chat/completions`, `/completions`, `/embeddings`, `/responses` and `/batches` as OpenAI clients send them.
 
-What is asked in words is no part of admission: it is in the body's digest only.
+What is asked in words, and how a model is to choose its words, is no part of admission: it is in the body's digest
+only.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, Final
 
 from execution_envelope.adapters import Context
+from execution_envelope.adapters.declared import Always, Mapped
 from execution_envelope.envelope import Ask, Target
 from execution_envelope.errors import InvalidField
 
@@ -18,6 +21,125 @@ OUTPUT_TOKENS: Final = ("n_predict", "max_completion_tokens", "max_tokens")
 
 #: The target of a request that names no model: servers of one model do not ask for it.
 UNNAMED: Final = "unnamed"
+
+#: Fields of a completion that are in its digest only: the words, how they are chosen, and how the answer is written.
+COMPLETION_NOT_ADMITTED: Final = frozenset(
+    [
+        "messages",
+        "suffix",
+        "echo",
+        "prediction",
+        "functions",
+        "function_call",
+        "tools",
+        "tool_choice",
+        "parallel_tool_calls",
+        "response_format",
+        "modalities",
+        "audio",
+        "temperature",
+        "top_p",
+        "frequency_penalty",
+        "presence_penalty",
+        "logit_bias",
+        "logprobs",
+        "top_logprobs",
+        "seed",
+        "stop",
+        "reasoning_effort",
+        "verbosity",
+        "stream",
+        "stream_options",
+        "store",
+        "metadata",
+        "moderation",
+        "user",
+        "safety_identifier",
+        "prompt_cache_key",
+        "prompt_cache_options",
+        "prompt_cache_retention",
+    ]
+)
+
+_EMBEDDING: Final = Mapped(
+    kind="inference",
+    operation="embeddings",
+    target="model",
+    target_id="model",
+    unnamed=UNNAMED,
+    resources={"requests": Always(1)},
+    constraints={"model": "model", "dimensions": "dimensions", "encoding": "encoding_format"},
+    # The Python client asks for this unless it is told otherwise, and decodes it by itself.
+    client_defaults={"encoding": "base64"},
+    schema="openai.embeddings/1",
+    not_admitted=["user"],
+)
+
+_RESPONSE: Final = Mapped(
+    kind="inference",
+    operation="responses",
+    target="model",
+    target_id="model",
+    unnamed=UNNAMED,
+    resources={"output_tokens": "max_output_tokens", "tool_calls": "max_tool_calls", "requests": Always(1)},
+    constraints={"model": "model", "service_tier": "service_tier", "background": "background"},
+    # A server of tools is called with what the caller gives for it.
+    secrets=["tools.*.authorization", "tools.*.headers.*"],
+    schema="openai.responses/1",
+    not_admitted=[
+        "tools.*",
+        "input",
+        "instructions",
+        "prompt",
+        "image",
+        "conversation",
+        "previous_response_id",
+        "context_management",
+        "include",
+        "text",
+        "tool_choice",
+        "parallel_tool_calls",
+        "temperature",
+        "top_p",
+        "top_logprobs",
+        "reasoning",
+        "truncation",
+        "stream",
+        "stream_options",
+        "store",
+        "metadata",
+        "moderation",
+        "user",
+        "safety_identifier",
+        "prompt_cache_key",
+        "prompt_cache_options",
+        "prompt_cache_retention",
+        "background_options",
+        "access_programs",
+    ],
+)
+
+#: Fields of an embedding and of a response that are in the digest only.
+EMBEDDING_NOT_ADMITTED: Final = frozenset(_EMBEDDING.not_admitted)
+RESPONSE_NOT_ADMITTED: Final = frozenset(_RESPONSE.not_admitted)
+
+#: The ask of a batch. How many requests are in its file nobody knows before it is read.
+describe_batch: Final = Mapped(
+    kind="inference",
+    operation="batches",
+    target="file",
+    target_id="input_file_id",
+    resources={"requests": Always("unknown")},
+    constraints={
+        "endpoint": "endpoint",
+        "completion_window": "completion_window",
+        "output_expires_after": "output_expires_after",
+    },
+    # The API knows one value for it, and asks for that.
+    client_defaults={"completion_window": "24h"},
+    schema="openai.batches/1",
+    not_admitted=["metadata"],
+)
 
 
 def describe_completion(body: Any, context: Context) -> Ask:
@@ -37,10 +159,38 @@ def describe_completion(body: Any, context: Context) -> Ask:
         operation="chat.completions" if chat else "completions",
         target=Target("model", model or UNNAMED),
         requested={"output_tokens": tokens * several if isinstance(tokens, int) else tokens, "requests": 1},
-        constraints={"model": model or None},
+        constraints={"model": model or None} | _given(body, "service_tier", "web_search_options"),
         schema="openai.chat.completions/1" if chat else "openai.completions/1",
         body=body,
     )
+
+
+def describe_embedding(body: Any, context: Context) -> Ask:
+    """The ask of an embedding; `input_tokens` where the input is written in tokens. Raises `InvalidField`."""
+    ask = _EMBEDDING(body, context)
+    given = body.get("input")
+    if not isinstance(given, list) or not given:
+        return ask
+    inputs = given if all(isinstance(part, list) for part in given) else [given]
+    if not all(type(token) is int for part in inputs for token in part):
+        return ask
+    return dataclasses.replace(ask, requested={**ask.requested, "input_tokens": sum(map(len, inputs))})
+
+
+def describe_response(body: Any, context: Context) -> Ask:
+    """The ask of a response; `tools` are those that the server itself is to use, by type. Raises `InvalidField`."""
+    ask = _RESPONSE(body, context)
+    tools = body.get("tools")
+    if tools is None:
+        return ask
+    if not isinstance(tools, list):
+        raise InvalidField("body.tools", f"expected a list, got `{type(tools).__name__}`")
+    types = [tool.get("type") for tool in tools if isinstance(tool, Mapping)]
+    if len(types) != len(tools) or not all(isinstance(each, str) for each in types):
+        raise InvalidField("body.tools", "expected a list of objects, each with a `type`")
+    # A function is called by the caller, and so no work of the server's.
+    served = sorted({str(each) for each in types} - {"function", "custom"})
+    return dataclasses.replace(ask, constraints={**ask.constraints, "tools": served or None})
 
 
 def asked_tokens(body: Mapping[str, Any]) -> int | str | None:
@@ -69,3 +219,7 @@ def answers(body: Mapping[str, Any]) -> int:
     # A list of numbers is one prompt, in tokens; anything else in a list is a prompt of its own.
     several = isinstance(prompt, list) and any(not isinstance(part, int) for part in prompt)
     return most * len(prompt) if several and prompt else most
+
+
+def _given(body: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {name: body[name] for name in names if body.get(name) is not None}

@@ -31,7 +31,7 @@ from starlette.datastructures import FormData, UploadFile
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Host, Match, Mount
 
-from execution_envelope.adapters import Context
+from execution_envelope.adapters import Context, Describe
 from execution_envelope.admission import Admission
 from execution_envelope.controller import AdmissionController
 from execution_envelope.envelope import Ask, Scoped, Subject
@@ -60,7 +60,6 @@ class Caller:
 
 
 Identify: TypeAlias = Callable[[Request], "Subject | Caller | Awaitable[Subject | Caller | None] | None"]
-Describe: TypeAlias = Callable[[Any, Context], Ask]
 Errors: TypeAlias = Callable[[Request, Refused], "Response | Awaitable[Response]"]
 
 #: Headers with such a word in their name carry credentials, and no adapter sees them.

@@ -37,6 +37,7 @@ COVERAGE: Final[Mapping[str, str]] = {
     "ungranted": "open or completed, and nobody ever granted anything",
     "unstated": "granted other than asked, and nobody said why",
     "violations": "granted beyond a bound",
+    "observed": "recorded after the fact: they went past the seam, and no decider was asked",
     "undecided": "admitted while no decider covered the kind",
     "damaged": "whose entries in the ledger cannot be read as a record",
 }
@@ -56,9 +57,9 @@ Progress: TypeAlias = Callable[[int], None]
 class ProjectedEnvelope(msgspec.Struct, frozen=True, omit_defaults=True):
     """One envelope as it is looked for. Amounts are totals in base units, with *unknown* and *unlimited* as they are.
 
-    `events` is how many events it is made of. `ungranted`: nobody granted, and it is open or completed; `unstated`:
-    how many differences nobody explained. `project` is the workroom where no project is named. Of a damaged one
-    there is only the id.
+    `events` is how many events it is made of. Of an `observed` one `began_at` is when it began, or ended where that is
+    not known. `ungranted`: nobody granted, and it is open or completed; `unstated`: how many differences nobody
+    explained. `project` is the workroom where no project is named. Of a damaged one there is only the id.
     """
 
     id: str
@@ -78,6 +79,8 @@ class ProjectedEnvelope(msgspec.Struct, frozen=True, omit_defaults=True):
     check_by: str | None = None
     part_of: str | None = None
     undecided: bool = False
+    observed: bool = False
+    began_at: str | None = None
     ungranted: bool = False
     unstated: int = 0
     violations: int = 0
@@ -96,15 +99,15 @@ class ProjectedEnvelope(msgspec.Struct, frozen=True, omit_defaults=True):
 
     @property
     def day(self) -> str:
-        """The UTC day of its admission."""
-        return self.created_at[:10]
+        """The UTC day of its admission, or on which an observed one began."""
+        return (self.began_at or self.created_at)[:10]
 
 
 def project(record: Record) -> ProjectedEnvelope:
     """The row of a record."""
     envelope, bound, has_grants = record.envelope, record.bound, bool(record.grants)
     execution, scope, subject = envelope.execution, envelope.scope, envelope.identity.subject
-    version = execution.target.version
+    version, observed = execution.target.version, record.observed
     return ProjectedEnvelope(
         id=record.id,
         state=record.state,
@@ -123,6 +126,8 @@ def project(record: Record) -> ProjectedEnvelope:
         check_by=None if bound is None else bound.check_by,
         part_of=envelope.correlation.part_of,
         undecided=record.undecided,
+        observed=observed is not None,
+        began_at=None if observed is None else observed.began_at or observed.ended_at,
         ungranted=record.ungranted or (not has_grants and record.is_open),
         unstated=sum(difference.unstated for difference in record.differences) if has_grants else 0,
         violations=len(record.violations),
@@ -155,7 +160,7 @@ def terms(row: ProjectedEnvelope) -> frozenset[str]:
     """What the envelope is found by, and counted under, beside its tenant: of `COVERAGE` and `RARE`."""
     if row.damaged:
         return frozenset({DAMAGED})
-    found = {name for name in ("ungranted", "unstated", "violations", "undecided") if getattr(row, name)}
+    found = {name for name in ("ungranted", "unstated", "violations", "observed", "undecided") if getattr(row, name)}
     if row.state in OPEN:
         found.add("open")
     elif row.state in RARE:

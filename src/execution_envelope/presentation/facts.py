@@ -182,6 +182,11 @@ def who(record: Record) -> str:
     return f"{identity.tenant}/{subject}" if identity.tenant is not None else subject
 
 
+def states(record: Record) -> list[str]:
+    """Its state; before that, of one that was recorded after the fact, that it was."""
+    return ["observed", record.state] if record.observed is not None and record.state != "observed" else [record.state]
+
+
 def target(record: Record) -> str:
     """``type:id version v``."""
     found = record.envelope.execution.target

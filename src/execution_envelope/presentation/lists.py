@@ -13,7 +13,7 @@ from rich.text import Text
 
 from execution_envelope.ledger import AttemptedRequest, Finding
 from execution_envelope.ledger.chain import Entry
-from execution_envelope.presentation.facts import short_delta, target, who
+from execution_envelope.presentation.facts import short_delta, states, target, who
 from execution_envelope.presentation.sentences import sentence
 from execution_envelope.presentation.text import STYLES, ago, clean, milliseconds, safe, styled, when
 from execution_envelope.record import Record
@@ -32,7 +32,7 @@ def list_row(record: Record, *, now: datetime) -> dict[str, Text]:
         "operation": safe(execution.operation, "dim"),
         "who": safe(who(record)),
         "target": safe(target(record)),
-        "state": styled(record.state),
+        "state": Text("\n").join(styled(word) for word in states(record)),
         "delta": Text(delta, style="dim" if delta in ("as asked", "pending", "nothing granted") else "yellow"),
         "references": safe(" ".join(f"{kind}:{id}" for kind, id in record.references.items()), "dim"),
     }

@@ -79,6 +79,11 @@ def _admitted(data: Any) -> str:
     return "admitted undecided: no decider covers this kind" if data.undecided else "admitted, it may go on"
 
 
+def _observed(data: Any) -> str:
+    ran = f"from {when(data.began_at)} to {when(data.ended_at)}" if data.began_at else f"ended {when(data.ended_at)}"
+    return f"observed after the fact, never admitted, no decider was asked: entry {data.key} of {data.source}, {ran}"
+
+
 def _held(data: Any) -> str:
     said = _coded("held until somebody approves", data)
     return said + (f"; to be sent again under the key {data.key}" if data.key else "")
@@ -119,6 +124,7 @@ SENTENCES: Final[Mapping[str, Callable[[Any], str]]] = {
     "sealed": _sealed,
     "verdict": _verdict,
     "admitted": _admitted,
+    "observed": _observed,
     "denied": lambda data: _coded("denied", data) + ("; trying later can help" if data.retryable else ""),
     "held": _held,
     "expired": lambda data: because("expired", data.message or "nobody approved it in time"),
@@ -132,6 +138,9 @@ SENTENCES: Final[Mapping[str, Callable[[Any], str]]] = {
     "granted": _granted,
     "released": lambda data: because(f"{data.part or 'the whole'} was released", data.reason),
     "ready": lambda data: f"{data.part or 'it'} serves",
+    "reported": lambda data: because(
+        f"{data.part or 'it'} is {data.state} as of revision {data.rev}, says the backend", data.reason
+    ),
     "used": _used,
     "violation": lambda data: f"beyond a bound: {data.text}",
     "error": lambda data: f"an error that did not end it: {data.text}",

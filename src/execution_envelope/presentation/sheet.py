@@ -116,7 +116,7 @@ def _header(record: Record, now: datetime) -> RenderableType:
     first.add_column(justify="right", no_wrap=True)
     first.add_row(
         Text.assemble((clean(execution.kind), "bold"), clean(f"  {execution.operation}  {target(record)}")),
-        Text(f" {record.state.upper()} ", style=f"bold reverse {style}"),
+        Text(f" {', '.join(facts.states(record)).upper()} ", style=f"bold reverse {style}"),
     )
     delegation = " > ".join(f"{party.type}:{party.id}" for party in record.envelope.identity.delegation)
     end = facts.ended_at(record)
@@ -135,6 +135,7 @@ def _header(record: Record, now: datetime) -> RenderableType:
     if record.bound is not None:
         references = ", ".join(f"{kind}:{reference}" for kind, reference in record.references.items())
         rows.append(safe(f"bound to {references}, owned by {record.bound.owner}"))
+    rows += [safe(sentence(e.data), "cyan") for e in record.events if e.data.type == "observed"]
     rows += [safe(sentence(e.data), style) for e in record.events if ended(e.data) or e.data.type == "held"][-1:]
     return Panel(Group(*rows), border_style=style, box=box.ROUNDED)
 

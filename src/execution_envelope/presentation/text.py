@@ -17,7 +17,7 @@ _STYLED: Final = {
     "red": "denied expired rejected failed withheld deny refused error",
     "bold red": "ignored violation",
     "yellow": "held cancelled reduced unknown pending hold warn tried attempt",
-    "cyan": "admitted raised added",
+    "cyan": "admitted observed raised added",
     "magenta": "revoked abandoned substituted late",
     "dim": "none abstain considered",
 }

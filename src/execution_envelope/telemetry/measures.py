@@ -20,6 +20,7 @@ from execution_envelope.lifecycle import (
     EventData,
     Granted,
     Late,
+    Observed,
     Used,
     Verdict,
     Violation,
@@ -47,7 +48,8 @@ METRICS: Final[Mapping[str, Metric]] = {
         "counter",
         "{admission}",
         ("kind", "outcome"),
-        "requests by what they came to: `admitted`, `undecided`, `shadow_denied`, `shadow_held`, `denied`, `held`",
+        "requests by what they came to: `admitted`, `undecided`, `shadow_denied`, `shadow_held`, `denied`, `held`; "
+        "`observed` are executions that were recorded after the fact",
     ),
     "execution_envelope.events": Metric("counter", "{event}", ("kind", "type"), "events that were recorded"),
     "execution_envelope.hook.duration": Metric(
@@ -79,7 +81,11 @@ METRICS: Final[Mapping[str, Metric]] = {
         "amounts in base units that were `reserved`, `released`, `spent`, or taken back (`corrected`)",
     ),
     "execution_envelope.duration": Metric(
-        "histogram", "s", ("kind", "state"), "time from the sealing to the end, by how it ended", _LONG
+        "histogram",
+        "s",
+        ("kind", "state"),
+        "time from the sealing to the end, by how it ended; of an observed one from its beginning, if known",
+        _LONG,
     ),
 }
 
@@ -95,20 +101,22 @@ class Measurement(NamedTuple):
 def measure(observation: Observation) -> Iterator[Measurement]:
     """What these events say, in base units and seconds."""
     kind = observation.envelope.execution.kind
-    created = observation.envelope.correlation.created_at
+    observed = next((e.data for e in observation.history if isinstance(e.data, Observed)), None)
+    created = observation.envelope.correlation.created_at if observed is None else observed.began_at
     for event in observation.events:
         data = event.data
         fact = fact_of(data)
         yield Measurement("execution_envelope.events", 1, (kind, data.type))
         if (outcome := _outcome(data)) is not None:
             yield Measurement("execution_envelope.admissions", 1, (kind, outcome))
-        if data.type in TERMINAL:
-            yield Measurement("execution_envelope.duration", seconds(created, event.at), (kind, data.type))
+        if data.type in TERMINAL and created is not None:
+            ended_at = event.at if observed is None else observed.ended_at
+            yield Measurement("execution_envelope.duration", seconds(created, ended_at), (kind, data.type))
         if isinstance(fact, Verdict):
             labels = (fact.hook, fact.decision, fact.failure or "none")
             yield Measurement("execution_envelope.hook.duration", fact.duration_us / 1_000_000, labels)
         elif isinstance(fact, Granted):
-            yield from _granted(observation, event, fact)
+            yield from _granted(observation, event, fact, late=observed is not None)
         elif isinstance(fact, Violation):
             resource = fact.resource if fact.resource in VOCABULARY else "constraint"
             yield Measurement("execution_envelope.violations", 1, (kind, resource))
@@ -144,7 +152,7 @@ def new_use(observation: Observation, event: Event, fact: Used) -> dict[str, int
 
 
 def _outcome(data: EventData) -> str | None:
-    if data.type in ("denied", "held"):
+    if data.type in ("denied", "held", "observed"):
         return data.type
     if data.type != "admitted":
         return None
@@ -152,9 +160,9 @@ def _outcome(data: EventData) -> str | None:
     return f"shadow_{shadow}" if shadow else "undecided" if undecided else "admitted"
 
 
-def _granted(observation: Observation, event: Event, fact: Granted) -> Iterator[Measurement]:
+def _granted(observation: Observation, event: Event, fact: Granted, *, late: bool) -> Iterator[Measurement]:
     kind = observation.envelope.execution.kind
-    if not any(isinstance(before.data, Granted) for before in observation.history[: event.sequence]):
+    if not late and not any(isinstance(before.data, Granted) for before in observation.history[: event.sequence]):
         waited = seconds(observation.envelope.correlation.created_at, event.at)
         yield Measurement("execution_envelope.time_to_grant", waited, (kind,))
     asked = granted_totals([Granted(observation.envelope.requested.resources, "reserved")])

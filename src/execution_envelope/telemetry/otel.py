@@ -50,6 +50,7 @@ ATTRIBUTES: Final[Mapping[str, str]] = {
     "execution_envelope.project": "project of the scope",
     "execution_envelope.request_id": "id of the request",
     "execution_envelope.undecided": "true when no decider covers the kind",
+    "execution_envelope.observed": "true when it was recorded after the fact: no seam saw it early",
     "execution_envelope.part_of": "id of the envelope that bounds it",
     "execution_envelope.runs_on": "id of the envelope that it runs on",
     "execution_envelope.supersedes": "id of the envelope that it supersedes",
@@ -97,7 +98,20 @@ LABELS: Final[Mapping[str, str]] = {
 
 #: Events of a span are those that tell the story of the execution; what the ledger keeps beside is left out.
 _TOLD: Final = frozenset(
-    {"verdict", "admitted", "denied", "held", "approval", "limit", "attempt", "bound", "granted", "released", "ready"}
+    {
+        "verdict",
+        "admitted",
+        "observed",
+        "denied",
+        "held",
+        "approval",
+        "limit",
+        "attempt",
+        "bound",
+        "granted",
+        "released",
+        "ready",
+    }
     | {"violation", "error", "obligation"}
     | TERMINAL
 )
@@ -165,7 +179,8 @@ class OpenTelemetryObserver:
                 self._record["gen_ai.client.token.usage"](used[resource], attributes | {"gen_ai.token.type": sort})
 
     def _span(self, record: Record, end: Event) -> None:
-        envelope = record.envelope
+        envelope, observed = record.envelope, record.observed
+        start = envelope.correlation.created_at if observed is None else observed.began_at or observed.ended_at
         carrier = {"traceparent": envelope.correlation.traceparent, "tracestate": envelope.correlation.tracestate}
         # Never the context of this thread: it is nobody's.
         parent = _PROPAGATOR.extract({name: value for name, value in carrier.items() if value}, Context())
@@ -173,7 +188,7 @@ class OpenTelemetryObserver:
             f"{gen_ai_operation(envelope) or envelope.execution.operation} {envelope.execution.target.id}",
             context=parent,
             kind=SpanKind.INTERNAL,
-            start_time=_nanoseconds(envelope.correlation.created_at),
+            start_time=_nanoseconds(start),
             attributes=_attributes(record, end),
         )
         for event in record.events:
@@ -183,7 +198,7 @@ class OpenTelemetryObserver:
         if end.data.type in _FAILED:
             span.set_status(StatusCode.ERROR, end.data.type)
         # The clocks of two machines differ.
-        span.end(end_time=max(_nanoseconds(envelope.correlation.created_at), _nanoseconds(end.at)))
+        span.end(end_time=max(_nanoseconds(start), _nanoseconds(end.at if observed is None else observed.ended_at)))
 
 
 _NO_ERROR: Final = ("error.type", "none")
@@ -237,6 +252,7 @@ def _attributes(record: Record, end: Event) -> dict[str, Any]:
         "execution_envelope.project": _text(scope.project),
         "execution_envelope.request_id": correlation.request_id,
         "execution_envelope.undecided": record.undecided or None,
+        "execution_envelope.observed": record.observed is not None or None,
         "execution_envelope.unstated": sum(difference.unstated for difference in record.differences) or None,
         **{f"execution_envelope.{link}": getattr(correlation, link) for link in LINKS},
         **_amounts("requested", asked),

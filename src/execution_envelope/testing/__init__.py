@@ -1,4 +1,4 @@
-"""The public kit for tests: a clock, an ask, a ledger that fails on purpose, and the contracts of ledgers and hooks.
+"""The public kit for tests: a clock, an ask, a ledger that fails on purpose, and contracts of ledgers, hooks, adapters.
 
 ::
 
@@ -15,8 +15,9 @@
 
 from __future__ import annotations
 
+from execution_envelope.testing.adapters import AdapterContract
 from execution_envelope.testing.contract import LedgerContract
 from execution_envelope.testing.hooks import HookContract
 from execution_envelope.testing.kit import START, FakeClock, FaultyLedger, ask
 
-__all__ = ["START", "FakeClock", "FaultyLedger", "HookContract", "LedgerContract", "ask"]
+__all__ = ["START", "AdapterContract", "FakeClock", "FaultyLedger", "HookContract", "LedgerContract", "ask"]
