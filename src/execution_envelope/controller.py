@@ -60,8 +60,7 @@ from execution_envelope.tree import Tree
 #: Attempted requests a process records in a second, and at once; the rest are counted as dropped.
 ATTEMPTED_PER_SECOND: Final = 20
 ATTEMPTED_BURST: Final = 100
-#: How many envelopes that others run on a process remembers.
-MAX_RUN_ON: Final = 1000
+MAX_RUN_ON: Final = 1000  #: How many envelopes that others run on a process remembers.
 
 T = TypeVar("T")
 

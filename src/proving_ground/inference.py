@@ -10,7 +10,13 @@ from starlette.responses import JSONResponse
 
 from execution_envelope import Admission, Ask, Grant, Held, InvalidField, Refused, Target, established
 from execution_envelope.adapters import Context
-from execution_envelope.adapters.openai import OUTPUT_TOKENS, UNNAMED, answers, asked_tokens, describe_completion
+from execution_envelope.adapters.openai import (
+    OUTPUT_TOKENS,
+    answers,
+    asked_tokens,
+    describe_completion,
+    describe_embedding,
+)
 from proving_ground.admission import envelope_caller, environment_of, unkept
 from proving_ground.auth import Caller
 from proving_ground.catalog import Catalog
@@ -19,8 +25,6 @@ from proving_ground.deployment import Deployment, Instance
 EMBEDDINGS: Final = "embeddings"
 #: What engines do for callers here, below /v1.
 PATHS: Final = ("chat/completions", "completions", EMBEDDINGS)
-#: What OpenAI's clients may ask for and this engine passes over without a word: on the record it is *ignored*.
-_NOT_HONOURED: Final = ("dimensions", "store")
 #: Tiers of service that every answer has.
 _ANY_TIER: Final = ("auto", "default")
 
@@ -46,10 +50,11 @@ def described(raw: bytes, request: Request, caller: Caller, deployment: Deployme
     surface = f"POST /runtime/models/{{id}}/v1/{path}"
     try:
         body = json.loads(raw)
+        context = Context(surface, request.path_params, request.query_params, {}, None)
         if path == EMBEDDINGS:
-            ask = _describe_embeddings(body)
+            ask = describe_embedding(body, context)
         else:
-            ask = describe_completion(body, Context(surface, request.path_params, request.query_params, {}, None))
+            ask = describe_completion(body, context)
             if answers(body) > 1:
                 # Its `usage` and its timings are of one of them.
                 problem = "expected one prompt and one answer: the engine counts the tokens of one only"
@@ -70,7 +75,8 @@ def described(raw: bytes, request: Request, caller: Caller, deployment: Deployme
         scope=scope,
         target=ask.target if model is None else Target("model", model.repo_id),
         requested=requested,
-        constraints={**ask.constraints, **_wished(body)},
+        # The engine passes over it without a word: on the record it is *ignored*, as `dimensions` is.
+        constraints={**ask.constraints, "store": body.get("store") or None},
         entrypoint=surface,
         runs_on=deployment.envelope or f"deployment:{deployment.id}",
         # Established by the credential of an agent's run or an evaluation, never by the request.
@@ -79,47 +85,17 @@ def described(raw: bytes, request: Request, caller: Caller, deployment: Deployme
     return Inference(path, body, ask)
 
 
-def _describe_embeddings(body: Any) -> Ask:
-    """The ask of an embedding, of one input or of several together. Raises `InvalidField`."""
-    if not isinstance(body, Mapping):
-        raise InvalidField("body", "expected a JSON object")
-    model = body.get("model")
-    if model is not None and not isinstance(model, str):
-        raise InvalidField("body.model", f"expected the name of a model, got `{type(model).__name__}`")
-    if body.get("input") is None:
-        raise InvalidField("body.input", "expected a text, tokens, or a list of them")
-    return Ask(
-        kind="inference",
-        operation="embeddings",
-        target=Target("model", model or UNNAMED),
-        requested={"requests": 1},
-        constraints={"model": model or None},
-        schema="openai.embeddings/1",
-        body=body,
-    )
-
-
 def _stated(body: Mapping[str, Any]) -> dict[str, int]:
-    """The context, by llama.cpp's name for it, and how many tokens are to be read, where the caller wrote tokens."""
+    """The context, by llama.cpp's name for it, and how many tokens a prompt has that is written in tokens."""
     found = {}
-    context = body.get("n_ctx")
+    context, prompt = body.get("n_ctx"), body.get("prompt")
     if context is not None:
         if type(context) is not int or context < 1:
             raise InvalidField("body.n_ctx", "expected a whole number from 1 on")
         found["context"] = context
-    text = body.get("prompt", body.get("input"))
-    if isinstance(text, list) and text:
-        parts = text if all(isinstance(part, list) for part in text) else [text]
-        if all(type(token) is int for part in parts for token in part):
-            found["input_tokens"] = sum(map(len, parts))
+    if isinstance(prompt, list) and prompt and all(type(token) is int for token in prompt):
+        found["input_tokens"] = len(prompt)
     return found
-
-
-def _wished(body: Mapping[str, Any]) -> dict[str, Any]:
-    """What is asked for beside amounts, as far as it is known that the engine does not do it."""
-    found = {name: body[name] for name in _NOT_HONOURED if body.get(name) not in (None, False)}
-    tier = body.get("service_tier")
-    return found if tier is None else {**found, "service_tier": tier}
 
 
 @dataclass(frozen=True)
@@ -195,8 +171,10 @@ class Inference:
         if named is not None and named.value != model:
             because["model"] = ("alias", "a deployment has one model, whatever is named")
         tier = asked.constraints.get("service_tier")
-        honoured = ("service_tier",) if tier is not None and tier.value in _ANY_TIER else ()
-        if tier is not None and not honoured:
+        honoured = [name for name in ("encoding",) if name in asked.constraints]
+        if tier is not None and tier.value in _ANY_TIER:
+            honoured.append("service_tier")
+        elif tier is not None:
             because["service_tier"] = ("unsupported", "every answer has the same tier")
         return Grant(
             given,
