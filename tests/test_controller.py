@@ -602,6 +602,20 @@ async def test_links_lead_nowhere_in_another_tenant(controller: AdmissionControl
     ).envelope.correlation.runs_on == first.id
 
 
+async def test_an_envelope_that_many_run_on_is_looked_up_once(
+    controller: AdmissionController, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = await controller.begin(ask())
+    await controller.begin(ask(runs_on=first.id))
+
+    def read(id: str) -> Any:
+        raise AssertionError(f"expected no look at the ledger for {id}")
+
+    monkeypatch.setattr(controller.ledger, "read", read)
+    again = await controller.begin(ask(runs_on=first.id))
+    assert again.envelope.correlation.runs_on == first.id
+
+
 # Lines and references
 
 

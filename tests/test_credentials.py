@@ -630,6 +630,11 @@ def test_letters_that_only_look_like_others_are_suspicious() -> None:
     assert all(suspicious(f"ba{letter}ic") for letter in odd)
 
 
+def test_the_name_of_a_scheme_alone_announces_nothing() -> None:
+    assert not any(suspicious(text) for text in ("bearer", "by bearer\nPOST /runtime", "Basic checks", "bearer 0123"))
+    assert suspicious("BEARER\n0123456789abcdef") and suspicious("bearer sk-1") and suspicious("bearer, hf_1")
+
+
 def test_ordinary_requests_are_looked_through_but_once() -> None:
     assert [text for text in ORDINARY if not clean([text])] == []
 

@@ -26,6 +26,7 @@ from execution_envelope import (
     InvalidField,
     LedgerUnavailable,
     NotFound,
+    OpenChildren,
 )
 from execution_envelope import journal as journals
 from execution_envelope.ledger import SqliteLedger, open_ledger, sqlite_database, verify
@@ -186,6 +187,47 @@ async def test_the_window_stands_on_the_record_and_own_writes_are_read_at_once(u
     assert types(again) == "sealed admitted used bound used"
     await (await controller.resume("job:1", by="other")).complete()
     assert (await controller.read("job:1")).state == "completed"
+    await controller.aclose()
+
+
+@pytest.mark.anyio
+async def test_a_short_window_is_kept_to_while_a_long_one_gathers(url: str) -> None:
+    modes = {RELAXED: "relaxed:60000", SPOOLED: "relaxed:50"}
+    controller = opened(url, write_modes=modes)
+    await controller.begin(ask())  # the connection stands
+    first = await controller.begin(ask(kind=RELAXED))
+    await anyio.sleep(0.05)  # the writer gathers for the long one by now
+    second = await controller.begin(ask(kind=SPOOLED))
+    with anyio.fail_after(4):  # far less than what the first could wait for
+        await until(lambda: not controller.conservation().pending)
+    other = opened(url)
+    assert (await other.read(second.id)).id == second.id and (await other.read(first.id)).id == first.id
+    await other.aclose()
+    await controller.aclose()
+
+
+@pytest.mark.anyio
+async def test_a_relaxed_end_waits_for_no_disk_unless_a_part_was_admitted_here(url: str) -> None:
+    controller = opened(url, write_modes={RELAXED: "relaxed:30000"})
+    async with controller.admit(ask(kind=RELAXED)) as admission:
+        await admission.complete()
+    async with controller.admit(ask(kind=RELAXED)) as left:
+        pass
+    assert (admission.state, left.state) == ("completed", "completed")
+    assert on_disk(url, admission.id) == on_disk(url, left.id) == 0
+    parent = await controller.begin(ask(kind=RELAXED))
+    part = await controller.begin(ask(kind=RELAXED, part_of=parent.id))
+    with pytest.raises(OpenChildren):
+        await parent.complete()
+    await part.complete()
+    await parent.complete()
+    assert (parent.state, part.state) == ("completed", "completed")
+    # One that is bound may have been gone on with by another process.
+    bound = await controller.begin(ask(kind=RELAXED))
+    await bound.bind("job", "1")
+    await bound.used({"steps": 1})
+    await bound.complete()
+    assert on_disk(url, bound.id) >= 4
     await controller.aclose()
 
 

@@ -305,7 +305,7 @@ class Admission:
         async def plan(record: Record) -> _Plan:
             if record.is_open and record.open_obligations:
                 raise OpenObligations(record.id, record.open_obligations)
-            if record.is_open and (children := await open_children(self._journal, record.id)):
+            if record.is_open and (children := await self._open_children(record)):
                 raise OpenChildren(record.id, children)
             return _Plan([lifecycle.Completed(None if record.grants else "unknown", text)])
 
@@ -334,12 +334,14 @@ class Admission:
             if clean and record.is_open and record.bound is None:
                 if record.open_obligations:
                     said = "OpenObligations", f"left with open obligations: {', '.join(record.open_obligations)}"
-                elif children := await open_children(self._journal, record.id):
+                elif children := await self._open_children(record):
                     said = "OpenChildren", f"left with open parts: {', '.join(children[:3])}"
             return _Plan(_leaving(record, said, cancelled and self._clean(cancelled)))
 
         try:
-            if self._journal.inline:  # nothing is waited for: a scope would only cost
+            if not self._record.is_open:
+                pass  # an end is for good
+            elif self._journal.inline:  # nothing is waited for: a scope would only cost
                 await self._write(plan, by=None)
             else:
                 with anyio.CancelScope(shield=True):
@@ -408,6 +410,13 @@ class Admission:
         raise LedgerUnavailable(
             f"expected to record a fact, other writers came first {MAX_CONFLICTS} times", envelope_id=self.id
         )
+
+    async def _open_children(self, record: Record) -> list[str]:
+        # To look at the ledger would store first what is relaxed. What is not bound belongs to this process alone.
+        relaxed = self._journal.mode(record.envelope, None).window_ms is not None
+        if relaxed and record.bound is None and not self._journal.parts.may_be_of(record.id):
+            return []
+        return await open_children(self._journal, record.id)
 
     async def _taken_over(self, older: Record, newer: Record) -> list[lifecycle.Bound]:
         """The older envelope's references, as far as they still lead to it and the newer one has none of the kind."""

@@ -60,6 +60,7 @@ from execution_envelope.tree import Tree
 #: Attempted requests a process records in a second, and at once; the rest are counted as dropped.
 ATTEMPTED_PER_SECOND: Final = 20
 ATTEMPTED_BURST: Final = 100
+MAX_RUN_ON: Final = 1000  #: How many envelopes that others run on a process remembers.
 
 T = TypeVar("T")
 
@@ -127,6 +128,8 @@ class AdmissionController:
         self._new_id = new_id
         #: Admissions that may be recorded though their callers were told that the ledger is away.
         self._unanswered: set[str] = set()
+        #: Envelopes that others run on, by id: that they exist is all that such a link asks of them.
+        self._run_on: dict[str, None] = {}
         self._reconciler = Reconciler(self._journal)
         self._approver = Approver(self._journal, self._judge, self._reconciler, self._admitted_by_somebody)
         self._recorder = Recorder(self._journal, self._judge, self._sealed, self._handle)
@@ -365,7 +368,7 @@ class AdmissionController:
             return ask
         for link in ("part_of", "runs_on", "supersedes"):
             reference = getattr(ask, link)
-            if reference is None:
+            if reference is None or (link == "runs_on" and reference in self._run_on):
                 continue
             try:
                 linked = await self.read(reference)
@@ -382,6 +385,10 @@ class AdmissionController:
             if link == "part_of" and not ended and linked.state not in ("admitted", "granted"):
                 problem = f"expected an envelope that was admitted and has not ended, {linked.id} is {linked.state}"
                 raise InvalidField(f"correlation.{link}", problem)
+            if link == "part_of":
+                self._journal.parts.admitted(linked.id)
+            elif link == "runs_on":
+                self._run_on = dict.fromkeys([*self._run_on, linked.id][-MAX_RUN_ON:])
             changes[link] = linked.id
         return replace(ask, **changes)
 

@@ -107,6 +107,9 @@ _WORDS: Final = frozenset(
     glagent sk rk hf ya29 gocspx xoxa xoxb xoxe xoxo xoxp xoxr xoxs xapp npm pypi nvapi sg hvs hvb hvr kz gsk r8 xai
     pplx pcsk lsv2 dckr""".split()
 )
+#: These two are ordinary words as well, unless what they announce follows.
+_SCHEMES: Final = frozenset({b"bearer", b"basic"})
+_ANNOUNCED: Final = re.compile(r"(?i:bearer|basic)\s+[A-Za-z0-9+/_.~-]{16}")
 _FOLDED: Final = bytes(ord(chr(n).lower()) if n < 128 and chr(n).isalnum() else ord(" ") for n in range(256))
 #: Letters that `(?i:basic)` and `(?i:bearer)` take for one of theirs.
 _ODD_LETTERS: Final = re.compile("[\u0130\u0131\u017f]")
@@ -145,8 +148,9 @@ def suspicious(text: str) -> bool:
     Much faster than looking for every sign: most texts are ordinary, and an ask is looked through as a whole.
     """
     data = text.encode("utf-8", "replace")
+    words = _WORDS.intersection(data.translate(_FOLDED).split())
     return (
-        not _WORDS.isdisjoint(data.translate(_FOLDED).split())
+        (bool(words) and (not words <= _SCHEMES or _ANNOUNCED.search(text) is not None))
         or "eyJ" in text
         or "AIza" in text
         or "Key=" in text

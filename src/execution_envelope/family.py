@@ -15,6 +15,8 @@ from execution_envelope.tree import Tree, minus
 #: How many envelopes a tree may have that is read, and how many levels.
 MAX_TREE: Final = 20_000
 MAX_LEVELS: Final = 64
+#: Of how many envelopes a process remembers that it admitted parts of them.
+MAX_PARENTS: Final = 100_000
 
 
 class Reads(Protocol):
@@ -58,6 +60,22 @@ async def open_children(journal: Reads, id: str) -> list[str]:
         if child not in journal.ended and (await journal.read(child)).is_open:
             found.append(child)
     return found
+
+
+class Parts:
+    """Of which envelopes this process admitted parts."""
+
+    def __init__(self) -> None:
+        self._parents: set[str] = set()
+
+    def admitted(self, parent: str) -> None:
+        """A part of this one is about to be sealed."""
+        if len(self._parents) < MAX_PARENTS:
+            self._parents.add(parent)
+
+    def may_be_of(self, id: str) -> bool:
+        """Whether any was; where there were too many to remember it may be."""
+        return id in self._parents or len(self._parents) >= MAX_PARENTS
 
 
 class Family:

@@ -21,7 +21,7 @@ from execution_envelope.credentials import shown
 from execution_envelope.decision import Observation
 from execution_envelope.envelope import KINDS, Envelope, SealedEnvelope, timestamp
 from execution_envelope.errors import InvalidField, LedgerUnavailable, NotFound
-from execution_envelope.family import read_tree
+from execution_envelope.family import Parts, read_tree
 from execution_envelope.grant import label
 from execution_envelope.ledger import Ledger
 from execution_envelope.ledger.commit import BudgetExhausted, Commit, SequenceConflict, Siblings
@@ -121,6 +121,7 @@ class Journal:
         self._clock = clock
         self._currency: str | None = None
         self._removed: dict[str, frozenset[str]] = {}
+        self.parts = Parts()
         #: Trees of which everything has ended, as they were last read: only what was used can change in them.
         self.ended: dict[str, Tree] = {}
 

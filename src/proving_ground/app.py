@@ -4,7 +4,6 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-import httpx
 from fastapi import FastAPI, Request
 from fastapi.encoders import jsonable_encoder
 from fastapi.exceptions import RequestValidationError
@@ -22,16 +21,13 @@ from proving_ground.jobs import prober as job_prober
 from proving_ground.machine import this_node
 from proving_ground.maintenance import Maintenance
 from proving_ground.policy import watch
+from proving_ground.proxy import engine_client
 from proving_ground.settings import Settings
 from proving_ground.state import Backend
 from proving_ground.store import Store
 from proving_ground.supervisor import Supervisor
 
-_SEALED = (
-    "/serving/deploy_model",
-    "/evaluations",
-    *(f"/runtime/models/{{deployment_id}}/v1/{path}" for path in runtime.COUNTED),
-)
+_SEALED = ("/serving/deploy_model", "/evaluations", *runtime.SEALED)
 """Paths that start an execution: whatever they answer, an envelope was sealed before."""
 
 
@@ -49,10 +45,7 @@ def create_app(settings: Settings, *, catalog: Catalog | None = None) -> FastAPI
         logs = settings.data / "logs"
         store = Store(settings.data, keep_keys=settings.keep_engines)
         logs.mkdir(exist_ok=True, mode=0o700)
-        # No deadline for an answer: a long completion is silent until its first token. No proxy: engines are local.
-        # No connection is kept: an engine closes idle ones, and a request that meets that would be lost.
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
-        async with httpx.AsyncClient(timeout=httpx.Timeout(None, connect=5.0), limits=limits, trust_env=False) as http:
+        async with engine_client() as http:
             supervisor = Supervisor(
                 data=settings.data,
                 store=store,

@@ -61,6 +61,8 @@ class Deployment:
     """Who asked for its end; None when nobody did."""
     last_error_code: str | None = None
     last_error_message: str | None = None
+    envelope: str | None = None
+    """The id of its envelope, once a request that runs on it was admitted: in memory only."""
     differences: tuple[Difference, ...] = ()
     told: list[Difference] = field(default_factory=list)
     """Differences that are on the record as effective values, and need not be said with the grant."""

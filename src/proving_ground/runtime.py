@@ -1,231 +1,88 @@
-"""The streaming proxy in front of the engines: /runtime/models/{id}/v1/... as OpenAI clients call it.
+"""/runtime/models/{id}/v1/... as OpenAI clients call it. What an engine executes is sealed before it is asked.
 
-Completions go through the seam; what else an engine can do is passed on as it is.
+Paths of an engine that are not here answer 404: they would execute something that is on no record.
 """
 
-import asyncio
 import contextlib
-from collections.abc import AsyncIterator
 from uuid import UUID
 
-import httpx
-from fastapi import APIRouter, HTTPException, Request
+from fastapi import APIRouter, Request
 from starlette.requests import ClientDisconnect
-from starlette.responses import Response, StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.responses import Response
 
-from execution_envelope import Refused
+from execution_envelope import Admission, Refused
 from execution_envelope.integrations.fastapi import admit
 from proving_ground import inference
 from proving_ground.auth import CurrentCaller
-from proving_ground.deployment import Deployment, Instance
-from proving_ground.engine import Engine
-from proving_ground.state import BackendState
+from proving_ground.counted import Counted
+from proving_ground.deployment import Deployment
+from proving_ground.proxy import TooLong, Unavailable, least_busy, occupied, pass_on, whole_body
+from proving_ground.state import Backend, BackendState
 
 router = APIRouter(tags=["runtime"])
 
-PASSED_ON = frozenset({"embeddings", "rerank", "reranking", "tokenize", "detokenize", "apply-template"})
-"""What engines do for callers beside completions, below /v1: none of it generates text."""
+_BASE = "/runtime/models/{deployment_id}/v1"
 
-_HOP_BY_HOP = {
-    "connection",
-    "keep-alive",
-    "proxy-authenticate",
-    "proxy-authorization",
-    "te",
-    "trailer",
-    "transfer-encoding",
-    "upgrade",
-}
-# The caller's credentials are for the backend; the engine has a key of its own.
-_NOT_FORWARDED = _HOP_BY_HOP | {"host", "authorization", "cookie", "x-workroom-id"}
+SEALED = tuple(f"{_BASE}/{path}" for path in inference.PATHS)
+"""Paths that an engine works for."""
 
 
-COUNTED = ("chat/completions", "completions")
-"""Paths whose tokens are counted."""
-
-
-@router.post("/runtime/models/{deployment_id}/v1/chat/completions")
-@router.post("/runtime/models/{deployment_id}/v1/completions")
-async def complete(deployment_id: UUID, request: Request, caller: CurrentCaller, backend: BackendState) -> Response:
-    """Seal a completion, and pass it to the least busy engine within what is granted. Errors have OpenAI's shape."""
+@router.post(SEALED[0])
+@router.post(SEALED[1])
+@router.post(SEALED[2])
+async def infer(deployment_id: UUID, request: Request, caller: CurrentCaller, backend: BackendState) -> Response:
+    """Seal a request, and pass it to the least busy engine within what is granted. Errors have OpenAI's shape."""
     deployment = backend.deployment_of(caller, deployment_id)
     try:
-        raw = await _body(request)
-        completion = inference.described(raw, request, caller, deployment, backend.catalog)
-        admission = await admit(request, completion.ask)
-    except inference.BadRequest as error:
-        return inference.bad_request(str(error))
+        asked = inference.described(await whole_body(request), request, caller, deployment, backend.catalog)
+        admission = await admit(request, asked.ask)
+        if admission.replayed:
+            return inference.problem("answers are not kept: use a new Idempotency-Key", 409)
+        deployment.envelope = admission.envelope.correlation.runs_on  # found by its id the ledger is not asked again
+        return await _answered(request, asked, admission, deployment, backend)
     except ClientDisconnect:
         return Response(status_code=499)
+    except (inference.BadRequest, TooLong) as error:
+        return inference.problem(str(error))
     except Refused as refused:
         return inference.refusal(refused)
-    if admission.replayed:
-        return inference.bad_request("answers are not kept: use a new Idempotency-Key", 409)
-    instance, engine = _least_busy(deployment)
-    release = _occupied(engine)
-    try:
-        if (why := completion.refused(admission, instance)) is not None:
-            await release.aclose()
-            await admission.reject("NOT_ALLOWED", why)
-            return inference.bad_request(why, 403)
-        grant, body = completion.granted(admission, deployment, instance)
-        # Recorded before the engine's slot is taken and after it is given back: nobody waits for the ledger in it.
-        await admission.grant(grant)
-        counted = inference.Counted(admission, int(grant.resources["output_tokens"]))
+    except Unavailable as error:
+        return inference.problem(str(error), error.status)
+
+
+async def _answered(
+    request: Request, asked: inference.Inference, admission: Admission, deployment: Deployment, backend: Backend
+) -> Response:
+    instance, engine = least_busy(deployment)
+    async with contextlib.AsyncExitStack() as entered:
+        release = await entered.enter_async_context(occupied(engine))
+        try:
+            if (why := asked.unkept(admission, instance)) is not None:
+                raise inference.NotGranted("NOT_ALLOWED", why)
+            # Recorded before the engine's slot is taken and after it is given back: nobody waits for the ledger in it.
+            grant = await asked.grant(admission, deployment, instance)
+        except inference.NotGranted as refused:
+            await admission.reject(refused.code, str(refused))
+            return inference.problem(str(refused), refused.status, refused.error)
+        counted = Counted(admission, asked, grant)
         release.push_async_callback(counted.settle)
         await release.enter_async_context(engine.slots)
-        path = request.url.path.partition("/v1/")[2]
-        return await _passed_on(request, engine, path, backend.http, release, body=body, counted=counted)
-    except BaseException:
-        await release.aclose()
-        raise
+        body = asked.told(grant)
+        answer = await pass_on(request, engine, asked.path, backend.http, release, body=body, watcher=counted)
+        entered.pop_all()  # the answer lets go of it
+        return answer
 
 
-@router.api_route(
-    "/runtime/models/{deployment_id}/v1/{path:path}", methods=["GET", "POST", "PUT", "PATCH", "DELETE", "HEAD"]
-)
-async def forward(
-    deployment_id: UUID, path: str, request: Request, caller: CurrentCaller, backend: BackendState
-) -> Response:
-    """Pass a request to the least busy engine of a deployment, and its answer back, both as they come."""
-    # A dot is taken out on the way to the engine, which would lead to another path than was looked at here.
-    if {".", ".."} & set(path.split("/")):
-        raise HTTPException(404, "no such path")
-    if request.method not in ("GET", "HEAD") and path not in PASSED_ON:
-        # Other paths of the engine generate text too, past the seam and its budgets.
-        raise HTTPException(404, "no such path here; text is generated by chat/completions and completions")
-    _, engine = _least_busy(backend.deployment_of(caller, deployment_id))
-    release = _occupied(engine)
+@router.get(f"{_BASE}/models")
+async def models(deployment_id: UUID, request: Request, caller: CurrentCaller, backend: BackendState) -> Response:
+    """What the engine says of its model: nothing is executed."""
     try:
-        await release.enter_async_context(engine.slots)
-        return await _passed_on(request, engine, path, backend.http, release)
-    except BaseException:
-        await release.aclose()
-        raise
-
-
-async def _body(request: Request) -> bytes:
-    """The whole body, for it has to be read before it is decided of. Raises `BadRequest` when it is too long."""
-    body = b""
-    async for part in request.stream():
-        body += part
-        if len(body) > inference.MAX_BODY:
-            raise inference.BadRequest(f"expected a body of up to {inference.MAX_BODY} bytes - at `body`")
-    return body
-
-
-def _occupied(engine: Engine) -> contextlib.AsyncExitStack:
-    """Counts a request in, and out when the stack is closed."""
-    engine.in_flight += 1
-    release = contextlib.AsyncExitStack()
-    release.callback(_leave, engine)
-    return release
-
-
-async def _passed_on(
-    request: Request,
-    engine: Engine,
-    path: str,
-    http: httpx.AsyncClient,
-    release: contextlib.AsyncExitStack,
-    *,
-    body: bytes | None = None,
-    counted: inference.Counted | None = None,
-) -> Response:
-    """The engine's answer, which closes `release` when it has ended; where there is none, that is closed here."""
-    if counted is not None:
-        counted.asked = True
-    try:
-        upstream = await _ask(request, engine, path, http, body)
-    except ClientDisconnect:
-        if counted is not None:
-            counted.gone = True
-        await release.aclose()
-        return Response(status_code=499)  # for the access log; nobody is there to read it
-    except httpx.HTTPError as error:
-        if counted is not None and isinstance(error, httpx.ConnectError):
-            counted.asked = False  # it was never reached
-        raise HTTPException(502, f"the engine did not answer: {type(error).__name__}") from error
-    release.push_async_callback(upstream.aclose)
-    parts = upstream.aiter_raw()
-    if counted is not None:
-        counted.status = upstream.status_code
-        parts = counted.passing(parts)
-    return _Relay(upstream, parts, release)
-
-
-class _Relay(StreamingResponse):
-    """Streams an upstream answer, and lets go of it however the streaming ends, also when it never begins."""
-
-    def __init__(
-        self, upstream: httpx.Response, parts: AsyncIterator[bytes], release: contextlib.AsyncExitStack
-    ) -> None:
-        super().__init__(parts, status_code=upstream.status_code)
-        self.raw_headers = [
-            (name.lower(), value) for name, value in upstream.headers.raw if name.lower().decode() not in _HOP_BY_HOP
-        ]
-        self._release = release
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with self._release:
-            await super().__call__(scope, receive, send)
-
-
-def _least_busy(deployment: Deployment) -> tuple[Instance, Engine]:
-    engines = [
-        (instance, instance.engine) for instance in deployment.instances if instance.engine and instance.engine.running
-    ]
-    if deployment.status != "DEPLOYED" or not engines:
-        raise HTTPException(503, f"deployment `{deployment.id}` is {deployment.status} and serves nothing now")
-    return min(engines, key=lambda found: found[1].in_flight)
-
-
-def _leave(engine: Engine) -> None:
-    engine.in_flight -= 1
-
-
-async def _ask(
-    request: Request, engine: Engine, path: str, http: httpx.AsyncClient, body: bytes | None
-) -> httpx.Response:
-    """Send the request on, with `body` in place of its own; returns with the head of the answer. A client that goes
-    away meanwhile ends it."""
-    body_read = asyncio.Event()
-
-    async def its_own() -> AsyncIterator[bytes]:
-        async for part in request.stream():
-            yield part
-        body_read.set()
-
-    headers = [(name, value) for name, value in request.headers.items() if name not in _NOT_FORWARDED]
-    headers.append(("authorization", f"Bearer {engine.api_key}"))
-    has_body = "content-length" in request.headers or "transfer-encoding" in request.headers
-    content: bytes | AsyncIterator[bytes] | None = its_own() if has_body else None
-    if body is not None:
-        # What the engine counted is read from its answer, which must not be compressed for that.
-        changed = ("content-length", "content-type", "accept-encoding")
-        headers = [(name, value) for name, value in headers if name not in changed]
-        headers += [("content-type", "application/json"), ("accept-encoding", "identity")]
-        content = body
-    if not has_body or body is not None:
-        body_read.set()
-    url = httpx.URL(engine.url).copy_with(path=f"/v1/{path}", query=request.url.query.encode() or None)
-    asked = http.build_request(request.method, url, headers=headers, content=content)
-    sending = asyncio.ensure_future(http.send(asked, stream=True))
-    leaving = asyncio.ensure_future(_gone(request, body_read))
-    try:
-        await asyncio.wait((sending, leaving), return_when=asyncio.FIRST_COMPLETED)
-        if sending.done():
-            return sending.result()
-        raise ClientDisconnect
-    finally:
-        for task in (sending, leaving):
-            task.cancel()
-        await asyncio.wait((sending, leaving))
-
-
-async def _gone(request: Request, body_read: asyncio.Event) -> None:
-    """Returns when the client has gone away. The body comes over the same channel, so it must have been read first."""
-    await body_read.wait()
-    while (await request.receive())["type"] != "http.disconnect":
-        continue
+        _, engine = least_busy(backend.deployment_of(caller, deployment_id))
+        async with contextlib.AsyncExitStack() as entered:
+            release = await entered.enter_async_context(occupied(engine))
+            await release.enter_async_context(engine.slots)
+            answer = await pass_on(request, engine, "models", backend.http, release)
+            entered.pop_all()
+            return answer
+    except Unavailable as error:
+        return inference.problem(str(error), error.status)

@@ -50,6 +50,10 @@ class Writer:
         #: Held while the store is at work: a fork waits for it, or the child would inherit half a transaction.
         self.working = threading.Lock()
         self._queue: queue.SimpleQueue[Submission | None] = queue.SimpleQueue()
+        #: Set for who waits for an answer, and for what has to be stored before all that was gathered so far. While the
+        #: thread only gathers what is relaxed nothing else wakes it: each time it woke it would take the interpreter
+        #: from those whom it serves.
+        self._urgent = threading.Event()
         self._starting = threading.Lock()
         self._thread: threading.Thread | None = None
         self._counting = threading.Lock()
@@ -64,12 +68,15 @@ class Writer:
         their window: nothing more is acknowledged on credit then."""
         if self._queue.qsize() >= MAX_WAITING:
             raise LedgerUnavailable(f"expected the ledger to keep up, {MAX_WAITING} submissions wait for it")
+        urgent = submission.window is None or submission.due < self._due
         if submission.window is not None:
             if self._due < time.monotonic():
                 raise LedgerUnavailable("expected the ledger to keep up, relaxed writes wait beyond their window")
             self._due = min(self._due, submission.due)
             self._count(emitted=submission.size)
         self._queue.put(submission)
+        if urgent and not self._urgent.is_set():
+            self._urgent.set()
         if self._thread is None:
             self._start()
 
@@ -104,6 +111,7 @@ class Writer:
             thread, self._thread = self._thread, None
             if thread is not None:
                 self._queue.put(None)
+                self._urgent.set()
                 thread.join()
 
     def _start(self) -> None:
@@ -150,14 +158,18 @@ class Writer:
             until = min(until, tend_at)
         while len(group) < MAX_GROUP:
             try:
-                if until == math.inf:
-                    submission = self._queue.get()
-                elif until > 0 and (timeout := until - time.monotonic()) > 0:
-                    submission = self._queue.get(timeout=timeout)
-                else:
+                if group or self._relaxed:
                     submission = self._queue.get_nowait()
+                elif until == math.inf:
+                    submission = self._queue.get()
+                else:
+                    submission = self._queue.get(timeout=max(0.0, until - time.monotonic()))
             except queue.Empty:
-                break
+                if (timeout := until - time.monotonic()) <= 0:
+                    break
+                self._urgent.wait(timeout)
+                self._urgent.clear()  # before the queue is looked at again
+                continue
             if submission is None:
                 return False, group
             if submission.claim():
