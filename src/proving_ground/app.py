@@ -18,6 +18,8 @@ from proving_ground import catalog_routes, runtime, serving
 from proving_ground.admission import SUPERVISOR, EnvelopeRecorder, open_seam, prober
 from proving_ground.auth import TokenFile
 from proving_ground.catalog import Catalog
+from proving_ground.cluster import Cluster
+from proving_ground.local import LocalCluster
 from proving_ground.machine import this_node
 from proving_ground.policy import watch
 from proving_ground.settings import Settings
@@ -43,6 +45,7 @@ def create_app(settings: Settings, *, catalog: Catalog | None = None) -> FastAPI
     models = catalog or Catalog()
     seam = open_seam(settings)
     controller = seam.controller
+    cluster = open_cluster(settings)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -56,7 +59,7 @@ def create_app(settings: Settings, *, catalog: Catalog | None = None) -> FastAPI
             supervisor = Supervisor(
                 data=settings.data,
                 store=store,
-                node=this_node(settings),
+                cluster=cluster,
                 catalog=models,
                 recorder=EnvelopeRecorder(controller, models),
                 http=http,
@@ -64,6 +67,7 @@ def create_app(settings: Settings, *, catalog: Catalog | None = None) -> FastAPI
                 retry_seconds=settings.retry_seconds,
             )
             app.state.backend = Backend(settings, models, supervisor, http)
+            await cluster.connect()
             await supervisor.recover()
             await controller.reconcile({SUPERVISOR: prober(supervisor)}, everything=True)
             work = (_look_after(controller, supervisor), watch(seam.policy))
@@ -88,6 +92,20 @@ def create_app(settings: Settings, *, catalog: Catalog | None = None) -> FastAPI
     app.mount("/metrics", metrics_app(seam.metrics, controller))
     app.add_api_route("/api/health", _alive, methods=["GET"], include_in_schema=False)
     return app
+
+
+def open_cluster(settings: Settings) -> Cluster:
+    """Where engines run, by the settings. Raises `ValueError` when what it takes is not installed."""
+    if settings.cluster == "local":
+        return LocalCluster(this_node(settings))
+    try:
+        from proving_ground.ray_cluster import RayCluster  # only who chose Ray needs it
+    except ModuleNotFoundError as error:
+        if error.name != "ray":
+            raise
+        what = "expected the package `ray` for CLUSTER=ray, it is not installed"
+        raise ValueError(f"{what}; pip install 'execution-envelope[ray]' - at CLUSTER") from None
+    return RayCluster(settings.ray_address, patience=settings.placement_seconds)
 
 
 async def _look_after(controller: AdmissionController, supervisor: Supervisor) -> None:
