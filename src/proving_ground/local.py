@@ -64,12 +64,13 @@ class LocalCluster:
 
     async def left(self, deployment: Deployment) -> str:
         """See `Cluster`."""
-        found = [
-            f"{instance.part}: pid {instance.pid} "
-            f"{'is gone' if instance.engine is None else 'was left, and is ended now'}"
-            for instance in deployment.instances
-            if instance.pid is not None
-        ]
+        found = []
+        for instance in deployment.instances:
+            state = "is gone" if instance.engine is None else "was left, and is ended now"
+            if instance.grant.placement_group:
+                state = f"on Ray node {instance.grant.node}, which ends what a backend started with it"
+            if instance.pid is not None:
+                found.append(f"{instance.part}: pid {instance.pid} {state}")
         return ", ".join(found) or "no engine had been started"
 
     async def close(self) -> None:

@@ -315,7 +315,8 @@ def _place(wanted: Wanted, ask: Effective, model: CatalogModel, node: Room, repl
                 f"and {in_words(memory_free)} free on {node.where}",
             )
         )
-    cores = next(cores for cores in range(ask.cores, 0, -1) if copies_in(node, cores, ask.floor, gpu_floor) >= replicas)
+    most = min(ask.cores, max(len(one.free_cores) for one in node.nodes))
+    cores = next(cores for cores in range(most, 0, -1) if copies_in(node, cores, ask.floor, gpu_floor) >= replicas)
     if cores < ask.cores:
         why.append(
             Difference(
