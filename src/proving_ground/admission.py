@@ -26,7 +26,7 @@ from proving_ground.deployment import Deployment, Instance
 from proving_ground.engine import Enforced, Usage
 from proving_ground.policy import open_policy
 from proving_ground.quantities import in_words
-from proving_ground.resolver import NoRoom, Placement
+from proving_ground.resolver import InstanceGrant, NoRoom, Placement
 from proving_ground.settings import Settings
 from proving_ground.supervisor import Supervisor
 from proving_ground.telemetry import observers
@@ -172,10 +172,12 @@ class EnvelopeRecorder:
         admission = await self._of(deployment, RESOLVER)
         for instance in deployment.instances:
             plan = instance.grant
-            group = {"placement_group": plan.placement_group} if plan.placement_group else {}
-            await admission.grant(_grant(admission, deployment, instance, {"node": plan.node, **group}))
-            if group and plan.gpu_millis:
-                await admission.grant(_gpus(deployment, instance, {"node": plan.node, **group}))
+            route = {"node": plan.node}
+            if plan.placement_group:
+                route |= {"placement_group": plan.placement_group, "bundle": _bundle(plan)}
+            await admission.grant(_grant(admission, deployment, instance, route))
+            if plan.placement_group and plan.gpu_millis:
+                await admission.grant(_gpus(deployment, instance, route))
 
     async def enforced(self, deployment: Deployment, instance: Instance, read_back: Enforced) -> None:
         admission = await self._of(deployment)
@@ -271,6 +273,12 @@ def _grant(
         constraints=instead,
         because=because,
     )
+
+
+def _bundle(plan: InstanceGrant) -> str:
+    """What Ray holds for a replica, beside what the kernel will say; in Ray's own terms."""
+    gpu = f", {plan.gpu_millis / 1000:g} GPU" if plan.gpu_millis else ""
+    return f"{plan.cores} CPU, {plan.memory} bytes of memory{gpu}; reserved, which limits nothing"
 
 
 def gpu_part(instance: Instance) -> str:

@@ -8,6 +8,7 @@ import asyncio
 import logging
 import os
 import platform
+import socket
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +33,7 @@ from proving_ground.quantities import in_words
 from proving_ground.ray_engine import RAY, EngineActor, Here, RayEngine, lost
 from proving_ground.resolver import Candidate, InstanceGrant, NoRoom, Placement, Unsatisfiable, effective, plan
 
+CONNECT_SECONDS = 5.0
 PLACE_SECONDS = 0.5
 """How long one attempt waits for Ray; the placement group stays with Ray until the next."""
 LEAVE_SECONDS = 10.0
@@ -89,8 +91,11 @@ class RayCluster:
     def _connect(self) -> None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         try:
-            ray.init(address=self._address, log_to_driver=False, logging_level=logging.WARNING)
-        except (ConnectionError, RuntimeError, ValueError) as error:
+            if self._address != "auto":  # Ray itself would try for minutes
+                host, _, port = self._address.rpartition(":")
+                socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
+            ray.init(address=self._address, log_to_driver=False, logging_level=logging.ERROR)
+        except (OSError, RuntimeError, ValueError) as error:
             said = " ".join(str(error).split())[:300]
             raise ConnectionError(f"no Ray cluster answers at `{self._address}`: {said} - at RAY_ADDRESS") from error
         self._ours = RAY.util.get_node_ip_address()

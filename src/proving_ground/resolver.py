@@ -371,10 +371,10 @@ def _place(wanted: Wanted, ask: Effective, model: CatalogModel, node: Room, repl
         context = fits
         if wanted.memory is None:
             memory = model.need.bytes_for(context, cores)
-    gpus = 0 if wanted.force_cpu else wanted.gpu
+    gpus = wanted.gpu_floor if wanted.force_cpu else max(wanted.gpu, wanted.gpu_floor)
     if limits.gpu is not None:
         gpus = min(gpus, limits.gpu // replicas)
-    while gpus and copies_in(node, cores, memory, gpus * 1000) < replicas:
+    while gpus > wanted.gpu_floor and copies_in(node, cores, memory, gpus * 1000) < replicas:
         gpus -= 1
     gpu_share = _gpu_share(wanted, node, replicas, cores, memory, why)
     minutes = _minutes(wanted.minutes, limits, why)
