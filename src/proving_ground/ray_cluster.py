@@ -121,8 +121,7 @@ class RayCluster:
         if held is None or _bundles(held.placement) != _bundles(wished):
             await self.release(deployment)
             self._since[deployment.id] = since
-            group = await self._call(placement_group, _bundles(wished), "PACK")
-            held = self._groups[deployment.id] = _Group(group, wished)
+            held = await self._call(self._ask, deployment.id, wished)
         await asyncio.to_thread(held.group.wait, PLACE_SECONDS)
         if (table := await self._call(_table, held))["state"] == "CREATED":
             return self._settled(deployment, held, table)
@@ -134,6 +133,11 @@ class RayCluster:
         if self._clock() - since >= self._patience:
             return Unsatisfiable("NOT_PLACED", f"not placed within {self._patience:g} s; {reason}")
         return NoRoom(tuple(_refused(node, bundles) for node in nodes), reason)
+
+    def _ask(self, deployment: UUID, wished: Placement) -> _Group:
+        # Kept here, in the thread that asks: who waits for it may be cancelled, and what is asked is to be released.
+        held = self._groups[deployment] = _Group(placement_group(_bundles(wished), "PACK"), wished)
+        return held
 
     def _settled(self, deployment: Deployment, held: _Group, table: dict[str, Any]) -> Placement:
         """What Ray reserved: each bundle with the node it is on, and with cores of that node that are ours alone."""
@@ -161,7 +165,7 @@ class RayCluster:
     async def prepare(self, deployment: Deployment, model: CatalogModel) -> None:
         """See `Cluster`. Starts the actors: the weights count on the nodes where they will be read."""
         held = self._groups[deployment.id]
-        held.actors = await self._call(self._spawn, held)
+        await self._call(self._spawn, held)
         held.here = list(
             await asyncio.gather(
                 *(
@@ -174,17 +178,16 @@ class RayCluster:
             cores = {here.cpu_ids[core % len(here.cpu_ids)] for core in instance.grant.core_indexes}
             instance.grant = replace(instance.grant, cpu_ids=tuple(sorted(cores)))
 
-    def _spawn(self, held: _Group) -> list[Any]:
-        return [
-            self._actor.options(
+    def _spawn(self, held: _Group) -> None:
+        for index, grant in enumerate(held.placement.instances):
+            actor = self._actor.options(
                 num_cpus=grant.cores,
                 memory=grant.memory,
                 num_gpus=grant.gpu_millis / 1000,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(held.group, placement_group_bundle_index=index),
                 max_restarts=0,
             ).remote()
-            for index, grant in enumerate(held.placement.instances)
-        ]
+            held.actors.append(actor)
 
     async def _ready(self, actor: Any, grant: InstanceGrant, model: CatalogModel) -> Here:
         try:
@@ -213,14 +216,20 @@ class RayCluster:
     async def release(self, deployment: Deployment) -> None:
         """See `Cluster`."""
         self._since.pop(deployment.id, None)
-        held = self._groups.pop(deployment.id, None)
         for key in [key for key in self._cores if key[0] == deployment.id]:
             del self._cores[key]
-        if held is not None:
-            try:
-                await self._call(_end, held)
-            except Exception:
-                log.exception("placement group %s could not be removed", held.id)
+        try:
+            await self._call(self._end, deployment.id)
+        except Exception:
+            log.exception("what deployment %s holds in Ray could not be released", deployment.id)
+
+    def _end(self, deployment: UUID) -> None:
+        held = self._groups.pop(deployment, None)
+        if held is None:
+            return
+        for actor in held.actors:
+            ray.kill(actor)
+        remove_placement_group(held.group)
 
     async def adopt(self, instance: Instance, log: Path) -> Engine | None:
         """See `Cluster`. Actors end with their driver; what a backend without Ray kept here is found, to be ended."""
@@ -269,12 +278,6 @@ class RayCluster:
 def _table(held: _Group) -> dict[str, Any]:
     found: dict[str, Any] = placement_group_table(held.group)
     return found
-
-
-def _end(held: _Group) -> None:
-    for actor in held.actors:
-        ray.kill(actor)
-    remove_placement_group(held.group)
 
 
 def _remove(group: str) -> None:
