@@ -34,7 +34,7 @@ from proving_ground.ray_engine import RAY, EngineActor, Here, RayEngine, lost
 from proving_ground.resolver import Candidate, InstanceGrant, NoRoom, Placement, Unsatisfiable, effective, plan
 
 CONNECT_SECONDS = 5.0
-PLACE_SECONDS = 0.5
+PLACE_SECONDS = 1.0
 """How long one attempt waits for Ray; the placement group stays with Ray until the next."""
 LEAVE_SECONDS = 10.0
 """How long Ray may take to end what a backend that is gone had started."""

@@ -52,7 +52,9 @@ class EngineActor:
     def __init__(self) -> None:
         self._host = EngineHost()
         self._engine: ChildEngine | None = None
-        self._directory = tempfile.TemporaryDirectory(prefix="engine-")
+        # Ray's own directory for logs: what is left there by an actor that was killed goes with the cluster.
+        logs = RAY._private.worker._global_node.get_logs_dir_path()
+        self._directory = tempfile.TemporaryDirectory(prefix="engine-", dir=logs)
         self._log = Path(self._directory.name) / "engine.log"
         self._told = 0
 
