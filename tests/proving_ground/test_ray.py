@@ -7,6 +7,7 @@ none here, and Ray counts what a node says it has.
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -32,6 +33,11 @@ def gpu_node(ray_nodes: RayNodes) -> Iterator[str]:
     ray_nodes.remove(node)
 
 
+def parent(pid: int) -> int:
+    """Of an engine: Ray's worker, which is the actor."""
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
 def test_requested_reserved_and_enforced_are_three_statements(shared_on_ray: Backend, ray_nodes: RayNodes) -> None:
     real = len(os.sched_getaffinity(0))
     deployment = deploy(shared_on_ray, inferenceResources=cpu("256Mi", cores=str(real + 1)))
@@ -55,7 +61,7 @@ def test_requested_reserved_and_enforced_are_three_statements(shared_on_ray: Bac
 
     # The kernel holds the engine to it, and not the actor, which Ray granted as much.
     pid = int(enforced["route"]["pid"])
-    actor = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    actor = parent(pid)
     assert (procfs.data_limit(pid), procfs.data_limit(actor)) == (256 * MIB, None)
     assert procfs.read(actor).data > 256 * MIB
     stop(shared_on_ray, deployment)
@@ -132,6 +138,18 @@ def test_what_waits_is_placed_on_a_node_that_comes_and_fails_with_one_that_goes(
     assert shown.rows["memory"]["used"]["how"] == "estimated" and shown.rows["memory"]["used"]["amount"] > 100 * MIB
     assert status(backend, deployment) == "FAILED" and sound(backend)
     until(lambda: ray_nodes.groups() == 0)
+
+
+def test_an_engine_ends_with_its_actor_and_its_deployment_fails(shared_on_ray: Backend, ray_nodes: RayNodes) -> None:
+    deployment = deploy(shared_on_ray, context=512)
+    becomes(shared_on_ray, deployment, "DEPLOYED")
+    ((pid, started),) = shared_on_ray.engines()
+    os.kill(parent(pid), signal.SIGKILL)
+    shown = state(shared_on_ray, deployment, "failed")
+    assert shown.last("failed")["code"] == "ENGINE_LOST"
+    assert re.search(r"the actor that ran the engine on Ray node \w+ is dead: ", shown.last("failed")["message"])
+    assert not procfs.is_running(pid, started)
+    assert shown.data["held"] == {} and ray_nodes.groups() == 0
 
 
 def test_shares_of_logical_gpus_that_add_up_to_more_than_one(shared_on_ray: Backend, gpu_node: str) -> None:
