@@ -33,7 +33,7 @@ from proving_ground.app import create_app
 from proving_ground.auth import CurrentCaller, RunTokens, TokenFile, demo_tokens, write_demo
 from proving_ground.catalog import Catalog, smollm2
 from proving_ground.deployment import Deployment, Instance, new_deployment
-from proving_ground.engine import Engine
+from proving_ground.engine import ChildEngine
 from proving_ground.proxy import engine_client, least_busy, occupied, pass_on, whole_body
 from proving_ground.resolver import InstanceGrant
 from proving_ground.schemas import CreateModelDeployment
@@ -104,7 +104,7 @@ class Server(uvicorn.Server):
         pid, port = self._upstream
         deployment = self._deployment
         instance = Instance(uuid4(), deployment.id, InstanceGrant("replica-0", 2**28, (0,), (0,), 2048), "none.log")
-        instance.engine = Engine(pid, Path("none.log"), "none", port=port)
+        instance.engine = ChildEngine(pid, Path("none.log"), "none", port=port)
         deployment.instances, deployment.status = [instance], "DEPLOYED"
         self._app.state.backend.supervisor.deployments[deployment.id] = deployment
         if hasattr(self._app.state, "execution_envelope"):

@@ -26,7 +26,7 @@ from proving_ground.deployment import Deployment, Instance
 from proving_ground.engine import Enforced, Usage
 from proving_ground.policy import open_policy
 from proving_ground.quantities import in_words
-from proving_ground.resolver import NoRoom, Placement
+from proving_ground.resolver import InstanceGrant, NoRoom, Placement
 from proving_ground.settings import Settings
 from proving_ground.supervisor import Supervisor
 from proving_ground.telemetry import observers
@@ -35,6 +35,10 @@ from proving_ground.wanted import Difference, Limits
 #: The owner of every bound deployment: reconciliation asks it.
 SUPERVISOR = "supervisor"
 RESOLVER = "resolver"
+#: Who reserved what a placement group holds.
+RAY = "ray"
+#: Nodes that an attempt names; a large cluster has more.
+MAX_CANDIDATES = 32
 #: The workroom that is production; all others are for development.
 PRODUCTION = "production"
 
@@ -168,14 +172,20 @@ class EnvelopeRecorder:
         admission = await self._of(deployment, RESOLVER)
         refused = [
             Candidate(f"{found.node} with {found.replicas} replicas", "refused", found.sentence)
-            for found in no_room.candidates
+            for found in no_room.candidates[:MAX_CANDIDATES]
         ]
         await admission.attempt(refused, reason=no_room.sentence)
 
     async def placed(self, deployment: Deployment, placement: Placement) -> None:
         admission = await self._of(deployment, RESOLVER)
         for instance in deployment.instances:
-            await admission.grant(_grant(admission, deployment, instance, {"node": placement.node}))
+            plan = instance.grant
+            route = {"node": plan.node}
+            if plan.placement_group:
+                route |= {"placement_group": plan.placement_group, "bundle": _bundle(plan)}
+            await admission.grant(_grant(admission, deployment, instance, route))
+            if plan.placement_group and plan.gpu_millis:
+                await admission.grant(_gpus(deployment, instance, route))
 
     async def enforced(self, deployment: Deployment, instance: Instance, read_back: Enforced) -> None:
         admission = await self._of(deployment)
@@ -209,7 +219,9 @@ class EnvelopeRecorder:
             return
         if instance.usage is not None:
             await _used(admission, instance.part, instance.usage)
-        await admission.release(instance.part, reason=deployment.last_error_code or "stopped")
+        for part in (instance.part, gpu_part(instance)):
+            if part in admission.record.grants:
+                await admission.release(part, reason=deployment.last_error_code or "stopped")
 
     async def stopped(self, deployment: Deployment, usage: Sequence[Usage]) -> None:
         admission = await self._of(deployment)
@@ -248,8 +260,15 @@ def _grant(
         given |= {"memory": memory, "cpu": len(held.cpu_ids), "context": held.context}
         if given["cpu"] != plan.cores:
             because["cpu"] = ("balancing", f"{plan.cores} cores are counted, on {given['cpu']} real CPUs")
-    ours = {"gpu": plan.gpus, "gpu_memory": 0, "concurrency": 1}
+    ours = {"gpu": f"{plan.gpu_millis}m", "gpu_memory": 0, "concurrency": 1}
+    if plan.placement_group and plan.gpu_millis:
+        del ours["gpu"]  # nothing but Ray's count holds them to it, so they are a part of their own
+        because.pop("gpu", None)
     given |= {key: amount for key, amount in ours.items() if key in asked.resources}
+    instead: dict[str, Any] = {"engine": ENGINE} if "engine" in asked.constraints else {}
+    if plan.gpu_share and "gpu_allocation" in because:
+        instead["gpu_allocation"] = f"{plan.gpu_share / 1000:g}"
+    kept = (*_KEPT, "gpu_allocation") if plan.gpu_share else _KEPT
     if deployment.duration_minutes is not None:
         given["duration"] = f"{deployment.duration_minutes}m"
     return Grant(
@@ -257,10 +276,34 @@ def _grant(
         part=instance.part,
         basis="reserved" if held is None else "enforced",
         route=route,
-        by=RESOLVER,
-        honoured=[name for name in _KEPT if name in asked.constraints and name not in because],
-        constraints={"engine": ENGINE} if "engine" in asked.constraints else {},
+        by=RAY if plan.placement_group and held is None else RESOLVER,
+        honoured=[name for name in kept if name in asked.constraints and name not in because],
+        constraints=instead,
         because=because,
+    )
+
+
+def _bundle(plan: InstanceGrant) -> str:
+    """What Ray holds for a replica, beside what the kernel will say; in Ray's own terms."""
+    gpu = f", {plan.gpu_millis / 1000:g} GPU" if plan.gpu_millis else ""
+    return f"{plan.cores} CPU, {plan.memory} bytes of memory{gpu}; reserved, which limits nothing"
+
+
+def gpu_part(instance: Instance) -> str:
+    """The part of the record that holds GPUs which are reserved and not enforced."""
+    return f"{instance.part}/gpu"
+
+
+def _gpus(deployment: Deployment, instance: Instance, route: Mapping[str, str]) -> Grant:
+    """The GPUs of one replica as Ray counts them: no limit of the operating system ever takes their place."""
+    said = {found.key: (found.cause, found.sentence) for found in deployment.differences if found.key == "gpu"}
+    return Grant(
+        {"gpu": f"{instance.grant.gpu_millis}m"},
+        part=gpu_part(instance),
+        basis="reserved",
+        route=route,
+        by=RAY,
+        because=said,
     )
 
 

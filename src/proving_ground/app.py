@@ -15,9 +15,11 @@ from proving_ground import catalog_routes, evaluation_routes, runtime, serving
 from proving_ground.admission import SUPERVISOR, EnvelopeRecorder, open_seam, prober
 from proving_ground.auth import RunTokens, TokenFile
 from proving_ground.catalog import Catalog
+from proving_ground.cluster import Cluster
 from proving_ground.evaluation import EVALUATION, Evaluations
 from proving_ground.jobs import JOBS, Jobs, JobStore
 from proving_ground.jobs import prober as job_prober
+from proving_ground.local import LocalCluster
 from proving_ground.machine import this_node
 from proving_ground.maintenance import Maintenance
 from proving_ground.policy import watch
@@ -39,6 +41,7 @@ def create_app(settings: Settings, *, catalog: Catalog | None = None) -> FastAPI
     models = catalog or Catalog()
     seam = open_seam(settings)
     controller = seam.controller
+    cluster = open_cluster(settings)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -49,7 +52,7 @@ def create_app(settings: Settings, *, catalog: Catalog | None = None) -> FastAPI
             supervisor = Supervisor(
                 data=settings.data,
                 store=store,
-                node=this_node(settings),
+                cluster=cluster,
                 catalog=models,
                 recorder=EnvelopeRecorder(controller, models),
                 http=http,
@@ -59,6 +62,7 @@ def create_app(settings: Settings, *, catalog: Catalog | None = None) -> FastAPI
             jobs = Jobs(JobStore(settings.data), controller, app.state.runs)
             jobs.offer(EVALUATION, Evaluations(settings.data / "evaluations", supervisor, models).run)
             app.state.backend = Backend(settings, models, supervisor, jobs, http)
+            await cluster.connect()
             await supervisor.recover()
             await jobs.recover()
             probers = {SUPERVISOR: prober(supervisor), JOBS: job_prober(jobs)}
@@ -88,6 +92,20 @@ def create_app(settings: Settings, *, catalog: Catalog | None = None) -> FastAPI
     app.mount("/metrics", metrics_app(seam.metrics, controller))
     app.add_api_route("/api/health", _alive, methods=["GET"], include_in_schema=False)
     return app
+
+
+def open_cluster(settings: Settings) -> Cluster:
+    """Where engines run, by the settings. Raises `ValueError` when what it takes is not installed."""
+    if settings.cluster == "local":
+        return LocalCluster(this_node(settings))
+    try:
+        from proving_ground.ray_cluster import RayCluster  # only who chose Ray needs it
+    except ModuleNotFoundError as error:
+        if error.name != "ray":
+            raise
+        what = "expected the package `ray` for CLUSTER=ray, it is not installed"
+        raise ValueError(f"{what}; pip install 'execution-envelope[ray]' - at CLUSTER") from None
+    return RayCluster(settings.ray_address, patience=settings.placement_seconds)
 
 
 async def _alive() -> dict[str, str]:

@@ -100,7 +100,7 @@ class Deployment:
             "memory": sum(grant.memory for grant in grants),
             "cpu": sum(grant.cores for grant in grants),
             "context": min(grant.context for grant in grants),
-            "gpu": sum(grant.gpus for grant in grants),
+            "gpu": _gpus(sum(grant.gpu_millis for grant in grants)),
             "perInstance": [_per_instance(instance) for instance in self.instances],
             "differences": [asdict(difference) for difference in self.differences],
         }
@@ -127,6 +127,11 @@ def new_deployment(
     )
 
 
+def _gpus(millis: int) -> float:
+    """Devices; a whole number of them as one."""
+    return millis / 1000 if millis % 1000 else millis // 1000
+
+
 def _per_instance(instance: Instance) -> dict[str, Any]:
     grant, enforced = instance.grant, instance.enforced
     return {
@@ -135,7 +140,7 @@ def _per_instance(instance: Instance) -> dict[str, Any]:
         "cpu": grant.cores,
         "cpuIds": list(grant.cpu_ids),
         "context": grant.context,
-        "gpu": grant.gpus,
+        "gpu": _gpus(grant.gpu_millis),
         "enforced": None
         if enforced is None
         else {"memory": enforced.memory_limit, "cpuIds": list(enforced.cpu_ids), "context": enforced.context},

@@ -1,4 +1,4 @@
-"""Engines: child processes that serve one replica each, within what was granted."""
+"""Engines: processes that serve one replica each, within what was granted."""
 
 import asyncio
 import json
@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import time
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -18,6 +19,7 @@ from proving_ground.logfile import tail
 
 START_SECONDS = 60.0
 STOP_SECONDS = 5.0
+LOOPBACK = "127.0.0.1"
 CONNECTIONS = 8
 """Connections the proxy opens to one engine: each costs it a thread, whose stack counts against its grant."""
 
@@ -39,6 +41,15 @@ class Usage:
 
 
 @dataclass(frozen=True)
+class Kernel:
+    """What the kernel says of an engine's process: RLIMIT_DATA in bytes, None for unlimited; the CPUs it may use."""
+
+    memory_limit: int | None
+    cpu_ids: tuple[int, ...]
+    reading: procfs.ProcessReading
+
+
+@dataclass(frozen=True)
 class Enforced:
     """What the operating system and the engine say holds: bytes, real CPU ids, tokens, ms of CPU time."""
 
@@ -51,11 +62,60 @@ class Enforced:
     cpu_ms: int
 
 
-class Engine:
-    """A running engine.
+class Engine(ABC):
+    """A running engine, on this machine or on another. Made inside a running event loop, which watches for its end."""
+
+    def __init__(self, pid: int, started: int, log: Path, api_key: str, *, port: int = 0, host: str = LOOPBACK) -> None:
+        self.pid = pid
+        """Of the engine's process, on the machine it runs on; with `started`, clock ticks after boot, it names one."""
+        self.started = started
+        self.log = log
+        self.api_key = api_key
+        self.port = port
+        self.host = host
+        self.slots = asyncio.Semaphore(CONNECTIONS)
+        self.in_flight = 0
+        """Requests sent to it or waiting for a slot."""
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.host}:{self.port}"
+
+    @property
+    @abstractmethod
+    def running(self) -> bool:
+        """Whether it has not ended, as far as is known here."""
+
+    @abstractmethod
+    async def wait_ready(self, seconds: float = START_SECONDS) -> None:
+        """Wait until it answers requests; raises `EngineFailed` when it ends or takes too long."""
+
+    @abstractmethod
+    async def ended(self) -> EngineFailed:
+        """Wait until it ends by itself, and say how."""
+
+    @abstractmethod
+    async def kernel(self) -> Kernel:
+        """What the kernel says of the process now. Raises `ProcessLookupError` when it has ended."""
+
+    @abstractmethod
+    def sample(self) -> None:
+        """Look at memory and CPU time; called now and then, so that an engine that gets killed has usage too."""
+
+    @abstractmethod
+    async def stop(self, seconds: float) -> Usage:
+        """End it: SIGTERM, then SIGKILL after `seconds`. Harmless when it has ended already."""
+
+    @abstractmethod
+    def forget(self) -> None:
+        """Stop watching, leave it running."""
+
+
+class ChildEngine(Engine):
+    """An engine on this machine.
 
     Our own child comes with its `process` and the pipe on which it says that it is ready; one that an earlier backend
-    started comes with its `port` instead. Made inside a running event loop, which watches for its end.
+    started comes with its `port` instead.
     """
 
     def __init__(
@@ -65,14 +125,11 @@ class Engine:
         api_key: str,
         *,
         port: int = 0,
+        host: str = LOOPBACK,
         process: "subprocess.Popen[bytes] | None" = None,
         ready_fd: int | None = None,
     ) -> None:
-        self.pid = pid
-        self.started = procfs.start_time(pid)
-        self.log = log
-        self.api_key = api_key
-        self.port = port
+        super().__init__(pid, procfs.start_time(pid), log, api_key, port=port, host=host)
         self._process = process
         self._ready_fd = ready_fd
         self._begun = time.time() - _age_seconds(self.started)
@@ -85,21 +142,13 @@ class Engine:
             os.close(self._pidfd)
             raise ProcessLookupError(f"process {pid} has ended")
         self._ended = asyncio.Event()
-        self.slots = asyncio.Semaphore(CONNECTIONS)
-        self.in_flight = 0
-        """Requests sent to it or waiting for a slot."""
         asyncio.get_running_loop().add_reader(self._pidfd, self._on_end)
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
 
     @property
     def running(self) -> bool:
         return not self._ended.is_set()
 
     async def wait_ready(self, seconds: float = START_SECONDS) -> None:
-        """Wait until it answers requests; raises `EngineFailed` when it ends or takes too long."""
         if self._ready_fd is None:
             return
         loop = asyncio.get_running_loop()
@@ -121,13 +170,14 @@ class Engine:
         self.port = int(json.loads(line)["port"])
 
     async def ended(self) -> EngineFailed:
-        """Wait until it ends by itself, and say how."""
         await self._ended.wait()
         returncode = None if self._process is None else self._process.wait()
         return classify(returncode, await asyncio.to_thread(tail, self.log))
 
+    async def kernel(self) -> Kernel:
+        return Kernel(procfs.data_limit(self.pid), tuple(sorted(os.sched_getaffinity(self.pid))), procfs.read(self.pid))
+
     def sample(self) -> None:
-        """Look at memory and CPU time; called now and then, so that an engine that gets killed has usage too."""
         try:
             self._last = procfs.read(self.pid)
         except ProcessLookupError:
@@ -140,7 +190,6 @@ class Engine:
         return Usage(self._peak_memory, self._last.peak_rss, self._last.cpu_ms, wall, basis)
 
     async def stop(self, seconds: float) -> Usage:
-        """End it: SIGTERM, then SIGKILL after `seconds`. Harmless when it has ended already."""
         basis: Literal["measured", "estimated"] = "measured" if self.running else "estimated"
         if self.running:
             self.sample()
@@ -162,7 +211,6 @@ class Engine:
         return usage
 
     def forget(self) -> None:
-        """Stop watching, leave it running."""
         if self.running:
             asyncio.get_running_loop().remove_reader(self._pidfd)
             os.close(self._pidfd)
@@ -184,15 +232,15 @@ async def read_back(engine: Engine, http: httpx.AsyncClient) -> Enforced:
     """Ask the kernel what holds for the process, and the engine for its context."""
     answer = await http.get(f"{engine.url}/v1/models", headers={"Authorization": f"Bearer {engine.api_key}"})
     answer.raise_for_status()
-    reading = procfs.read(engine.pid)
+    kernel = await engine.kernel()
     return Enforced(
-        memory_limit=procfs.data_limit(engine.pid),
-        cpu_ids=tuple(sorted(os.sched_getaffinity(engine.pid))),
+        memory_limit=kernel.memory_limit,
+        cpu_ids=kernel.cpu_ids,
         context=int(answer.json()["data"][0]["meta"]["n_ctx"]),
-        rss=reading.rss,
-        peak_rss=reading.peak_rss,
-        data=reading.data,
-        cpu_ms=reading.cpu_ms,
+        rss=kernel.reading.rss,
+        peak_rss=kernel.reading.peak_rss,
+        data=kernel.reading.data,
+        cpu_ms=kernel.reading.cpu_ms,
     )
 
 

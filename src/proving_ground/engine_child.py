@@ -33,6 +33,7 @@ class Orders(TypedDict):
     cpu_ids: list[int]
     context: int
     parent: int
+    host: str
 
 
 def main() -> None:
@@ -65,13 +66,13 @@ def die_with(parent: int) -> None:
 
 
 def _serve(orders: Orders) -> Any:
-    """Load and serve on a free port of 127.0.0.1; returns when requests are answered."""
+    """Load and serve on a free port of the address; returns when requests are answered."""
     xllamacpp = importlib.import_module("xllamacpp")
     threads = len(orders["cpu_ids"])
     params = xllamacpp.CommonParams()
     params.model.path = orders["model"]
     params.model_alias = {orders["alias"]}
-    params.hostnames = ["127.0.0.1"]
+    params.hostnames = [orders["host"]]
     params.port = 0
     params.api_keys = [orders["api_key"]]
     params.n_ctx = orders["context"]

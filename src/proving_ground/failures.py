@@ -11,6 +11,8 @@ Code = Literal[
     "ENGINE_EXITED",
     "ENGINE_KILLED",
     "START_TIMEOUT",
+    "ENGINE_LOST",
+    "NODE_LOST",
 ]
 
 PATTERNS: dict[Code, tuple[str, ...]] = {

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from proving_ground import procfs
-from proving_ground.engine import Engine
+from proving_ground.engine import LOOPBACK, ChildEngine
 from proving_ground.engine_child import Orders
 
 
@@ -29,6 +29,8 @@ class EngineSpec:
     keep: bool = False
     """Outlive the backend."""
     env: dict[str, str] = field(default_factory=dict, repr=False)
+    host: str = LOOPBACK
+    """Address it listens on."""
 
 
 class EngineHost:
@@ -37,7 +39,7 @@ class EngineHost:
     def __init__(self) -> None:
         self._spawner = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine-spawner")
 
-    async def start(self, spec: EngineSpec) -> Engine:
+    async def start(self, spec: EngineSpec) -> ChildEngine:
         """Spawn an engine and return before it has loaded; see `Engine.wait_ready`. Cancelled, it leaves nothing."""
         api_key = secrets.token_urlsafe(32)
         spawning = asyncio.get_running_loop().run_in_executor(self._spawner, _spawn, spec, api_key)
@@ -49,14 +51,14 @@ class EngineHost:
             process.kill()
             process.wait()
             raise
-        return Engine(process.pid, spec.log, api_key, process=process, ready_fd=ready_fd)
+        return ChildEngine(process.pid, spec.log, api_key, host=spec.host, process=process, ready_fd=ready_fd)
 
-    def adopt(self, pid: int, started: int, port: int, api_key: str, log: Path) -> Engine | None:
+    def adopt(self, pid: int, started: int, port: int, api_key: str, log: Path) -> ChildEngine | None:
         """Take over an engine of an earlier backend; None when that very process no longer runs."""
         if not procfs.is_running(pid, started):
             return None
         try:
-            engine = Engine(pid, log, api_key, port=port)
+            engine = ChildEngine(pid, log, api_key, port=port)
         except ProcessLookupError:
             return None
         if engine.started != started:
@@ -78,6 +80,7 @@ def _spawn(spec: EngineSpec, api_key: str) -> "tuple[subprocess.Popen[bytes], in
         "cpu_ids": list(spec.cpu_ids),
         "context": spec.context,
         "parent": 0 if spec.keep else os.getpid(),
+        "host": spec.host,
     }
     env = {
         **spec.env,

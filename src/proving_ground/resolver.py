@@ -1,4 +1,4 @@
-"""The placement brain: what a deployment gets on this node now. Pure; the same input gives the same answer.
+"""The placement brain: what a deployment gets on this node, or on several, now. Pure; the same input, the same answer.
 
 The rules, in order:
 
@@ -8,15 +8,15 @@ The rules, in order:
    context that fits is given, in steps of 256 and at least 512.
 4. Fewer cores or less memory than asked is given when that is what is free. Only when even the least does not fit
    is it *no room*: wait and retry. What would not fit on the empty node either is *unsatisfiable*: never.
+   On several nodes each replica is on one of them, and all are alike.
 5. Limits of policy hold before capacity is looked at. What a limit does to its own quantity is on the record with the
    limit, so that only what follows from it is said here. Limits below what was required are *unsatisfiable*.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from proving_ground.catalog import CatalogModel
-from proving_ground.node import NodeFree, Reservation
+from proving_ground.node import NodeFree, Reservation, Room, copies_in, most_memory
 from proving_ground.quantities import MIB, in_words
 from proving_ground.wanted import Cause, Difference, Limits, Wanted
 
@@ -40,6 +40,16 @@ class InstanceGrant:
     gpus: int = 0
     minutes: int | None = None
     """After which it is stopped; None for never."""
+    gpu_share: int = 0
+    """Thousandths of one GPU, where less than a whole one is given."""
+    node: str = ""
+    """Where it runs."""
+    placement_group: str = ""
+    """Ray's, where Ray placed it."""
+
+    @property
+    def gpu_millis(self) -> int:
+        return self.gpus * 1000 + self.gpu_share
 
     @property
     def cores(self) -> int:
@@ -61,7 +71,7 @@ class Placement:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A node considered with a number of copies, and why it was refused: bytes or cores."""
+    """A node considered with a number of copies, and why it was refused: bytes, cores or thousandths of a GPU."""
 
     node: str
     replicas: int
@@ -73,13 +83,14 @@ class Candidate:
 
 @dataclass(frozen=True)
 class NoRoom:
-    """Not now: wait until something stops, and retry."""
+    """Not now: wait until something stops, and retry. `reason` where another than the resolver found none."""
 
     candidates: tuple[Candidate, ...]
+    reason: str = ""
 
     @property
     def sentence(self) -> str:
-        return self.candidates[-1].sentence
+        return self.reason or self.candidates[-1].sentence
 
 
 @dataclass(frozen=True)
@@ -243,69 +254,76 @@ def _not_allowed(wanted: Wanted, model: CatalogModel) -> Unsatisfiable | None:
     return None
 
 
-def plan(wanted: Wanted, model: CatalogModel, node_free: NodeFree) -> Placement | NoRoom | Unsatisfiable:
-    """Place an ask on a node as it is now."""
-    if wanted.gpu_floor > node_free.gpus:
+def plan(wanted: Wanted, model: CatalogModel, room: Room) -> Placement | NoRoom | Unsatisfiable:
+    """Place an ask on a node, or on several, as they are now."""
+    gpus = max((node.gpus for node in room.nodes), default=0)
+    if wanted.gpu_floor > gpus:
         return Unsatisfiable(
-            "GPU_FLOOR",
-            f"at least {wanted.gpu_floor} GPUs per replica were required; node `{node_free.name}` has {node_free.gpus}",
+            "GPU_FLOOR", f"at least {wanted.gpu_floor} GPUs per replica were required; {room.where} has {gpus}"
         )
     if (refusal := _not_allowed(wanted, model)) is not None:
         return refusal
     ask = effective(wanted, model)
-    found = _fit(wanted, ask, model, node_free)
+    found = _fit(wanted, ask, model, room)
     if isinstance(found, NoRoom):
-        alone = _fit(wanted, ask, model, node_free.emptied())
+        alone = _fit(wanted, ask, model, room.emptied())
         if isinstance(alone, NoRoom):
             return Unsatisfiable("NODE_TOO_SMALL", f"even with nothing else running, {alone.sentence}")
     return found
 
 
-def _fit(wanted: Wanted, ask: Effective, model: CatalogModel, node: NodeFree) -> Placement | NoRoom:
+def _fit(wanted: Wanted, ask: Effective, model: CatalogModel, node: Room) -> Placement | NoRoom:
     refused = []
     for replicas in range(ask.replicas, ask.min_copies - 1, -1):
-        refusal = _refusal(ask, node, replicas)
+        refusal = _refusal(wanted, ask, node, replicas)
         if refusal is None:
             return _place(wanted, ask, model, node, replicas)
         refused.append(refusal)
     return NoRoom(tuple(refused))
 
 
-def _refusal(ask: Effective, node: NodeFree, replicas: int) -> Candidate | None:
+def _refusal(wanted: Wanted, ask: Effective, node: Room, replicas: int) -> Candidate | None:
     """Why not even the least for that many copies fits; None when it does."""
-    cores, memory = len(node.free_cores), replicas * ask.floor
+    cores, memory, gpu = _free_cores(node), replicas * ask.floor, wanted.gpu_floor * 1000
     if replicas > cores:
-        text = f"{replicas} replicas need {replicas} cores or more, {cores} are free on node `{node.name}`"
+        text = f"{replicas} replicas need {replicas} cores or more, {cores} are free on {node.where}"
         return Candidate(node.name, replicas, "cpu", replicas, cores, text)
-    if memory > node.free_memory:
+    if replicas > copies_in(node, 1, ask.floor):
+        free = _free_memory(node)
         text = (
             f"{replicas} replicas of {in_words(ask.floor)} or more need {in_words(memory)}, "
-            f"{in_words(node.free_memory)} are free on node `{node.name}`"
+            f"{in_words(free)} are free on {node.where}"
         )
-        return Candidate(node.name, replicas, "memory", memory, node.free_memory, text)
+        return Candidate(node.name, replicas, "memory", memory, free, text)
+    if replicas > copies_in(node, 1, ask.floor, gpu):
+        free = sum(one.free_gpus for one in node.nodes)
+        text = f"{replicas} replicas need {wanted.gpu_floor} GPUs each, {free} are free on {node.where}"
+        return Candidate(node.name, replicas, "gpu", replicas * gpu, free * 1000, text)
     return None
 
 
-def _place(wanted: Wanted, ask: Effective, model: CatalogModel, node: NodeFree, replicas: int) -> Placement:
+def _place(wanted: Wanted, ask: Effective, model: CatalogModel, node: Room, replicas: int) -> Placement:
     why, limits = list(ask.why), wanted.limits
+    most_cores, memory_free, gpu_floor = _free_cores(node), _free_memory(node), wanted.gpu_floor * 1000
     if replicas < ask.replicas:
         said = "asked" if ask.replicas == wanted.replicas else "allowed"
         why.append(
             Difference(
                 "replicas",
                 "capacity",
-                f"{ask.replicas} replicas were {said}; {replicas} fit into {len(node.free_cores)} cores "
-                f"and {in_words(node.free_memory)} free on node `{node.name}`",
+                f"{ask.replicas} replicas were {said}; {replicas} fit into {most_cores} cores "
+                f"and {in_words(memory_free)} free on {node.where}",
             )
         )
-    cores = min(ask.cores, len(node.free_cores) // replicas)
+    most = min(ask.cores, max(len(one.free_cores) for one in node.nodes))
+    cores = next(cores for cores in range(most, 0, -1) if copies_in(node, cores, ask.floor, gpu_floor) >= replicas)
     if cores < ask.cores:
         why.append(
             Difference(
                 "cpu",
                 "capacity",
-                f"{ask.cores} cores per replica were wanted; {len(node.free_cores)} are free "
-                f"for {replicas} replicas on node `{node.name}`, so {cores} is given",
+                f"{ask.cores} cores per replica were wanted; {most_cores} are free "
+                f"for {replicas} replicas on {node.where}, so {cores} is given",
             )
         )
     if limits.cpu is not None and cores > (allowed := limits.cpu // 1000 // replicas):
@@ -313,7 +331,7 @@ def _place(wanted: Wanted, ask: Effective, model: CatalogModel, node: NodeFree, 
         if cores * 1000 * replicas != limits.cpu:
             text = f"{limits.cpu}m CPU that policy allows are {cores} whole cores for each of {replicas} replicas"
             why.append(Difference("cpu", "policy", text))
-    share = node.free_memory // replicas // MIB * MIB
+    share = most_memory(node, replicas, cores, gpu_floor)
     memory = ask.memory
     context = ask.context
     if wanted.memory is None:
@@ -323,8 +341,8 @@ def _place(wanted: Wanted, ask: Effective, model: CatalogModel, node: NodeFree, 
             Difference(
                 "memory",
                 "capacity",
-                f"{in_words(memory)} per replica were wanted; {in_words(node.free_memory)} are free "
-                f"for {replicas} replicas on node `{node.name}`",
+                f"{in_words(memory)} per replica were wanted; {in_words(memory_free)} are free "
+                f"for {replicas} replicas on {node.where}",
             )
         )
         memory = share
@@ -353,16 +371,45 @@ def _place(wanted: Wanted, ask: Effective, model: CatalogModel, node: NodeFree, 
         context = fits
         if wanted.memory is None:
             memory = model.need.bytes_for(context, cores)
-    gpus = 0 if wanted.force_cpu else min(wanted.gpu, node.free_gpus // replicas)
+    gpus = wanted.gpu_floor if wanted.force_cpu else max(wanted.gpu, wanted.gpu_floor)
     if limits.gpu is not None:
         gpus = min(gpus, limits.gpu // replicas)
+    while gpus > wanted.gpu_floor and copies_in(node, cores, memory, gpus * 1000) < replicas:
+        gpus -= 1
+    gpu_share = _gpu_share(wanted, node, replicas, cores, memory, why)
     minutes = _minutes(wanted.minutes, limits, why)
     grants = tuple(
-        InstanceGrant(part, memory, held, cpu_ids, context, gpus, minutes)
-        for part, held, cpu_ids in _shares(replicas, cores, node)
+        InstanceGrant(f"replica-{index}", memory, held, cpu_ids, context, gpus, minutes, gpu_share, node.name)
+        for index, (held, cpu_ids) in enumerate(node.shares(replicas, cores))
     )
     why += _about_the_machine(wanted, node, grants)
     return Placement(node.name, grants, tuple(why))
+
+
+def _gpu_share(wanted: Wanted, node: Room, replicas: int, cores: int, memory: int, why: list[Difference]) -> int:
+    """Thousandths of one GPU for each replica: as asked, or what is left for each; 0 where there is no GPU to share."""
+    asked, limit = wanted.gpu_share, wanted.limits.gpu
+    if not asked or wanted.force_cpu or not any(one.gpus for one in node.nodes):
+        return 0
+    share = asked if limit is None else min(asked, limit * 1000 // replicas)
+    free = sorted(
+        (one.free_gpus * 1000 + one.shared_gpu) // count for one in node.nodes for count in range(1, replicas + 1)
+    )
+    shares = [share, *(one for one in reversed(free) if 0 < one < share)]
+    share = next((one for one in shares if one and copies_in(node, cores, memory, one) >= replicas), 0)
+    # That none could be had is what the ask itself notes; here there is one.
+    why[:] = [said for said in why if share == 0 or said.key != "gpu_allocation"]
+    if 0 < share < asked:
+        free_now = sum(one.free_gpus * 1000 + one.shared_gpu for one in node.nodes) / 1000
+        text = (
+            f"{asked / 1000:g} of a GPU for each of {replicas} replicas are {asked * replicas / 1000:g} GPUs; "
+            f"{free_now:g} are free on {node.where}, so {share / 1000:g} is given to each"
+        )
+        why.append(Difference("gpu_allocation", "capacity", text))
+    if share:
+        text = f"shares of {share / 1000:g} for {replicas} replicas add up to {share * replicas / 1000:g} GPUs"
+        why.append(Difference("gpu", "balancing", text))
+    return share
 
 
 def _minutes(asked: int | None, limits: Limits, why: list[Difference]) -> int | None:
@@ -378,14 +425,7 @@ def _minutes(asked: int | None, limits: Limits, why: list[Difference]) -> int | 
     return minutes
 
 
-def _shares(replicas: int, cores: int, node: NodeFree) -> Iterator[tuple[str, tuple[int, ...], tuple[int, ...]]]:
-    """The name, the counted cores and the real CPUs of each replica."""
-    for index in range(replicas):
-        held = node.free_cores[index * cores : (index + 1) * cores]
-        yield f"replica-{index}", held, tuple(sorted({node.cpu_id(core) for core in held}))
-
-
-def _about_the_machine(wanted: Wanted, node: NodeFree, grants: tuple[InstanceGrant, ...]) -> list[Difference]:
+def _about_the_machine(wanted: Wanted, node: Room, grants: tuple[InstanceGrant, ...]) -> list[Difference]:
     why = []
     cause: Cause
     given = sum(grant.gpus for grant in grants)
@@ -394,19 +434,39 @@ def _about_the_machine(wanted: Wanted, node: NodeFree, grants: tuple[InstanceGra
             cause, instead = "fallback", "the first CPU alternative is used"
         else:
             cause, instead = "policy" if wanted.force_cpu else "unsupported", "the model is served on CPUs"
+        if any(one.gpus for one in node.nodes) and not wanted.force_cpu:
+            cause = "capacity"
         text = f"{wanted.gpu} GPUs per replica were asked, {given} given; {instead}"
         why += [Difference("gpu", cause, text), Difference("gpu_memory", cause, text)]
+    elif given:
+        why.append(Difference("gpu_memory", "unsupported", "GPUs are counted here, their memory is not: none is given"))
     if wanted.architecture not in (None, node.architecture):
-        text = f"architecture `{wanted.architecture}` was asked; node `{node.name}` is `{node.architecture}`"
+        text = f"architecture `{wanted.architecture}` was asked; {node.where} is `{node.architecture}`"
         why.append(Difference("architecture", "unsupported", text))
     if wanted.concurrency is not None and wanted.concurrency != len(grants):
         text = f"{wanted.concurrency} requests at a time were asked; {len(grants)} replicas serve one each, others wait"
         why.append(Difference("concurrency", "unsupported", text))
-    shared = [grant.part for grant in grants if any(core >= len(node.cpu_ids) for core in grant.core_indexes)]
-    if shared:
-        text = f"{', '.join(shared)} share real CPUs: the node counts {node.cores} cores on {len(node.cpu_ids)} CPUs"
-        why.append(Difference("cpu", "balancing", text))
+    if len(node.nodes) == 1:
+        why += _shared_cpus(node.nodes[0], grants)
     return why
+
+
+def _shared_cpus(node: NodeFree, grants: tuple[InstanceGrant, ...]) -> list[Difference]:
+    shared = [grant.part for grant in grants if any(core >= len(node.cpu_ids) for core in grant.core_indexes)]
+    if not shared:
+        return []
+    text = f"{', '.join(shared)} share real CPUs: the node counts {node.cores} cores on {len(node.cpu_ids)} CPUs"
+    return [Difference("cpu", "balancing", text)]
+
+
+def _free_cores(room: Room) -> int:
+    """Cores free on all nodes together."""
+    return sum(len(node.free_cores) for node in room.nodes)
+
+
+def _free_memory(room: Room) -> int:
+    """Bytes free on all nodes together."""
+    return sum(node.free_memory for node in room.nodes)
 
 
 def _rounded(context: int, most: int | None = None) -> int:

@@ -8,7 +8,6 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from proving_ground.catalog import ENGINE, NAMESPACE, CatalogModel
 from proving_ground.deployment import Deployment, Instance
-from proving_ground.node import Node
 from proving_ground.quantities import mebibytes
 
 
@@ -93,20 +92,20 @@ class HealthOut(BaseModel):
     instances: list[InstanceHealthOut]
 
 
-def instance_out(instance: Instance, deployment: Deployment, node: Node) -> InstanceOut:
+def instance_out(instance: Instance, deployment: Deployment) -> InstanceOut:
     """An instance that is not serving yet counts from the request."""
     return InstanceOut(
         id=instance.id,
         deployment_id=deployment.id,
         deployed_at=instance.deployed_at or deployment.requested_at,
-        node_id=uuid5(NAMESPACE, f"node/{node.name}"),
-        host_name=node.name,
+        node_id=uuid5(NAMESPACE, f"node/{instance.grant.node}"),
+        host_name=instance.grant.node,
         listen_port=instance.port,
         status=instance.status,
     )
 
 
-def deployment_out(deployment: Deployment, model: CatalogModel | None, node: Node) -> DeploymentOut:
+def deployment_out(deployment: Deployment, model: CatalogModel | None, architecture: str) -> DeploymentOut:
     """Echo the request, with the granted side inside `inferenceResources`."""
     path = f"/runtime/models/{deployment.id}"
     echoed = {key: value for key, value in deployment.body.items() if key != "inferenceResources"}
@@ -120,14 +119,14 @@ def deployment_out(deployment: Deployment, model: CatalogModel | None, node: Nod
         status=deployment.status,
         last_error_code=deployment.last_error_code,
         last_error_message=deployment.last_error_message,
-        instances=[instance_out(instance, deployment, node) for instance in deployment.instances],
+        instances=[instance_out(instance, deployment) for instance in deployment.instances],
         m_name=model.name if model else None,
         canonical_model_id=model.name if model else None,
-        inference_resources=_resources(deployment, node),
+        inference_resources=_resources(deployment, architecture),
     )
 
 
-def _resources(deployment: Deployment, node: Node) -> dict[str, Any] | None:
+def _resources(deployment: Deployment, architecture: str) -> dict[str, Any] | None:
     """What was asked, with `granted` in it; who asked for nothing gets a CPU form that says what was granted."""
     asked: dict[str, Any] | None = deployment.body["inferenceResources"]
     granted = deployment.granted()
@@ -139,7 +138,7 @@ def _resources(deployment: Deployment, node: Node) -> dict[str, Any] | None:
     quantities = {"cpu": str(first["cpu"]), "memory": mebibytes(first["memory"])}
     return {
         "schemaVersion": 1,
-        "cpu": {"architecture": node.architecture, "requests": quantities},
+        "cpu": {"architecture": architecture, "requests": quantities},
         "runtime": {"selection": "automatic"},
         "granted": granted,
         "synthesised": True,

@@ -151,8 +151,7 @@ async def list_instances(
         found = [backend.deployment_of(caller, deployment_id)]
     else:
         found = backend.deployments_of(caller)
-    node = backend.supervisor.node
-    return [instance_out(instance, deployment, node) for deployment in found for instance in deployment.instances]
+    return [instance_out(instance, deployment) for deployment in found for instance in deployment.instances]
 
 
 @router.get("/model_instance/{instance_id}")
@@ -161,7 +160,7 @@ async def get_instance(instance_id: UUID, caller: CurrentCaller, backend: Backen
     for deployment in backend.deployments_of(caller):
         for instance in deployment.instances:
             if instance.id == instance_id:
-                return instance_out(instance, deployment, backend.supervisor.node)
+                return instance_out(instance, deployment)
     raise HTTPException(404, f"no instance `{instance_id}`")
 
 
@@ -213,4 +212,6 @@ def _check_model(request: CreateModelDeployment, catalog: Catalog) -> None:
 
 
 def _out(deployment: Deployment, backend: Backend) -> DeploymentOut:
-    return deployment_out(deployment, backend.catalog.model(deployment.model_id), backend.supervisor.node)
+    return deployment_out(
+        deployment, backend.catalog.model(deployment.model_id), backend.supervisor.cluster.architecture
+    )

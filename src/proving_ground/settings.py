@@ -4,6 +4,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from proving_ground.quantities import memory_bytes
 
@@ -34,9 +35,17 @@ class Settings:
     log: Path | None = None
     """File for one JSON line for each event of an envelope; None writes them to standard error."""
 
+    cluster: Literal["local", "ray"] = "local"
+    """Where engines run: as children of the backend, or on a Ray cluster."""
+    ray_address: str = "auto"
+    """`host:port` of the cluster's head; `auto` finds the cluster that this machine is a node of."""
+    placement_seconds: float = 300.0
+    """How long Ray may take to place a deployment before that is rejected."""
+
     @classmethod
     def from_env(cls, env: Mapping[str, str] = os.environ) -> "Settings":
-        """Read PORT, DATA, TOKENS, KEEP_ENGINES, NODE_MEMORY (`600MiB`), NODE_CORES, RETRY_SECONDS, POLICY and LOG."""
+        """Read PORT, DATA, TOKENS, KEEP_ENGINES, NODE_MEMORY (`600MiB`), NODE_CORES, RETRY_SECONDS, POLICY, LOG,
+        CLUSTER, RAY_ADDRESS and PLACEMENT_SECONDS."""
         data = Path(env.get("DATA", ".data"))
         return cls(
             data=data,
@@ -47,6 +56,9 @@ class Settings:
             node_cores=int(_number(env, "NODE_CORES", 1, 1, 1024)) if "NODE_CORES" in env else None,
             retry_seconds=_number(env, "RETRY_SECONDS", 5.0, 0.01, 3600),
             policy=Path(env["POLICY"]) if "POLICY" in env else EXAMPLE,
+            cluster=_cluster(env),
+            ray_address=_address(env),
+            placement_seconds=_number(env, "PLACEMENT_SECONDS", 300.0, 1, 86_400),
             log=None if env.get("LOG") == "-" else Path(env.get("LOG", data / "log.jsonl")),
         )
 
@@ -69,3 +81,22 @@ def _switch(env: Mapping[str, str], name: str) -> bool:
     if text not in ("0", "1", "false", "true", "no", "yes"):
         raise ValueError(f"expected 0 or 1, got `{text}` - at {name}")
     return text in ("1", "true", "yes")
+
+
+def _cluster(env: Mapping[str, str]) -> Literal["local", "ray"]:
+    text = env.get("CLUSTER", "local")
+    if text == "local":
+        return "local"
+    if text != "ray":
+        raise ValueError(f"expected local or ray, got `{text}` - at CLUSTER")
+    if _switch(env, "KEEP_ENGINES"):
+        raise ValueError("expected 0 with CLUSTER=ray, where engines end with their backend, got 1 - at KEEP_ENGINES")
+    return "ray"
+
+
+def _address(env: Mapping[str, str]) -> str:
+    text = env.get("RAY_ADDRESS", "auto")
+    host, _, port = text.rpartition(":")
+    if text != "auto" and not (host and "/" not in host and port.isdecimal()):
+        raise ValueError(f"expected `host:port` of the cluster's head, or auto, got `{text}` - at RAY_ADDRESS")
+    return text

@@ -11,15 +11,14 @@ from uuid import UUID, uuid4
 
 import httpx
 
-from proving_ground import weights
 from proving_ground.catalog import Catalog, CatalogModel
+from proving_ground.cluster import Cluster
 from proving_ground.deployment import Deployment, Instance, Status
 from proving_ground.engine import STOP_SECONDS, Engine, read_back
 from proving_ground.failures import EngineFailed
-from proving_ground.host import EngineHost, EngineSpec
-from proving_ground.node import Node
+from proving_ground.host import EngineSpec
 from proving_ground.recorder import Recorder
-from proving_ground.resolver import Placement, Unsatisfiable, effective, plan
+from proving_ground.resolver import Placement, Unsatisfiable, effective
 from proving_ground.store import Store
 
 SAMPLE_SECONDS = 1.0
@@ -43,7 +42,7 @@ def _now() -> datetime:
 
 
 class Supervisor:
-    """The one place that owns engines, reservations and the status of deployments.
+    """The one place that owns engines and the status of deployments; what is reserved for them is the cluster's.
 
     All methods run on one event loop. `recorder` is told each fact, see `recorder.py`.
     """
@@ -53,7 +52,7 @@ class Supervisor:
         *,
         data: Path,
         store: Store,
-        node: Node,
+        cluster: Cluster,
         catalog: Catalog,
         recorder: Recorder,
         http: httpx.AsyncClient,
@@ -62,7 +61,7 @@ class Supervisor:
         now: Callable[[], datetime] = _now,
         new_id: Callable[[], UUID] = uuid4,
     ) -> None:
-        self.node = node
+        self.cluster = cluster
         self.deployments: dict[UUID, Deployment] = {}
         self._data = data
         self._store = store
@@ -73,7 +72,6 @@ class Supervisor:
         self._retry_seconds = retry_seconds
         self._now = now
         self._new_id = new_id
-        self._host = EngineHost()
         self._tasks: dict[UUID, asyncio.Task[None]] = {}
         self._room = asyncio.Event()
         """Replaced by a new one each time something is given back; who waits for room waits for the current one."""
@@ -100,7 +98,7 @@ class Supervisor:
             self.deployments[deployment.id] = deployment
             if deployment.ended:
                 continue
-            lost = self._adopt(deployment)
+            lost = await self._adopt(deployment)
             if lost is None:
                 self._begin(deployment, self._watch_over(deployment))
             else:
@@ -114,7 +112,7 @@ class Supervisor:
                 await self._leave(deployment)
             else:
                 await self.stop(deployment)
-        self._host.close()
+        await self.cluster.close()
 
     def _begin(self, deployment: Deployment, work: Coroutine[Any, Any, None]) -> None:
         async def guarded() -> None:
@@ -139,7 +137,7 @@ class Supervisor:
         ask = effective(deployment.wanted, model)
         await self._tell(self._recorder.effective(deployment, ask.values, ask.why))
         placement = await self._place(deployment, model)
-        await asyncio.to_thread(weights.verify, model.weights, model.sha256)
+        await self.cluster.prepare(deployment, model)
         await self._tell(self._recorder.placed(deployment, placement))
         for instance in deployment.instances:  # all load at the same time
             await self._start(deployment, instance, model)
@@ -154,18 +152,15 @@ class Supervisor:
     async def _place(self, deployment: Deployment, model: CatalogModel) -> Placement:
         """Plan and reserve, waiting for room as long as it takes."""
         while True:
-            found = plan(deployment.wanted, model, self.node.free())
+            room = self._room
+            found = await self.cluster.place(deployment, model)
             if isinstance(found, Unsatisfiable):
                 raise _Failure(found.code, found.sentence)
             if isinstance(found, Placement):
-                # No await between the plan and the reservation: nobody else can have taken the room.
                 deployment.take(found, [self._new_id() for _ in found.instances])
-                for instance in deployment.instances:
-                    self.node.reserve(str(instance.id), instance.grant.reservation())
                 deployment.last_error_code = deployment.last_error_message = None
                 self._become(deployment, "DEPLOYING")
                 return found
-            room = self._room
             deployment.last_error_code, deployment.last_error_message = "NO_ROOM", found.sentence
             self._store.save(deployment)
             await self._tell(self._recorder.attempt(deployment, found))
@@ -175,7 +170,9 @@ class Supervisor:
 
     async def _start(self, deployment: Deployment, instance: Instance, model: CatalogModel) -> None:
         grant = instance.grant
-        engine = await self._host.start(
+        engine = await self.cluster.start(
+            deployment,
+            instance,
             EngineSpec(
                 weights=model.weights,
                 alias=model.name,
@@ -185,7 +182,7 @@ class Supervisor:
                 log=self._data / instance.log,
                 keep=self._keep,
                 env=deployment.env,
-            )
+            ),
         )
         instance.engine, instance.pid = engine, engine.pid
         instance.start_time, instance.api_key = engine.started, engine.api_key
@@ -257,7 +254,7 @@ class Supervisor:
             if instance.engine is not None:
                 instance.usage = used[instance.engine]
             instance.status, instance.engine, instance.api_key = status, None, None
-            self.node.release(str(instance.id))
+        await self.cluster.release(deployment)
         deployment.env.clear()
         deployment.ended_at = self._now()
         self._become(deployment, status)
@@ -277,24 +274,17 @@ class Supervisor:
         else:
             await self._tell_of_the_end(self._recorder.rejected(deployment, code, sentence))
 
-    def _adopt(self, deployment: Deployment) -> _Failure | None:
+    async def _adopt(self, deployment: Deployment) -> _Failure | None:
         """Find the engines of a deployment of the last backend; None when all serve, else what was lost."""
         for instance in deployment.instances:
-            if instance.pid is not None and instance.start_time is not None:
-                instance.engine = self._host.adopt(
-                    instance.pid,
-                    instance.start_time,
-                    instance.port or 0,
-                    instance.api_key or "",
-                    self._data / instance.log,
-                )
+            instance.engine = await self.cluster.adopt(instance, self._data / instance.log)
         if not self._keep or deployment.status != "DEPLOYED":
-            return _Failure("BACKEND_RESTARTED", f"the backend ended; {_left(deployment)}; deploy again")
+            left = await self.cluster.left(deployment)
+            return _Failure("BACKEND_RESTARTED", f"the backend ended; {left}; deploy again")
         for instance in deployment.instances:
             if instance.engine is None or not instance.api_key:
                 return _Failure("ENGINE_EXITED", f"{instance.part}: the engine ended while no backend ran")
-        for instance in deployment.instances:
-            self.node.reserve(str(instance.id), instance.grant.reservation())
+        self.cluster.keep(deployment)
         return None
 
     async def _leave(self, deployment: Deployment) -> None:
@@ -334,16 +324,6 @@ class Supervisor:
             for instance in deployment.instances:
                 (self._data / instance.log).unlink(missing_ok=True)
         return len(gone)
-
-
-def _left(deployment: Deployment) -> str:
-    """What is left of its engines, for people and as evidence."""
-    found = [
-        f"{instance.part}: pid {instance.pid} {'is gone' if instance.engine is None else 'was left, and is ended now'}"
-        for instance in deployment.instances
-        if instance.pid is not None
-    ]
-    return ", ".join(found) or "no engine had been started"
 
 
 def _engine(instance: Instance) -> Engine:

@@ -63,6 +63,8 @@ class Wanted:
     """Tokens."""
     gpu: int = 0
     gpu_floor: int = 0
+    gpu_share: int = 0
+    """Thousandths of one GPU, where less than a whole one was asked."""
     force_cpu: bool = False
     alternative: bool = False
     """`cpu` and `memory` come from the first CPU alternative of an accelerator request."""
@@ -94,6 +96,7 @@ def wanted_from(request: CreateModelDeployment, limits: Limits = NO_LIMITS) -> W
         context=request.context,
         gpu=gpu,
         gpu_floor=request.gpu_floor or 0,
+        gpu_share=_share(request.gpu_allocation) if not gpu else 0,
         force_cpu=request.force_cpu,
         alternative=gpu > 0 and cpu is not None,
         architecture=architecture(cpu.architecture) if cpu else None,
@@ -102,6 +105,11 @@ def wanted_from(request: CreateModelDeployment, limits: Limits = NO_LIMITS) -> W
         limits=limits,
         notes=tuple(_notes(request)),
     )
+
+
+def _share(allocation: float | None) -> int:
+    """A part of one GPU in thousandths; whole GPUs are asked for as accelerators."""
+    return round(allocation * 1000) if allocation is not None and 0 < allocation < 1 else 0
 
 
 def _notes(request: CreateModelDeployment) -> list[Difference]:
@@ -116,7 +124,10 @@ def _notes(request: CreateModelDeployment) -> list[Difference]:
     accelerator = getattr(request.inference_resources, "accelerator", None)
     profile = accelerator and accelerator.profile
     unsupported = {
-        "location": (request.location is not None, f"location `{request.location}` was asked; there is one node here"),
+        "location": (
+            request.location is not None,
+            f"location `{request.location}` was asked; nodes have no location here",
+        ),
         "node_type": (
             request.node_resource_type is not None,
             f"node type `{request.node_resource_type}` was asked; nodes have no types here",
@@ -125,13 +136,13 @@ def _notes(request: CreateModelDeployment) -> list[Difference]:
         # Beside an accelerator's own minimum it is a wish of its own.
         "vram_allocation" if accelerator else "gpu_memory": (
             bool(request.vram_allocation),
-            f"{request.vram_allocation} bytes of GPU memory were asked; 0 given, there is none",
+            f"{request.vram_allocation} bytes of GPU memory were asked; 0 given, it is not counted here",
         ),
         "gpu_allocation": (
             bool(request.gpu_allocation),
-            f"a GPU share of {request.gpu_allocation} was asked; 0 given, there is no GPU",
+            f"a GPU share of {request.gpu_allocation} was asked; 0 given, there is no GPU to share",
         ),
-        "gpu_profile": (profile is not None, f"GPU profile `{profile}` was asked; there is no GPU"),
+        "gpu_profile": (profile is not None, f"GPU profile `{profile}` was asked; GPUs have none here"),
     }
     notes += [Difference(key, "unsupported", text) for key, (asked, text) in unsupported.items() if asked]
     notes += [

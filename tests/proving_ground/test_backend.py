@@ -53,10 +53,10 @@ def _status(backend: Backend, deployment: Any) -> str:
     return str(backend.client().serving.get_deployment_status(deployment))
 
 
-def test_deploy_chat_look_and_stop_with_the_sdk(shared: Backend) -> None:
-    client = shared.client()
-    deployment = _deploy(shared)
-    assert "ChatCompletionMessage" in _chat(shared, deployment)
+def test_deploy_chat_look_and_stop_with_the_sdk(hosted: Backend) -> None:
+    client = hosted.client()
+    deployment = _deploy(hosted)
+    assert "ChatCompletionMessage" in _chat(hosted, deployment)
 
     serving = client.serving
     found = serving.get_deployment(deployment)
@@ -85,9 +85,9 @@ def test_the_catalogue_is_what_the_sdk_reads(shared: Backend) -> None:
     assert config.default and models.get_model_config(config.id) == config
 
 
-def test_granted_is_seen_in_what_was_asked(shared: Backend) -> None:
-    deployment = _deploy(shared, inference_resources=CPU, starting_copies=2)
-    seen = shared.client().serving.get_deployment(deployment).inference_resources
+def test_granted_is_seen_in_what_was_asked(hosted: Backend) -> None:
+    deployment = _deploy(hosted, inference_resources=CPU, starting_copies=2)
+    seen = hosted.client().serving.get_deployment(deployment).inference_resources
     assert seen.cpu.requests.cpu == "500m" and seen.cpu.architecture == "x86_64"
     granted = seen.model_extra["granted"]
     assert {key: granted[key] for key in ("replicas", "memory", "cpu", "context", "gpu")} == {
@@ -100,7 +100,7 @@ def test_granted_is_seen_in_what_was_asked(shared: Backend) -> None:
     first = granted["perInstance"][0]
     assert first["enforced"] == {"memory": first["memory"], "cpuIds": first["cpuIds"], "context": first["context"]}
     assert {why["key"]: why["cause"] for why in granted["differences"]} == {"cpu": "policy", "context": "default"}
-    assert shared.client().serving.stop_deployment(deployment, force=True)
+    assert hosted.client().serving.stop_deployment(deployment, force=True)
 
 
 def test_granted_is_seen_when_nothing_was_asked_and_when_gpus_were(shared: Backend) -> None:
@@ -123,18 +123,18 @@ def test_a_gpu_floor_fails_for_good(shared: Backend) -> None:
     assert "1 GPUs" in failed["last_error_message"] and failed["instances"] == []
 
 
-def test_env_reaches_the_engine_and_nothing_else(shared: Backend) -> None:
-    with shared.http() as http:
+def test_env_reaches_the_engine_and_nothing_else(hosted: Backend) -> None:
+    with hosted.http() as http:
         body = _body(context=512, env={"HF_TOKEN": "hf-very-secret"})
         deployment = http.post("/api/serving/deploy_model", json=body).json()
-        until(lambda: _status(shared, deployment) == "DEPLOYED")
+        until(lambda: _status(hosted, deployment) == "DEPLOYED")
         echoed = http.get(f"/serving/deployment/{deployment}").text
         refused = http.post("/serving/deploy_model", json=_body(env={"lower": "hf-very-secret"}))
         assert refused.status_code == 422 and "hf-very-secret" not in refused.text + echoed
-        environments = [Path(f"/proc/{pid}/environ").read_text() for pid, _ in shared.engines()]
+        environments = [Path(f"/proc/{pid}/environ").read_text() for pid, _ in hosted.engines()]
         assert sum("HF_TOKEN=hf-very-secret" in environment for environment in environments) == 1
         http.delete(f"/serving/deployment/{deployment}")
-    for path in shared.data.rglob("*"):
+    for path in hosted.data.rglob("*"):
         assert not path.is_file() or b"hf-very-secret" not in path.read_bytes()
 
 
@@ -181,11 +181,11 @@ def test_what_does_not_exist_is_404_before_anything_starts(shared: Backend) -> N
     assert len(shared.client().serving.list_deployments()) == before
 
 
-def test_a_stream_comes_in_parts_and_a_client_that_leaves_frees_the_engine(shared: Backend) -> None:
-    deployment = _deploy(shared)
+def test_a_stream_comes_in_parts_and_a_client_that_leaves_frees_the_engine(hosted: Backend) -> None:
+    deployment = _deploy(hosted)
     path = f"/runtime/models/{deployment}/v1/chat/completions"
     long = {"messages": [{"role": "user", "content": "Count."}], "max_tokens": 1500, "ignore_eos": True, "stream": True}
-    with shared.http() as http:
+    with hosted.http() as http:
         with http.stream("POST", path, json=long) as answer:
             assert answer.headers["content-type"].startswith("text/event-stream")
             assert next(answer.iter_lines()).startswith("data: ")
@@ -198,8 +198,8 @@ def test_a_stream_comes_in_parts_and_a_client_that_leaves_frees_the_engine(share
         refused = http.post(path, json=too_long)
         assert refused.status_code == 400 and refused.json()["error"]["type"] == "exceed_context_size_error"
         assert http.get(f"/runtime/models/{deployment}/v1/models").json()["data"][0]["id"] == MODEL.name
-    shared.client().serving.stop_deployment(deployment)
-    with shared.http() as http:
+    hosted.client().serving.stop_deployment(deployment)
+    with hosted.http() as http:
         assert http.post(path, json=long).status_code == 503
 
 

@@ -167,16 +167,27 @@ def test_an_engine_that_is_not_ready_in_time(tmp_path: Path) -> None:
     _run(test)
 
 
+def test_an_engine_listens_on_the_address_it_is_told_and_no_other(tmp_path: Path) -> None:
+    async def test(http: httpx.AsyncClient) -> None:
+        async with _started(_spec(tmp_path, host="127.0.0.2")) as engine:
+            await engine.wait_ready()
+            assert engine.url == f"http://127.0.0.2:{engine.port}" and await _chat(http, engine, 5, 5) > 5
+            with pytest.raises(httpx.ConnectError):
+                await http.get(f"http://127.0.0.1:{engine.port}/health")
+
+    _run(test)
+
+
 def test_a_cancelled_start_leaves_no_process(tmp_path: Path) -> None:
     async def test(http: httpx.AsyncClient) -> None:
-        host = EngineHost()
+        host, before = EngineHost(), _children(os.getpid())
         starting = asyncio.create_task(host.start(_spec(tmp_path)))
         await asyncio.sleep(0)
         starting.cancel()
         with pytest.raises(asyncio.CancelledError):
             await starting
         host.close()
-        assert not _children(os.getpid())
+        assert _children(os.getpid()) == before
 
     _run(test)
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proving_ground.catalog import SMOLLM2_NEED, CatalogModel
-from proving_ground.node import Node, NodeFree
+from proving_ground.node import Node, NodeFree, NodesFree
 from proving_ground.quantities import MIB
 from proving_ground.resolver import CONTEXT_STEP, LEAST_CONTEXT, NoRoom, Placement, Unsatisfiable, effective, plan
 from proving_ground.wanted import Limits, Wanted
@@ -83,7 +83,15 @@ cpu=1000 ctx=512 <forbidden         | 8/8 4096/4096   | never NOT_ALLOWED
 
 
 def _ask(words: list[str]) -> Wanted:
-    numbers = {"cpu": "cpu", "ctx": "context", "gpu": "gpu", "f": "gpu_floor", "conc": "concurrency", "m": "minutes"}
+    numbers = {
+        "cpu": "cpu",
+        "ctx": "context",
+        "gpu": "gpu",
+        "f": "gpu_floor",
+        "share": "gpu_share",
+        "conc": "concurrency",
+        "m": "minutes",
+    }
     limited = {
         "n": "replicas",
         "cpu": "cpu",
@@ -226,3 +234,80 @@ def test_a_released_reservation_is_free_again() -> None:
     assert node.free().free_cores == (1,) and node.free().free_memory == 0
     assert node.release("a") and not node.release("a")
     assert node.free().free_cores == (0, 1) and node.free().free_memory == 1000
+
+
+def _nodes(*nodes: str) -> NodesFree:
+    """Each as `cores MiB` or `cores MiB thousandths-of-a-GPU`, all of it free."""
+    found = []
+    for index, node in enumerate(nodes):
+        cores, memory, gpu = [*map(int, node.split()), 0][:3]
+        bytes_ = memory * MIB
+        found.append(
+            NodeFree(
+                name=f"n{index}",
+                architecture="amd64",
+                cores=cores,
+                memory=bytes_,
+                gpus=-(-gpu // 1000),
+                free_cores=tuple(range(cores)),
+                free_memory=bytes_,
+                free_gpus=gpu // 1000,
+                cpu_ids=(0,),
+                shared_gpu=gpu % 1000,
+            )
+        )
+    return NodesFree("ray", tuple(found), "amd64", f"the {len(found)} nodes of Ray")
+
+
+# On several nodes a replica is on one of them, and all replicas are alike.
+@pytest.mark.parametrize(
+    ("ask", "nodes", "result"),
+    [
+        ("2 cpu=1000 mem=600 ctx=512", ("4 1024", "4 1024"), "2 x 600 1 512 gpu 0"),
+        ("3 cpu=1000 mem=600 ctx=512", ("4 1024", "4 1024"), "3 x 512 1 512 gpu 0 memory:capacity"),
+        ("2 cpu=3000 mem=600 ctx=512", ("4 1024", "2 1024"), "2 x 600 2 512 gpu 0 cpu:capacity"),
+        ("2 cpu=2000 mem=200 ctx=512", ("2 1024", "2 1024"), "2 x 200 2 512 gpu 0"),
+        ("3 cpu=1000 mem=180 ctx=512", ("1 1024", "1 1024"), "2 x 180 1 512 gpu 0 replicas:capacity"),
+        ("3/3 cpu=1000 mem=180 ctx=512", ("1 1024", "1 1024"), "never NODE_TOO_SMALL"),
+        # 360 MiB are free, and no node has 180 of them.
+        ("cpu=1000 mem=180 ctx=512", ("4 170", "4 170"), "never NODE_TOO_SMALL"),
+        (
+            "2 gpu=1 cpu=1000 mem=180 ctx=512",
+            ("4 1024 1000", "4 1024 1000"),
+            "2 x 180 1 512 gpu 1000 gpu_memory:unsupported",
+        ),
+        (
+            "2 gpu=2 cpu=1000 mem=180 ctx=512",
+            ("4 1024 1000", "4 1024 1000"),
+            "2 x 180 1 512 gpu 1000 gpu:capacity gpu_memory:capacity",
+        ),
+        ("f=1 cpu=1000 mem=180 ctx=512", ("4 1024", "1 1024 1000"), "1 x 180 1 512 gpu 1000 gpu_memory:unsupported"),
+        ("2/2 f=1 cpu=1000 mem=180 ctx=512", ("4 1024", "4 1024 1000"), "never NODE_TOO_SMALL"),
+        ("f=2 cpu=1000 mem=180 ctx=512", ("4 1024 1000", "4 1024 1000"), "never GPU_FLOOR"),
+        ("2 share=400 cpu=1000 mem=180 ctx=512", ("4 1024 1000",), "2 x 180 1 512 gpu 400 gpu:balancing"),
+        (
+            "3 share=400 cpu=1000 mem=180 ctx=512",
+            ("4 1024 1000",),
+            "3 x 180 1 512 gpu 333 gpu_allocation:capacity gpu:balancing",
+        ),
+        ("2 share=400 cpu=1000 mem=180 ctx=512", ("4 1024",), "2 x 180 1 512 gpu 0"),
+    ],
+)
+def test_placing_on_several_nodes(ask: str, nodes: tuple[str, ...], result: str) -> None:
+    found = plan(_ask(ask.split()), MODEL, _nodes(*nodes))
+    if isinstance(found, Placement):
+        (first, *others) = found.instances
+        assert all(
+            (one.memory, one.cores, one.gpu_millis) == (first.memory, first.cores, first.gpu_millis) for one in others
+        )
+        whole = f"{len(found.instances)} x {first.memory // MIB} {first.cores} {first.context} gpu {first.gpu_millis}"
+        assert " ".join([whole, *(f"{why.key}:{why.cause}" for why in found.differences)]) == result
+    else:
+        assert isinstance(found, Unsatisfiable)
+        assert f"never {found.code}" == result
+
+
+def test_more_cores_than_any_node_has_are_no_work_to_plan() -> None:
+    """What is asked is a number from outside."""
+    found = plan(Wanted(cpu=2**50, memory=512 * MIB, context=512), MODEL, _nodes("4 1024", "2 1024"))
+    assert isinstance(found, Placement) and found.instances[0].cores == 4

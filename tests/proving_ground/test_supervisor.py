@@ -13,6 +13,7 @@ import pytest
 from proving_ground.auth import Caller
 from proving_ground.catalog import Catalog, smollm2
 from proving_ground.deployment import Deployment, new_deployment
+from proving_ground.local import LocalCluster
 from proving_ground.node import Node
 from proving_ground.quantities import MIB
 from proving_ground.schemas import CreateModelDeployment
@@ -68,7 +69,7 @@ def _run(
             supervisor = Supervisor(
                 data=directory,
                 store=store,
-                node=Node("n1", 4, memory, cpu_ids=(0,)),
+                cluster=LocalCluster(Node("n1", 4, memory, cpu_ids=(0,))),
                 catalog=Catalog(),
                 recorder=notes,
                 http=http,
@@ -83,6 +84,11 @@ def _run(
                 store.close()
 
     asyncio.run(wrapped())
+
+
+def _free(supervisor: Supervisor) -> int:
+    assert isinstance(supervisor.cluster, LocalCluster)
+    return supervisor.cluster.node.free().free_memory
 
 
 async def _until(deployment: Deployment, status: str) -> None:
@@ -103,9 +109,9 @@ def test_a_whole_life(tmp_path: Path) -> None:
     async def story(supervisor: Supervisor, clock: Clock) -> None:
         await supervisor.submit(deployment)
         await _until(deployment, "DEPLOYED")
-        assert supervisor.node.free().free_memory == (4096 - 360) * MIB
+        assert _free(supervisor) == (4096 - 360) * MIB
         await supervisor.stop(deployment)
-        assert supervisor.node.free().free_memory == 4096 * MIB
+        assert _free(supervisor) == 4096 * MIB
 
     _run(tmp_path, notes, story)
     ready = ["enforced", "ready"] * 2
@@ -150,7 +156,7 @@ def test_a_recorder_that_fails_ends_the_deployment(tmp_path: Path) -> None:
         async def story(supervisor: Supervisor, clock: Clock, deployment: Deployment = deployment) -> None:
             await supervisor.submit(deployment)
             await _until(deployment, "FAILED")
-            await _true(lambda: supervisor.node.free().free_memory == 4096 * MIB)
+            await _true(lambda: _free(supervisor) == 4096 * MIB)
 
         _run(tmp_path / failing, notes, story)
         assert notes.calls[-1] == (end, "RECORDER_FAILED", "PermissionError: not that")
