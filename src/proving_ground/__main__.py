@@ -3,6 +3,7 @@
 import contextlib
 import socket
 import sys
+from dataclasses import replace
 
 import uvicorn
 
@@ -45,12 +46,13 @@ def main(catalog: Catalog | None = None) -> None:
         if not settings.tokens.exists():
             write_demo(settings.tokens)
         tokens = demo_tokens(settings.tokens)
-        app = create_app(settings, catalog=catalog)
         listener = _listen(settings.port)
+        settings = replace(settings, port=listener.getsockname()[1])  # runs call this backend by it
+        app = create_app(settings, catalog=catalog)
     except (ValueError, OSError) as error:
         sys.exit(f"cannot start: {error}")
     server = _Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
-    server.greeting = _greeting(settings, f"http://127.0.0.1:{listener.getsockname()[1]}", tokens)
+    server.greeting = _greeting(settings, f"http://127.0.0.1:{settings.port}", tokens)
     with contextlib.suppress(KeyboardInterrupt):  # uvicorn has ended everything in order and then passes it on
         server.run(sockets=[listener])
     if not server.started:

@@ -15,8 +15,10 @@ from execution_envelope import AdmissionController, LedgerUnavailable
 from execution_envelope.integrations.fastapi import install
 from execution_envelope.reconciliation import Prober
 from execution_envelope.telemetry.prometheus import metrics_app
-from proving_ground import catalog_routes, runtime, serving
+from proving_ground import agent_routes, catalog_routes, runtime, serving
 from proving_ground.admission import SUPERVISOR, EnvelopeRecorder, open_seam, prober
+from proving_ground.agent_tools import load_servers
+from proving_ground.agents import AgentRuns
 from proving_ground.auth import RunTokens, TokenFile
 from proving_ground.catalog import Catalog
 from proving_ground.jobs import JOBS, Jobs, JobStore
@@ -31,7 +33,11 @@ from proving_ground.supervisor import Supervisor
 log = logging.getLogger(__name__)
 
 
-_SEALED = ("/serving/deploy_model", *(f"/runtime/models/{{deployment_id}}/v1/{path}" for path in runtime.COUNTED))
+_SEALED = (
+    "/serving/deploy_model",
+    "/agents/runs",
+    *(f"/runtime/models/{{deployment_id}}/v1/{path}" for path in runtime.COUNTED),
+)
 """Paths that start an execution: whatever they answer, an envelope was sealed before."""
 
 RECONCILE_SECONDS = 30.0
@@ -67,7 +73,8 @@ def create_app(settings: Settings, *, catalog: Catalog | None = None) -> FastAPI
                 retry_seconds=settings.retry_seconds,
             )
             jobs = Jobs(JobStore(settings.data), controller, app.state.runs)
-            app.state.backend = Backend(settings, models, supervisor, jobs, http)
+            agents = AgentRuns(settings, jobs, supervisor, http, load_servers(settings.tools))
+            app.state.backend = Backend(settings, models, supervisor, jobs, http, agents)
             await supervisor.recover()
             await jobs.recover()
             probers = {SUPERVISOR: prober(supervisor), JOBS: job_prober(jobs)}
@@ -88,7 +95,7 @@ def create_app(settings: Settings, *, catalog: Catalog | None = None) -> FastAPI
     app.state.tokens, app.state.runs = TokenFile.load(settings.tokens), RunTokens()
     app.add_exception_handler(RequestValidationError, _unprocessable)
     install(app, controller, guard=[f"POST {prefix}{path}" for prefix in ("", "/api") for path in _SEALED])
-    for router in (catalog_routes.router, serving.router, runtime.router):
+    for router in (catalog_routes.router, serving.router, agent_routes.router, runtime.router):
         app.include_router(router, prefix="/api")
         app.include_router(router, include_in_schema=False)
     app.add_api_route("/health", _alive, methods=["GET"], tags=["backend"])

@@ -26,6 +26,10 @@ _TAIL: Final = 16 * 1024
 _TIMINGS: Final = re.compile(rb'"timings":(\{[^{}]*\})')
 
 
+class NothingLeft(Exception):
+    """Nothing is left of what the parent was granted."""
+
+
 class BadRequest(ValueError):
     """The request cannot be counted; the message names the field."""
 
@@ -48,6 +52,7 @@ def described(raw: bytes, request: Request, caller: Caller, deployment: Deployme
     model = catalog.model(deployment.model_id)
     target = ask.target if model is None else Target("model", model.repo_id)
     ask = replace(ask, subject=found.subject, scope=scope, target=target, runs_on=f"deployment:{deployment.id}")
+    ask = replace(ask, part_of=found.part_of)
     # The same for every deployment, and under any prefix.
     path = request.url.path.partition("/v1/")[2]
     return Completion(body, replace(ask, entrypoint=f"POST /runtime/models/{{id}}/v1/{path}"))
@@ -78,12 +83,20 @@ class Completion:
             return "policy allows no tokens"
         return None
 
-    def granted(self, admission: Admission, deployment: Deployment, instance: Instance) -> tuple[Grant, bytes]:
-        """What is given, and the body that tells the engine so."""
+    def granted(
+        self, admission: Admission, deployment: Deployment, instance: Instance, left: Mapping[str, Any]
+    ) -> tuple[Grant, bytes]:
+        """What is given within what is `left` of a parent, and the body that tells the engine so. Raises
+        `NothingLeft`."""
         context = instance.grant.context
         most: int | str = "unlimited" if (asked := asked_tokens(self.body)) is None else asked
         because = {}
-        for cause, bound, text in _bounds(admission, context):
+        bounds = _bounds(admission, context)
+        if isinstance(rest := left.get("output_tokens"), int):
+            if rest < 1:
+                raise NothingLeft("no output_tokens are left of what the parent was granted")
+            bounds.append(("quota", rest, f"{rest} tokens are left of what the parent was granted"))
+        for cause, bound, text in bounds:
             if most == "unlimited" or bound < int(most):
                 most = bound
                 because["output_tokens"] = (cause, text)
@@ -191,7 +204,7 @@ def refusal(refused: Refused) -> JSONResponse:
     return JSONResponse({"error": error}, status, headers)
 
 
-def bad_request(problem: str, status: int = 400) -> JSONResponse:
+def bad_request(problem: str, status: int = 400, code: str | None = None) -> JSONResponse:
     """What is wrong with a request, in OpenAI's error shape."""
-    error = {"message": problem, "type": "invalid_request_error", "param": None, "code": None}
+    error = {"message": problem, "type": "invalid_request_error", "param": None, "code": code}
     return JSONResponse({"error": error}, status, {"x-should-retry": "false"})

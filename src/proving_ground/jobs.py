@@ -25,6 +25,7 @@ from execution_envelope import (
     OpenChildren,
     OpenObligations,
     Record,
+    Tree,
 )
 from execution_envelope.reconciliation import Liveness, Prober
 from proving_ground.auth import Caller, RunTokens
@@ -64,7 +65,8 @@ class JobFailed(Exception):
 
 @dataclass
 class Job:
-    """One job and what became of it. `body` is the request without secrets, `checkpoint` what a later run needs."""
+    """One job and what became of it. `body` is the request without secrets, `checkpoint` what a later run needs; a
+    `note` in `result` is said of a good end on the record."""
 
     id: UUID
     kind: str
@@ -147,6 +149,8 @@ class Jobs:
         self._tokens = tokens
         self._runs: dict[str, tuple[Run, bool]] = {}
         self._tasks: dict[UUID, asyncio.Task[None]] = {}
+        self._running: dict[UUID, asyncio.Task[None]] = {}
+        """What runs inside of a task, until somebody ends it: that is done once, so that its clean-up is not cut off."""
         self._turns = asyncio.Semaphore(MAX_RUNNING)
         self._closing = False
         self.jobs: dict[UUID, Job] = {job.id: job for job in store.load()}
@@ -185,21 +189,36 @@ class Jobs:
 
     async def cancel(self, job: Job, by: str) -> None:
         """End a job for somebody who no longer wants it, with all its children; returns when it has ended."""
+        task = self._tasks.get(job.id)
+        if task is None:
+            return
         job.stopped_by = job.stopped_by or by
+        self._stop(job.id)
+        await asyncio.wait([task])
+
+    async def wait(self, job: Job) -> None:
+        """Until it has ended."""
         task = self._tasks.get(job.id)
         if task is not None:
-            task.cancel()
             await asyncio.wait([task])
+
+    async def tree(self, job: Job) -> Tree:
+        """The envelope of a job, with all that are part of it."""
+        return await self._controller.tree(job.kind, str(job.id))
 
     async def close(self) -> None:
         """End what runs: resumable jobs are left for the next backend, others fail."""
         self._closing = True
-        tasks = list(self._tasks.values())
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            await asyncio.wait(tasks)
+        for job_id in list(self._tasks):
+            self._stop(job_id)
+        if self._tasks:
+            await asyncio.wait(list(self._tasks.values()))
         self._store.close()
+
+    def _stop(self, job_id: UUID) -> None:
+        running = self._running.pop(job_id, None)
+        if running is not None:
+            running.cancel()
 
     def _start(self, job: Job) -> None:
         task = asyncio.create_task(self._guarded(job), name=f"{job.kind}-{job.id}")
@@ -217,7 +236,11 @@ class Jobs:
         token = self._tokens.issue(acting)
         work = Work(job, admission, token, self._controller, self._store, acting)
         try:
-            await self._in_turn(work, run)
+            if job.stopped_by is not None or self._closing:
+                raise asyncio.CancelledError
+            self._running[job.id] = running = asyncio.create_task(self._in_turn(work, run))
+            running.add_done_callback(lambda _: self._running.pop(job.id, None))
+            await running
         except asyncio.CancelledError:
             self._tokens.revoke(token)
             if job.stopped_by is not None:
@@ -236,14 +259,20 @@ class Jobs:
             await self._told(work, "COMPLETED", None, "")
 
     async def _in_turn(self, work: Work, run: Run) -> None:
+        if work.job.owner.envelope is not None:
+            await self._run(work, run)  # a part of a run that has its turn, and waits for it
+            return
         if self._turns.locked():
             await work.admission.attempt(
                 [Candidate("this backend", "refused", f"{MAX_RUNNING} jobs run already")], reason="waits for its turn"
             )
         async with self._turns:
-            work.job.status, work.job.started_at = "RUNNING", work.job.started_at or datetime.now(UTC)
-            work.save()
-            await run(work)
+            await self._run(work, run)
+
+    async def _run(self, work: Work, run: Run) -> None:
+        work.job.status, work.job.started_at = "RUNNING", work.job.started_at or datetime.now(UTC)
+        work.save()
+        await run(work)
 
     async def _told(self, work: Work, status: Status, code: str | None, sentence: str) -> None:
         """The end on the record, after that of its children; then in the store."""
@@ -255,10 +284,11 @@ class Jobs:
             elif code is not None:
                 await _badly(admission, code, sentence)
             else:
-                await admission.complete()
-        except (OpenObligations, OpenChildren) as error:
-            status, code, sentence = "FAILED", "OPEN", str(error)
-            await _badly(admission, code, sentence)
+                try:
+                    await admission.complete(job.result.get("note"))
+                except (OpenObligations, OpenChildren) as error:
+                    status, code, sentence = "FAILED", "OPEN", str(error)
+                    await _badly(admission, code, sentence)
         except EnvelopeError:
             log.exception("the end of %s %s could not be recorded", job.kind, job.id)
         self._end(job, status, code, sentence)

@@ -5,7 +5,8 @@ Completions go through the seam; what else an engine can do is passed on as it i
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
 from uuid import UUID
 
 import httpx
@@ -14,7 +15,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from execution_envelope import Refused
+from execution_envelope import Grant, Refused
 from execution_envelope.integrations.fastapi import admit
 from proving_ground import inference
 from proving_ground.auth import CurrentCaller
@@ -69,10 +70,22 @@ async def complete(deployment_id: UUID, request: Request, caller: CurrentCaller,
             await release.aclose()
             await admission.reject("NOT_ALLOWED", why)
             return inference.bad_request(why, 403)
-        grant, body = completion.granted(admission, deployment, instance)
+        body = b""
+
+        def within(left: Mapping[str, Any]) -> Grant:
+            nonlocal body
+            grant, body = completion.granted(admission, deployment, instance, left)
+            return grant
+
         # Recorded before the engine's slot is taken and after it is given back: nobody waits for the ledger in it.
-        await admission.grant(grant)
-        counted = inference.Counted(admission, int(grant.resources["output_tokens"]))
+        try:
+            await admission.grant(within)
+        except inference.NothingLeft as spent:
+            await release.aclose()
+            await admission.reject("PARENT_EXHAUSTED", str(spent))
+            return inference.bad_request(str(spent), 429, "quota_exhausted")
+        grant = admission.record.granted
+        counted = inference.Counted(admission, int(grant["output_tokens"]))
         release.push_async_callback(counted.settle)
         await release.enter_async_context(engine.slots)
         path = request.url.path.partition("/v1/")[2]

@@ -33,10 +33,12 @@ class Settings:
     """The policy file: who may do what, limits, budgets, prices, approval. Looked at each second."""
     log: Path | None = None
     """File for one JSON line for each event of an envelope; None writes them to standard error."""
+    tools: Path | None = None
+    """JSON file that names the tool servers agents may use; see `agent_tools.py`. None offers the built-in one."""
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] = os.environ) -> "Settings":
-        """Read PORT, DATA, TOKENS, KEEP_ENGINES, NODE_MEMORY (`600MiB`), NODE_CORES, RETRY_SECONDS, POLICY and LOG."""
+        """Read PORT, DATA, TOKENS, KEEP_ENGINES, NODE_MEMORY (`600MiB`), NODE_CORES, RETRY_SECONDS, POLICY, LOG and TOOLS."""
         data = Path(env.get("DATA", ".data"))
         return cls(
             data=data,
@@ -48,6 +50,7 @@ class Settings:
             retry_seconds=_number(env, "RETRY_SECONDS", 5.0, 0.01, 3600),
             policy=Path(env["POLICY"]) if "POLICY" in env else EXAMPLE,
             log=None if env.get("LOG") == "-" else Path(env.get("LOG", data / "log.jsonl")),
+            tools=Path(env["TOOLS"]) if "TOOLS" in env else None,
         )
 
 
