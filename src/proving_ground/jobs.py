@@ -150,7 +150,7 @@ class Jobs:
         self._runs: dict[str, tuple[Run, bool]] = {}
         self._tasks: dict[UUID, asyncio.Task[None]] = {}
         self._running: dict[UUID, asyncio.Task[None]] = {}
-        """What runs inside of a task, until somebody ends it: that is done once, so that its clean-up is not cut off."""
+        """What runs inside of a task, until it is ended: that is done once, so that its clean-up is not cut off."""
         self._turns = asyncio.Semaphore(MAX_RUNNING)
         self._closing = False
         self.jobs: dict[UUID, Job] = {job.id: job for job in store.load()}

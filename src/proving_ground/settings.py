@@ -38,7 +38,8 @@ class Settings:
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] = os.environ) -> "Settings":
-        """Read PORT, DATA, TOKENS, KEEP_ENGINES, NODE_MEMORY (`600MiB`), NODE_CORES, RETRY_SECONDS, POLICY, LOG and TOOLS."""
+        """Read PORT, DATA, TOKENS, KEEP_ENGINES, NODE_MEMORY (`600MiB`), NODE_CORES, RETRY_SECONDS, POLICY, LOG and
+        TOOLS."""
         data = Path(env.get("DATA", ".data"))
         return cls(
             data=data,

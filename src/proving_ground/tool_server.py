@@ -8,6 +8,7 @@ import ast
 import asyncio
 import operator
 import socket
+import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any, Final
@@ -85,7 +86,8 @@ def main() -> None:
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     listener.bind(("127.0.0.1", port))
     listener.listen()
-    print(f"serving on http://127.0.0.1:{listener.getsockname()[1]}/mcp", flush=True)
+    sys.stdout.write(f"serving on http://127.0.0.1:{listener.getsockname()[1]}/mcp\n")
+    sys.stdout.flush()
     uvicorn.Server(uvicorn.Config(server.streamable_http_app(), log_level="warning")).run(sockets=[listener])
 
 

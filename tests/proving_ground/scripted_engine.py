@@ -1,11 +1,11 @@
 """An engine whose model is a script: `{"<task>": [reply, ...]}`; a stand-in for a model, because no model here decides
 the same twice.
 
-It is started, granted and asked as the real engine is, and answers over HTTP in OpenAI's shape, what llama.cpp's server
-adds included. The reply is that of the task in the conversation's first user message, at the place of how often the
-model has answered: nothing is kept from one request to the next. A reply is ``{"calls": [...]}``, ``{"answer": "..."}``,
-``{"text": "..."}``, ``{"status": 500}``; with ``"sleep"`` it comes after so many seconds, and ``"tokens"`` says how many
-it has (8), of which no more are written than may be.
+It is started, granted and asked as the real engine is, and answers over HTTP in OpenAI's shape, with what llama.cpp's
+server adds. The reply is that of the task in the conversation's first user message, at the place of how often the model
+has answered: nothing is kept from one request to the next. A reply is ``{"calls": [...]}``, ``{"answer": "..."}``,
+``{"text": "..."}`` or ``{"status": 500}``; with ``"sleep"`` it comes after so many seconds, and ``"tokens"`` says how
+many it has (8), of which no more are written than may be.
 """
 
 import json
