@@ -4,7 +4,6 @@ import asyncio
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -72,9 +71,8 @@ class World:
 
     def run(self, task: str, *, headers: dict[str, str] | None = None, **more: Any) -> dict[str, Any]:
         """Run an agent to its end."""
-        answer = self.http.post(
-            "/agents/runs", json=self.body(task, **more), headers={"Prefer": "wait", **(headers or {})}
-        )
+        headers = {"Prefer": "wait", **(headers or {})}
+        answer = self.http.post("/agents/runs", json=self.body(task, **more), headers=headers)
         assert answer.status_code == 200, answer.text
         found: dict[str, Any] = answer.json()
         return found
@@ -142,14 +140,14 @@ def tool_server() -> Iterator[str]:
         process.stdout.close()
 
 
-def wait_for_step(world: World, run: str, tool: str) -> None:
-    """Until the run, or one below, has such a call in flight on the record."""
-    until(
-        lambda: any(
-            r.envelope.execution.target.id == tool and r.state == "granted"
-            for _, r in read_tree(world.backend, run).walk()
-        )
-    )
+def wait_for(world: World, run: str, target: str) -> None:
+    """Until the run, or one below, has granted something on this target that has not ended."""
+
+    def granted() -> bool:
+        found = [record for _, record in read_tree(world.backend, run).walk() if record.state == "granted"]
+        return any(record.envelope.execution.target.id == target for record in found)
+
+    until(granted)
 
 
 def first_event(stream: httpx.Response, name: str) -> dict[str, Any]:
@@ -160,7 +158,3 @@ def first_event(stream: httpx.Response, name: str) -> dict[str, Any]:
             found: dict[str, Any] = json.loads(next(lines).removeprefix("data: "))
             return found
     raise AssertionError(f"no event {name}")
-
-
-def pause(seconds: float) -> None:
-    time.sleep(seconds)

@@ -20,7 +20,7 @@ from running_agents import (
     opened,
     read_tree,
     tool_server,
-    wait_for_step,
+    wait_for,
 )
 
 from execution_envelope import Record, Tree
@@ -80,7 +80,7 @@ def last(record: Record) -> Any:
 
 
 def causes(record: Record) -> dict[str, list[tuple[str, str]]]:
-    return {entry.key: [(why.cause, entry.outcome) for why in entry.reasons] for entry in record.delta}
+    return {entry.key: [(why.cause, entry.outcome) for why in entry.reasons] for entry in record.differences}
 
 
 def test_three_levels_and_forty_tool_calls_add_up_to_the_unit(world: World) -> None:
@@ -99,7 +99,7 @@ def test_three_levels_and_forty_tool_calls_add_up_to_the_unit(world: World) -> N
     tree = world.tree(run["id"])
     records = [record for _, record in tree.walk()]
     assert max(depth for depth, record in tree.walk() if record.envelope.execution.operation == "agents.run") == 2
-    assert [record.violations for record in records] == [()] * len(records) or not any(r.violations for r in records)
+    assert not any(record.violations for record in records)
     made = by_target(tree)
     assert states(made["wiki/clock"]) == ["completed"] * 38 + ["rejected"] * 3
     assert states(made["hasty/clock"] + made["hasty/slow"]) == ["completed", "failed"]
@@ -109,12 +109,8 @@ def test_three_levels_and_forty_tool_calls_add_up_to_the_unit(world: World) -> N
     assert told["agent/spender"]["truncated"] == "tool_calls"
     assert told["agent/sleeper"]["error"].startswith("FAILED DURATION_OVER")
     assert (told["agent/researcher"]["text"], told["agent/patient"]["text"]) == ("found", "waited")
-    assert {
-        name: made[name][0].state for name in ("agent", "researcher", "reader", "spender", "patient", "sleeper")
-    } == {
-        **dict.fromkeys(("agent", "researcher", "reader", "spender", "patient"), "completed"),
-        "sleeper": "failed",
-    }
+    assert [made[name][0].state for name in ("agent", "researcher", "reader", "spender")] == ["completed"] * 4
+    assert [made[name][0].state for name in ("patient", "sleeper")] == ["completed", "failed"]
     # Its model was still at it: nobody knows how far it came, so all that it was granted counts.
     models = made["test/scripted"]
     assert states(models) == ["cancelled"] + ["completed"] * 12
@@ -128,7 +124,8 @@ def test_three_levels_and_forty_tool_calls_add_up_to_the_unit(world: World) -> N
     for node in nodes(tree):
         for name, granted in node.record.granted.items():
             if name != "duration":
-                assert node.used[name].amount <= granted, (node.record.envelope.execution.target.id, name)
+                used = node.used[name].amount if name in node.used else 0
+                assert used <= granted, (node.record.envelope.execution.target.id, name)
     assert run["tree"]["used"]["tool_calls"] == 40
     assert (run["tree"]["open"], run["tree"]["envelopes"]) == (0, len(records)) == (0, 6 + 43 + 13)
 
@@ -199,7 +196,7 @@ def test_a_run_that_may_call_no_tool_ends_with_what_it_has(world: World) -> None
     made = by_target(world.tree(run["id"]))
     (bare,), (refused,) = made["bare"], made["wiki/clock"]
     assert causes(bare)["tool_calls"] == [("policy", "withheld")]
-    assert last(bare).text == "ended with what it has: no tool calls are left"
+    assert last(bare).message == "ended with what it has: no tool calls are left"
     assert (refused.state, last(refused).code) == ("rejected", "PARENT_EXHAUSTED")
     assert [event.data.cause for event in refused.events if event.data.type == "effective"] == ["quota"]
     assert "tool_calls" not in refused.used
@@ -209,11 +206,8 @@ def test_what_is_left_bounds_steps_and_tokens(world: World) -> None:
     run = world.run("Step on", tools=["wiki"], limits={"steps": 3})
     assert (run["status"], run["truncated"], len(run["steps"])) == ("COMPLETED", "steps", 3)
     run = world.run("Write", limits={"output_tokens": 150})
-    assert (run["status"], run["truncated"], run["tree"]["used"]["output_tokens"]) == (
-        "COMPLETED",
-        "output_tokens",
-        150,
-    )
+    assert (run["status"], run["truncated"]) == ("COMPLETED", "output_tokens")
+    assert run["tree"]["used"]["output_tokens"] == 150
     (asked,) = by_target(world.tree(run["id"]))["test/scripted"]
     assert causes(asked)["output_tokens"] == [("quota", "reduced")]
     run = world.run("Step on", tools=["wiki"], limits={"steps": 9, "output_tokens": 16})
@@ -225,7 +219,7 @@ def test_what_is_left_bounds_steps_and_tokens(world: World) -> None:
 def test_ignored_defaults_and_given_as_asked(world: World) -> None:
     run = world.run("Look", tools=["wiki"], temperature="hot", limits={"duration": "1m"})
     (record,) = by_target(world.tree(run["id"]))["agent"]
-    outcomes = {entry.key: entry.outcome for entry in record.delta}
+    outcomes = {entry.key: entry.outcome for entry in record.differences}
     assert outcomes["temperature"] == "ignored"
     assert (outcomes["deployment"], outcomes["tools"], outcomes["duration"]) == ("equal", "equal", "equal")
     assert causes(record)["steps"] == [("default", "added")]
@@ -266,8 +260,8 @@ def test_cancelled_three_levels_deep(world: World) -> None:
     thinker = {"name": "thinker"}
     helper = {"name": "helper", "tools": ["blocking"], "agents": [thinker]}
     run = world.begin("Delegate", agents=[{"name": "worker", "agents": [helper]}])
-    wait_for_step(world, run, "blocking/hang")
-    wait_for_step(world, run, "test/scripted")
+    wait_for(world, run, "blocking/hang")
+    wait_for(world, run, "test/scripted")
     assert len(world.processes()) == 1
     ended = world.http.delete(f"/agents/runs/{run}").json()
     assert (ended["status"], ended["tree"]["open"]) == ("CANCELLED", 0)
@@ -278,7 +272,7 @@ def test_cancelled_three_levels_deep(world: World) -> None:
         assert [record.state for record in made[name]] == ["cancelled"], name
     assert states(made["test/scripted"]) == ["cancelled"] + ["completed"] * 3
     assert made["agent"][0].events[-1].by == "user:dana"
-    assert "its parent" in (last(made["worker"][0]).text or "")
+    assert last(made["worker"][0]).message == "stopped by its parent"
     until(lambda: world.processes() == [])
     # Once more it changes nothing.
     assert world.http.delete(f"/agents/runs/{run}").json()["status"] == "CANCELLED"
@@ -304,7 +298,7 @@ def test_cancelled_when_the_client_that_waits_goes_away(world: World, stream: bo
 
 def test_steps_are_streamed_as_they_come(world: World) -> None:
     with world.http.stream("POST", "/agents/runs", json=world.body("Look", tools=["wiki"], stream=True)) as answer:
-        assert answer.status_code == 202
+        assert answer.status_code == 200
         step = first_event(answer, "step")
         assert step["calls"][0]["tool"] == "wiki/clock"
         assert json.loads(step["said"])["calls"]
@@ -317,7 +311,7 @@ def test_a_repeated_key_answers_the_first_run(world: World) -> None:
     assert (again.status_code, again.headers["execution-envelope-replayed"]) == (202, "true")
     assert (again.json()["id"], again.json()["envelope"]) == (first["id"], first["envelope"])
     other = world.http.post("/agents/runs", json=world.body("Look", limits={"steps": 2}), headers=key)
-    assert other.status_code == 422
+    assert other.status_code == 409
 
 
 @pytest.mark.parametrize(
@@ -354,10 +348,11 @@ def test_a_backend_that_is_killed_leaves_nothing_open_and_no_process(tmp_path_fa
         world = World(tmp_path_factory.mktemp("killed"), SCRIPT, wiki)
         helper = {"name": "helper", "tools": ["blocking"], "agents": [{"name": "thinker"}]}
         run = world.begin("Delegate", agents=[{"name": "worker", "agents": [helper]}])
-        wait_for_step(world, run, "blocking/hang")
-        wait_for_step(world, run, "test/scripted")
+        wait_for(world, run, "blocking/hang")
+        wait_for(world, run, "test/scripted")
         world.http.close()
         world.backend.kill9()
+        world.backend.stop()
         until(lambda: world.processes() == [])
         world.backend = world.start()
         world.http = world.backend.http()
@@ -369,10 +364,10 @@ def test_a_backend_that_is_killed_leaves_nothing_open_and_no_process(tmp_path_fa
         # One that ends in order says so itself.
         world.deployment = world.deploy()
         run = world.begin("Delegate", agents=[{"name": "worker", "agents": [helper]}])
-        wait_for_step(world, run, "blocking/hang")
+        wait_for(world, run, "blocking/hang")
         world.http.close()
         world.backend.stop()
         tree = read_tree(world.backend, run)
         assert opened(tree) == []
-        assert last(tree.record).code == "BACKEND_STOPPED"
+        assert tree.record.state == "failed"
         assert world.processes() == []
