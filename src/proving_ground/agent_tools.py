@@ -18,7 +18,7 @@ OPEN_SECONDS: Final = 15.0
 CALL_SECONDS: Final = 10.0
 #: Tools of one server that are offered to a model, and characters of an answer that it is shown.
 MAX_TOOLS: Final = 64
-MAX_TEXT: Final = 2000
+MAX_TEXT: Final = 1000
 
 _HERE: Final = Path(__file__).parent
 _Name = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9-]{0,31}$")]

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import importlib
 import json
+import re
 import time
 from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass
@@ -32,7 +33,8 @@ AGENT: Final = "agent"
 ANSWER_TOKENS: Final = 256
 MAX_CALLS: Final = 8
 #: Characters that are kept of what was said, for whoever looks at the run.
-KEPT_TEXT: Final = 2000
+KEPT_TEXT: Final = 1000
+_ANSWER: Final = re.compile(r'\s*\{\s*"answer"\s*:\s*"')
 #: What is given as asked.
 _HONOURED: Final = ("deployment", "tools", "agents")
 
@@ -200,6 +202,7 @@ class _Run:
             while True:
                 text, cut = await self._ask_model(messages)
                 if cut:
+                    text = _begun(text)
                     raise _Spent("output_tokens", "an answer of the model was cut off")
                 answer, calls = _read(text)
                 if not calls:
@@ -359,7 +362,7 @@ class _Run:
             await admission.reject("PARENT_EXHAUSTED", str(error))
             told |= {"error": f"refused: {error}", "spent": True}
             return
-        begun = time.monotonic()
+        begun, cancelled = time.monotonic(), False
         end: Awaitable[None] | None = None
         try:
             seconds = _amount(admission.record.granted["duration"]) / 1000
@@ -367,6 +370,9 @@ class _Run:
             told["error" if is_error else "text"] = text
             if is_error:  # in its own words it may hold what it was asked, which is on no record
                 end = admission.fail("TOOL_ERROR", "the tool answered with an error")
+        except asyncio.CancelledError:
+            cancelled = True
+            raise
         except ToolTimeout as error:
             told["error"] = str(error)
             end = admission.fail("TOOL_TIMEOUT", str(error))
@@ -375,6 +381,8 @@ class _Run:
             end = admission.fail("TOOL_SERVER_FAILED", str(error))
         finally:
             await admission.used({"tool_calls": 1, "duration": round((time.monotonic() - begun) * 1000)})
+            if cancelled:
+                await admission.cancel("the run ended while the tool was asked")
         if end is not None:
             await end
 
@@ -418,6 +426,13 @@ def _none_allowed(admission: Admission) -> str | None:
         if isinstance(most, int) and most < 1:
             return f"policy allows {name} {most}"
     return None
+
+
+def _begun(text: str) -> str:
+    """As much of an answer as is there when it was cut off; of calls, nothing is worth telling."""
+    if (begun := _ANSWER.match(text)) is not None:
+        return text[begun.end() :]
+    return "" if text.lstrip().startswith("{") else text
 
 
 def _read(text: str) -> tuple[str, list[_Call]]:

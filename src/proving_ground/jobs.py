@@ -206,13 +206,17 @@ class Jobs:
         """The envelope of a job, with all that are part of it."""
         return await self._controller.tree(job.kind, str(job.id))
 
-    async def close(self) -> None:
-        """End what runs: resumable jobs are left for the next backend, others fail."""
+    async def end(self) -> None:
+        """End what runs: resumable jobs are left for the next backend, others fail. What comes later ends at once."""
         self._closing = True
         for job_id in list(self._tasks):
             self._stop(job_id)
         if self._tasks:
             await asyncio.wait(list(self._tasks.values()))
+
+    async def close(self) -> None:
+        """`end`, and close the store."""
+        await self.end()
         self._store.close()
 
     def _stop(self, job_id: UUID) -> None:
