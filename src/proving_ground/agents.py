@@ -1,19 +1,15 @@
 """Agent runs: a model of this backend decides, tools and other agents do, and each call is a part of the run.
 
-The model answers in JSON, `{"calls": [{"tool": "desk/clock", "arguments": {}}]}` or `{"answer": "..."}`, which the
-engine holds it to by a grammar: a model that was never taught to call tools can too. It is called with OpenAI's client
-by this backend's own route, and an agent by `POST /agents/runs`, both with the run's credential, which makes each a
-part of the run. A tool call is sealed here, before the tool server is asked.
+The model is called with OpenAI's client by this backend's own route, and an agent by `POST /agents/runs`, both with the
+run's credential, which makes each a part of the run. A tool call is sealed here, before the tool server is asked.
 """
 
 import asyncio
 import contextlib
 import importlib
 import json
-import re
 import time
 from collections.abc import Awaitable, Mapping
-from dataclasses import dataclass
 from typing import Any, Final
 from uuid import UUID
 
@@ -21,6 +17,7 @@ import httpx
 
 from execution_envelope import Admission, Ask, Candidate, Denied, Grant, Held, Target, Violation
 from proving_ground.admission import envelope_caller, unkept
+from proving_ground.agent_protocol import Call, answer_format, begun_answer, introduction, read_answer
 from proving_ground.agent_schemas import DEFAULTS, Agent, CreateAgentRun
 from proving_ground.agent_tools import Tool, Tools, ToolServer, ToolSession, ToolsUnavailable, ToolTimeout
 from proving_ground.jobs import Job, JobFailed, Jobs, Work
@@ -29,19 +26,12 @@ from proving_ground.supervisor import Supervisor
 
 #: The kind of job, and what a run is called where it acts.
 AGENT: Final = "agent"
-#: The most tokens of one answer of the model, and calls that one may make.
+#: The most tokens of one answer of the model.
 ANSWER_TOKENS: Final = 256
-MAX_CALLS: Final = 8
 #: Characters that are kept of what was said, for whoever looks at the run.
 KEPT_TEXT: Final = 1000
-_ANSWER: Final = re.compile(r'\s*\{\s*"answer"\s*:\s*"')
 #: What is given as asked.
 _HONOURED: Final = ("deployment", "tools", "agents")
-
-_PROTOCOL: Final = """\
-You work in steps. In each step answer with JSON only: {"calls": [{"tool": NAME, "arguments": {...}}]} to call tools, \
-whose results you are then told, or {"answer": TEXT} when you are done. Tools:
-"""
 
 
 class _Exhausted(Exception):
@@ -98,14 +88,6 @@ class AgentRuns:
 
     async def _run(self, work: Work) -> None:
         await _Run(self, work).run()
-
-
-@dataclass(frozen=True)
-class _Call:
-    """What the model wants to be called."""
-
-    tool: str
-    arguments: Mapping[str, Any]
 
 
 class _Run:
@@ -172,11 +154,12 @@ class _Run:
             amount = stated if isinstance(stated, int) else usual
             if stated is None:
                 because[name] = ("default", f"no {name} were stated; a run has {usual}")
-            for cause, most in (("policy", admission.limits.get(name)), ("quota", left.get(name))):
+            bounds = [("policy", admission.limits.get(name), "policy allows")]
+            bounds += [("quota", left.get(name), "its parent has left")]
+            bounds += [("quota", reserved, "of a budget are reserved") for reserved in _reserved(admission, name)]
+            for cause, most, who in bounds:
                 if isinstance(most, int) and most < amount:
-                    amount = most
-                    of = "policy allows" if cause == "policy" else "its parent has left"
-                    because[name] = (cause, f"{of} {most}")
+                    amount, because[name] = most, (cause, f"{who} {most}")
             if stated is not None and because.get(name, ("", ""))[0] == "policy":
                 because.pop(name)  # the limit is a reason of its own on the record
             if amount < 1 and name != "tool_calls":
@@ -193,8 +176,9 @@ class _Run:
         )
 
     async def _loop(self) -> str:
+        tools = self._described
         messages = [
-            {"role": "system", "content": f"{self._body.instructions}\n{_PROTOCOL}{self._described()}".strip()},
+            {"role": "system", "content": f"{self._body.instructions}\n{introduction(tools, self._agents)}".strip()},
             {"role": "user", "content": self._body.task},
         ]
         text = ""
@@ -202,9 +186,9 @@ class _Run:
             while True:
                 text, cut = await self._ask_model(messages)
                 if cut:
-                    text = _begun(text)
+                    text = begun_answer(text)
                     raise _Spent("output_tokens", "an answer of the model was cut off")
-                answer, calls = _read(text)
+                answer, calls = read_answer(text)
                 if not calls:
                     return answer
                 results = await self._call_all(calls)
@@ -217,15 +201,11 @@ class _Run:
         except _Spent as spent:
             result = self._work.job.result
             result["truncated"], result["note"] = spent.resource, f"ended with what it has: {spent}"
-            return _read(text)[0][:KEPT_TEXT]
+            return read_answer(text)[0][:KEPT_TEXT]
 
-    def _described(self) -> str:
-        lines = [
-            f"- {name}: {tool.description} Arguments: {json.dumps(tool.arguments.get('properties', {}))}"
-            for name, (_, tool) in self._offered.items()
-        ]
-        lines += [f'- {name}: an agent, give it {{"task": TEXT}}' for name in self._agents]
-        return "\n".join(lines) or "none"
+    @property
+    def _described(self) -> Mapping[str, Tool]:
+        return {name: tool for name, (_, tool) in self._offered.items()}
 
     async def _ask_model(self, messages: list[dict[str, str]]) -> tuple[str, bool]:
         """One step: what the model said, and whether it was cut off. Raises `_Spent` and `JobFailed`."""
@@ -244,11 +224,12 @@ class _Run:
             timeout=httpx.Timeout(None, connect=5.0),
             http_client=self._runs.http,
         )
+        form = answer_format(self._described, self._agents)
         step: dict[str, Any] = {"step": len(self._steps) + 1}
         self._steps.append(step)
         try:
             answered = await client.chat.completions.create(
-                model="", messages=messages, max_tokens=ANSWER_TOKENS, response_format=self._format()
+                model="", messages=messages, max_tokens=ANSWER_TOKENS, response_format=form
             )
         except openai.RateLimitError as error:
             raise _Spent("output_tokens", f"the model was refused: {error.message[:300]}") from error
@@ -263,36 +244,7 @@ class _Run:
         self._tell()
         return text, choice.finish_reason == "length"
 
-    def _format(self) -> dict[str, Any]:
-        """The grammar of an answer, as a JSON schema."""
-        answer = {
-            "type": "object",
-            "properties": {"answer": {"type": "string"}},
-            "required": ["answer"],
-            "additionalProperties": False,
-        }
-        arguments = {name: dict(tool.arguments) for name, (_, tool) in self._offered.items()}
-        task = {"type": "object", "properties": {"task": {"type": "string"}}, "required": ["task"]}
-        arguments |= dict.fromkeys(self._agents, task)
-        calls = [
-            {
-                "type": "object",
-                "properties": {"tool": {"const": name}, "arguments": schema},
-                "required": ["tool", "arguments"],
-                "additionalProperties": False,
-            }
-            for name, schema in arguments.items()
-        ]
-        calling = {
-            "type": "object",
-            "properties": {"calls": {"type": "array", "items": {"anyOf": calls}, "minItems": 1, "maxItems": MAX_CALLS}},
-            "required": ["calls"],
-            "additionalProperties": False,
-        }
-        schema = {"anyOf": [calling, answer]} if calls else answer
-        return {"type": "json_schema", "json_schema": {"name": "step", "schema": schema}}
-
-    async def _call_all(self, calls: list[_Call]) -> list[dict[str, Any]]:
+    async def _call_all(self, calls: list[Call]) -> list[dict[str, Any]]:
         """All calls of a step, side by side."""
         made: list[dict[str, Any]] = [{"tool": call.tool[:KEPT_TEXT]} for call in calls]
         self._steps[-1]["calls"] = made
@@ -305,7 +257,7 @@ class _Run:
         self._tell()
         return [{name: value for name, value in told.items() if name not in ("envelope", "run")} for told in made]
 
-    async def _call(self, call: _Call, told: dict[str, Any]) -> None:
+    async def _call(self, call: Call, told: dict[str, Any]) -> None:
         if call.tool in self._agents:
             await self._call_agent(self._agents[call.tool], call.arguments, told)
         elif call.tool in self._offered:
@@ -313,7 +265,7 @@ class _Run:
         else:
             told["error"] = "there is no such tool"
 
-    async def _call_tool(self, session: ToolSession, tool: Tool, call: _Call, told: dict[str, Any]) -> None:
+    async def _call_tool(self, session: ToolSession, tool: Tool, call: Call, told: dict[str, Any]) -> None:
         """Seal the call, ask the tool within what is left, and say what came of it."""
         work, found = self._work, envelope_caller(self._work.acting)
         ask = Ask(
@@ -428,28 +380,10 @@ def _none_allowed(admission: Admission) -> str | None:
     return None
 
 
-def _begun(text: str) -> str:
-    """As much of an answer as is there when it was cut off; of calls, nothing is worth telling."""
-    if (begun := _ANSWER.match(text)) is not None:
-        return text[begun.end() :]
-    return "" if text.lstrip().startswith("{") else text
-
-
-def _read(text: str) -> tuple[str, list[_Call]]:
-    """The answer, or the calls, of a step. What is no JSON is an answer: somebody spoke plainly."""
-    try:
-        said = json.loads(text)
-    except ValueError:
-        return text, []
-    if not isinstance(said, dict):
-        return text, []
-    wanted, calls = said.get("calls"), []
-    for call in (wanted if isinstance(wanted, list) else [])[:MAX_CALLS]:
-        if isinstance(call, dict) and isinstance(call.get("tool"), str):
-            arguments = call.get("arguments")
-            calls.append(_Call(call["tool"], arguments if isinstance(arguments, dict) else {}))
-    answer = said.get("answer")
-    return (answer if isinstance(answer, str) else "" if calls else text), calls
+def _reserved(admission: Admission, name: str) -> list[int]:
+    """How much of each budget is reserved for it."""
+    entries = admission.record.budgets.items()
+    return [e.reserved for (_, _, resource), e in entries if resource == name and not e.shadow and not e.unknown]
 
 
 def _amount(amount: Any) -> int:
