@@ -5,7 +5,10 @@ file of the ledger.
 """
 
 import json
+import os
+import signal
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -343,31 +346,42 @@ def test_what_is_not_there_is_named(world: World) -> None:
         assert lee.delete(f"/agents/runs/{run}").status_code == 404
 
 
-def test_a_backend_that_is_killed_leaves_nothing_open_and_no_process(tmp_path_factory: pytest.TempPathFactory) -> None:
+@pytest.fixture
+def lone(tmp_path: Path) -> Iterator[World]:
+    """A world for a test that ends its backend."""
     with tool_server() as wiki:
-        world = World(tmp_path_factory.mktemp("killed"), SCRIPT, wiki)
-        helper = {"name": "helper", "tools": ["blocking"], "agents": [{"name": "thinker"}]}
-        run = world.begin("Delegate", agents=[{"name": "worker", "agents": [helper]}])
-        wait_for(world, run, "blocking/hang")
-        wait_for(world, run, "test/scripted")
-        world.http.close()
-        world.backend.kill9()
-        world.backend.stop()
-        until(lambda: world.processes() == [])
-        world.backend = world.start()
-        world.http = world.backend.http()
-        found = world.get(run)
-        assert (found["status"], found["error_code"], found["tree"]["open"]) == ("FAILED", "BACKEND_RESTARTED", 0)
-        made = by_target(world.tree(run))
-        for name in ("agent", "worker", "helper", "thinker", "blocking/hang"):
-            assert [record.state for record in made[name]] == ["abandoned"], name
-        # One that ends in order says so itself.
-        world.deployment = world.deploy()
-        run = world.begin("Delegate", agents=[{"name": "worker", "agents": [helper]}])
-        wait_for(world, run, "blocking/hang")
+        world = World(tmp_path, SCRIPT, wiki)
+        yield world
         world.http.close()
         world.backend.stop()
-        tree = read_tree(world.backend, run)
-        assert opened(tree) == []
-        assert last(tree.record).code == "BACKEND_STOPPED"
-        assert world.processes() == []
+    for pid in world.processes():
+        os.kill(pid, signal.SIGKILL)
+
+
+def test_a_backend_that_is_killed_leaves_nothing_open_and_no_process(lone: World) -> None:
+    world = lone
+    helper = {"name": "helper", "tools": ["blocking"], "agents": [{"name": "thinker"}]}
+    run = world.begin("Delegate", agents=[{"name": "worker", "agents": [helper]}])
+    wait_for(world, run, "blocking/hang")
+    wait_for(world, run, "test/scripted")
+    world.http.close()
+    world.backend.kill9()
+    world.backend.stop()
+    until(lambda: world.processes() == [])
+    world.backend = world.start()
+    world.http = world.backend.http()
+    found = world.get(run)
+    assert (found["status"], found["error_code"], found["tree"]["open"]) == ("FAILED", "BACKEND_RESTARTED", 0)
+    made = by_target(world.tree(run))
+    for name in ("agent", "worker", "helper", "thinker", "blocking/hang"):
+        assert [record.state for record in made[name]] == ["abandoned"], name
+    # One that ends in order says so itself.
+    world.deployment = world.deploy()
+    run = world.begin("Delegate", agents=[{"name": "worker", "agents": [helper]}])
+    wait_for(world, run, "blocking/hang")
+    world.http.close()
+    world.backend.stop()
+    tree = read_tree(world.backend, run)
+    assert opened(tree) == []
+    assert last(tree.record).code == "BACKEND_STOPPED"
+    assert world.processes() == []
