@@ -3,6 +3,8 @@
 import contextlib
 import socket
 import sys
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
 
 import uvicorn
 
@@ -45,12 +47,14 @@ def main(catalog: Catalog | None = None) -> None:
         if not settings.tokens.exists():
             write_demo(settings.tokens)
         tokens = demo_tokens(settings.tokens)
-        app = create_app(settings, catalog=catalog)
         listener = _listen(settings.port)
+        settings = replace(settings, port=listener.getsockname()[1])  # runs call this backend by it
+        app = create_app(settings, catalog=catalog)
     except (ValueError, OSError) as error:
         sys.exit(f"cannot start: {error}")
     server = _Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
-    server.greeting = _greeting(settings, f"http://127.0.0.1:{listener.getsockname()[1]}", tokens)
+    server.before_end = lambda: app.state.backend.jobs.end()
+    server.greeting = _greeting(settings, f"http://127.0.0.1:{settings.port}", tokens)
     with contextlib.suppress(KeyboardInterrupt):  # uvicorn has ended everything in order and then passes it on
         server.run(sockets=[listener])
     if not server.started:
@@ -58,15 +62,20 @@ def main(catalog: Catalog | None = None) -> None:
 
 
 class _Server(uvicorn.Server):
-    """Says where it serves once it does."""
+    """Says where it serves once it does, and ends what calls it before it ends itself."""
 
     greeting = ""
+    before_end: Callable[[], Awaitable[None]]
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started:
             sys.stdout.write(self.greeting)
             sys.stdout.flush()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await self.before_end()
+        await super().shutdown(sockets)
 
 
 def _greeting(settings: Settings, url: str, tokens: dict[str, str]) -> str:

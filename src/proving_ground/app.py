@@ -11,8 +11,10 @@ from fastapi.responses import JSONResponse
 
 from execution_envelope.integrations.fastapi import install
 from execution_envelope.telemetry.prometheus import metrics_app
-from proving_ground import catalog_routes, evaluation_routes, runtime, serving
+from proving_ground import agent_routes, catalog_routes, evaluation_routes, runtime, serving
 from proving_ground.admission import SUPERVISOR, EnvelopeRecorder, open_seam, prober
+from proving_ground.agent_tools import load_servers
+from proving_ground.agents import AgentRuns
 from proving_ground.auth import RunTokens, TokenFile
 from proving_ground.catalog import Catalog
 from proving_ground.cluster import Cluster
@@ -29,7 +31,7 @@ from proving_ground.state import Backend
 from proving_ground.store import Store
 from proving_ground.supervisor import Supervisor
 
-_SEALED = ("/serving/deploy_model", "/evaluations", *runtime.SEALED)
+_SEALED = ("/serving/deploy_model", "/evaluations", "/agents/runs", *runtime.SEALED)
 """Paths that start an execution: whatever they answer, an envelope was sealed before."""
 
 
@@ -61,7 +63,8 @@ def create_app(settings: Settings, *, catalog: Catalog | None = None) -> FastAPI
             )
             jobs = Jobs(JobStore(settings.data), controller, app.state.runs)
             jobs.offer(EVALUATION, Evaluations(settings.data / "evaluations", supervisor, models).run)
-            app.state.backend = Backend(settings, models, supervisor, jobs, http)
+            agents = AgentRuns(settings, jobs, supervisor, http, load_servers(settings.tools))
+            app.state.backend = Backend(settings, models, supervisor, jobs, http, agents)
             await cluster.connect()
             await supervisor.recover()
             await jobs.recover()
@@ -85,7 +88,8 @@ def create_app(settings: Settings, *, catalog: Catalog | None = None) -> FastAPI
     app.state.tokens, app.state.runs = TokenFile.load(settings.tokens), RunTokens()
     app.add_exception_handler(RequestValidationError, _unprocessable)
     install(app, controller, guard=[f"POST {prefix}{path}" for prefix in ("", "/api") for path in _SEALED])
-    for router in (catalog_routes.router, serving.router, runtime.router, evaluation_routes.router):
+    routers = (catalog_routes, serving, runtime, evaluation_routes, agent_routes)
+    for router in (module.router for module in routers):
         app.include_router(router, prefix="/api")
         app.include_router(router, include_in_schema=False)
     app.add_api_route("/health", _alive, methods=["GET"], tags=["backend"])

@@ -43,6 +43,8 @@ class CatalogModel:
     sha256: str
     trained_context: int
     need: MemoryNeed
+    program: str = "proving_ground.engine_child"
+    """The module that serves it, run as a process; see `engine_child.py`."""
 
     @property
     def id(self) -> UUID:

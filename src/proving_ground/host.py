@@ -31,6 +31,7 @@ class EngineSpec:
     env: dict[str, str] = field(default_factory=dict, repr=False)
     host: str = LOOPBACK
     """Address it listens on."""
+    program: str = "proving_ground.engine_child"
 
 
 class EngineHost:
@@ -94,7 +95,7 @@ def _spawn(spec: EngineSpec, api_key: str) -> "tuple[subprocess.Popen[bytes], in
     try:
         with os.fdopen(os.open(spec.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "wb") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "proving_ground.engine_child", str(ready_write)],
+                [sys.executable, "-m", spec.program, str(ready_write)],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,

@@ -25,6 +25,7 @@ from execution_envelope import (
     OpenChildren,
     OpenObligations,
     Record,
+    Tree,
 )
 from execution_envelope.reconciliation import Liveness, Prober
 from proving_ground.auth import Caller, RunTokens
@@ -199,14 +200,26 @@ class Jobs:
         if (task := self._tasks.get(job.id)) is not None:
             await asyncio.wait([task])
 
-    async def close(self) -> None:
-        """End what runs: resumable jobs are left for the next backend, others fail."""
+    async def wait(self, job: Job) -> None:
+        """Until it has ended."""
+        if (task := self._tasks.get(job.id)) is not None:
+            await asyncio.wait([task])
+
+    async def tree(self, job: Job) -> Tree:
+        """The envelope of a job, with all that are part of it."""
+        return await self._controller.tree(job.kind, str(job.id))
+
+    async def end(self) -> None:
+        """End what runs: resumable jobs are left for the next backend, others fail. What comes later ends at once."""
         self._closing = True
-        tasks = list(self._tasks.values())
         for job_id in list(self._tasks):
             self._stop(job_id)
-        if tasks:
-            await asyncio.wait(tasks)
+        if self._tasks:
+            await asyncio.wait(list(self._tasks.values()))
+
+    async def close(self) -> None:
+        """`end`, and close the store."""
+        await self.end()
         self._store.close()
 
     def _stop(self, job_id: UUID) -> None:
@@ -286,7 +299,7 @@ class Jobs:
                 await _badly(admission, code, sentence)
             else:
                 try:
-                    await admission.complete()
+                    await admission.complete(job.result.get("note"))
                 except (OpenObligations, OpenChildren) as error:
                     status, code, sentence = "FAILED", "OPEN", str(error)
                     await _badly(admission, code, sentence)

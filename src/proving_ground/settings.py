@@ -34,6 +34,8 @@ class Settings:
     """The policy file: who may do what, limits, budgets, prices, approval. Looked at each second."""
     log: Path | None = None
     """File for one JSON line for each event of an envelope; None writes them to standard error."""
+    tools: Path | None = None
+    """JSON file that names the tool servers agents may use; see `agent_tools.py`. None offers the built-in one."""
 
     cluster: Literal["local", "ray"] = "local"
     """Where engines run: as children of the backend, or on a Ray cluster."""
@@ -45,7 +47,7 @@ class Settings:
     @classmethod
     def from_env(cls, env: Mapping[str, str] = os.environ) -> "Settings":
         """Read PORT, DATA, TOKENS, KEEP_ENGINES, NODE_MEMORY (`600MiB`), NODE_CORES, RETRY_SECONDS, POLICY, LOG,
-        CLUSTER, RAY_ADDRESS and PLACEMENT_SECONDS."""
+        CLUSTER, RAY_ADDRESS, PLACEMENT_SECONDS and TOOLS."""
         data = Path(env.get("DATA", ".data"))
         return cls(
             data=data,
@@ -60,6 +62,7 @@ class Settings:
             ray_address=_address(env),
             placement_seconds=_number(env, "PLACEMENT_SECONDS", 300.0, 1, 86_400),
             log=None if env.get("LOG") == "-" else Path(env.get("LOG", data / "log.jsonl")),
+            tools=Path(env["TOOLS"]) if "TOOLS" in env else None,
         )
 
 

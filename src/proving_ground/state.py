@@ -7,6 +7,7 @@ from uuid import UUID
 import httpx
 from fastapi import Depends, HTTPException, Request
 
+from proving_ground.agents import AgentRuns
 from proving_ground.auth import Caller
 from proving_ground.catalog import Catalog
 from proving_ground.deployment import Deployment
@@ -25,6 +26,7 @@ class Backend:
     jobs: Jobs
     http: httpx.AsyncClient
     """For talking to engines."""
+    agents: AgentRuns
 
     def deployments_of(self, caller: Caller) -> list[Deployment]:
         """All deployments of the caller's tenant, oldest first."""

@@ -182,6 +182,7 @@ class Supervisor:
                 log=self._data / instance.log,
                 keep=self._keep,
                 env=deployment.env,
+                program=model.program,
             ),
         )
         instance.engine, instance.pid = engine, engine.pid
