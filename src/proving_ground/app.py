@@ -15,15 +15,18 @@ from execution_envelope import AdmissionController, LedgerUnavailable
 from execution_envelope.integrations.fastapi import install
 from execution_envelope.reconciliation import Prober
 from execution_envelope.telemetry.prometheus import metrics_app
-from proving_ground import catalog_routes, runtime, serving
+from proving_ground import catalog_routes, data_routes, runtime, serving
 from proving_ground.admission import SUPERVISOR, EnvelopeRecorder, open_seam, prober
 from proving_ground.auth import RunTokens, TokenFile
 from proving_ground.catalog import Catalog
 from proving_ground.jobs import JOBS, Jobs, JobStore
 from proving_ground.jobs import prober as job_prober
 from proving_ground.machine import this_node
+from proving_ground.movement import INGESTION, Ingestions
 from proving_ground.policy import watch
+from proving_ground.retrieval import RETRIEVAL, Retrievals
 from proving_ground.settings import Settings
+from proving_ground.sources import Sources
 from proving_ground.state import Backend
 from proving_ground.store import Store
 from proving_ground.supervisor import Supervisor
@@ -31,7 +34,11 @@ from proving_ground.supervisor import Supervisor
 log = logging.getLogger(__name__)
 
 
-_SEALED = ("/serving/deploy_model", *(f"/runtime/models/{{deployment_id}}/v1/{path}" for path in runtime.COUNTED))
+_SEALED = (
+    "/serving/deploy_model",
+    *(f"/runtime/models/{{deployment_id}}/v1/{path}" for path in runtime.COUNTED),
+    *data_routes.SEALED,
+)
 """Paths that start an execution: whatever they answer, an envelope was sealed before."""
 
 RECONCILE_SECONDS = 30.0
@@ -44,6 +51,7 @@ def create_app(settings: Settings, *, catalog: Catalog | None = None) -> FastAPI
     Everything that runs is started by the application's lifespan and ended with it. Routes answer under /api and /.
     """
     models = catalog or Catalog()
+    sources = Sources(settings.data / "files", settings.sources)
     seam = open_seam(settings)
     controller = seam.controller
 
@@ -67,7 +75,11 @@ def create_app(settings: Settings, *, catalog: Catalog | None = None) -> FastAPI
                 retry_seconds=settings.retry_seconds,
             )
             jobs = Jobs(JobStore(settings.data), controller, app.state.runs)
-            app.state.backend = Backend(settings, models, supervisor, jobs, http)
+            ingestions, retrievals = Ingestions(sources, settings.data), Retrievals(sources)
+            jobs.offer(INGESTION, ingestions.run, resumable=True)
+            jobs.offer(RETRIEVAL, retrievals.run)
+            ingestions.clean(jobs.jobs)
+            app.state.backend = Backend(settings, models, supervisor, jobs, http, sources, ingestions, retrievals)
             await supervisor.recover()
             await jobs.recover()
             probers = {SUPERVISOR: prober(supervisor), JOBS: job_prober(jobs)}
@@ -88,7 +100,7 @@ def create_app(settings: Settings, *, catalog: Catalog | None = None) -> FastAPI
     app.state.tokens, app.state.runs = TokenFile.load(settings.tokens), RunTokens()
     app.add_exception_handler(RequestValidationError, _unprocessable)
     install(app, controller, guard=[f"POST {prefix}{path}" for prefix in ("", "/api") for path in _SEALED])
-    for router in (catalog_routes.router, serving.router, runtime.router):
+    for router in (catalog_routes.router, serving.router, runtime.router, data_routes.router):
         app.include_router(router, prefix="/api")
         app.include_router(router, include_in_schema=False)
     app.add_api_route("/health", _alive, methods=["GET"], tags=["backend"])

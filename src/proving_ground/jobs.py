@@ -191,6 +191,12 @@ class Jobs:
             task.cancel()
             await asyncio.wait([task])
 
+    async def wait(self, job: Job) -> None:
+        """Return when a job has ended, or no longer runs here."""
+        task = self._tasks.get(job.id)
+        if task is not None:
+            await asyncio.wait([task])
+
     async def close(self) -> None:
         """End what runs: resumable jobs are left for the next backend, others fail."""
         self._closing = True

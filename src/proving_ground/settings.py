@@ -33,10 +33,14 @@ class Settings:
     """The policy file: who may do what, limits, budgets, prices, approval. Looked at each second."""
     log: Path | None = None
     """File for one JSON line for each event of an envelope; None writes them to standard error."""
+    sources: Path | None = None
+    """JSON file that says which hosts and buckets data may come from and go to; see `sources.py`. None: no others than
+    the tenant's own directory and memory."""
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] = os.environ) -> "Settings":
-        """Read PORT, DATA, TOKENS, KEEP_ENGINES, NODE_MEMORY (`600MiB`), NODE_CORES, RETRY_SECONDS, POLICY and LOG."""
+        """Read PORT, DATA, TOKENS, KEEP_ENGINES, NODE_MEMORY (`600MiB`), NODE_CORES, RETRY_SECONDS, POLICY, LOG
+        and SOURCES."""
         data = Path(env.get("DATA", ".data"))
         return cls(
             data=data,
@@ -48,6 +52,7 @@ class Settings:
             retry_seconds=_number(env, "RETRY_SECONDS", 5.0, 0.01, 3600),
             policy=Path(env["POLICY"]) if "POLICY" in env else EXAMPLE,
             log=None if env.get("LOG") == "-" else Path(env.get("LOG", data / "log.jsonl")),
+            sources=Path(env["SOURCES"]) if "SOURCES" in env else None,
         )
 
 

@@ -1,7 +1,7 @@
-"""`POST /serving/deploy_model` as the Kamiwaza SDK sends it: 17 top-level keys, of which a few always have a value.
+"""Requests as the Kamiwaza SDK sends them: `POST /serving/deploy_model`, `/ingestion/ingest/run`, `/retrieval/jobs`.
 
-Read from the body as it arrived, by either name of a field that has two. Not part of admission, so in the body's digest
-only: `NOT_ADMITTED`.
+A deployment has 17 top-level keys, of which a few always have a value. It is read from the body as it arrived, by
+either name of a field that has two. Not part of its admission, so in the body's digest only: `NOT_ADMITTED`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from fractions import Fraction
 from typing import Any, Final
 
 from execution_envelope.adapters import Context
+from execution_envelope.adapters.declared import Header, Mapped, Raw
 from execution_envelope.envelope import Ask, Target
 from execution_envelope.errors import InvalidField
 from execution_envelope.resources import per_device, per_replica, total
@@ -34,6 +35,78 @@ NOT_ADMITTED: Final = frozenset({"inferenceResources.schemaVersion"})
 #: A Kubernetes quantity of CPU that people rarely write: ``2k``, ``1500000u``, ``5e-1``.
 _CORES: Final = re.compile(r"\+?([0-9]+\.?[0-9]*|\.[0-9]+)(?:([numkMGTPE])|[eE]([+-]?[0-9]{1,2}))?")
 _POWER: Final = {"n": -9, "u": -6, "m": -3, "k": 3, "M": 6, "G": 9, "T": 12, "P": 15, "E": 18}
+
+#: The ask of an ingestion that runs at once. Its `kwargs` are those of a plug-in, any names: these are the ones that
+#: say how much, from where, and under which scope; what another one says is in the digest only.
+describe_ingestion: Final = Mapped(
+    kind="data.move",
+    operation="ingestion.run",
+    entrypoint="POST /ingestion/ingest/run",
+    target="source",
+    target_id="source_type",
+    resources={
+        "bytes": "kwargs.max_bytes",
+        "rows": ("kwargs.max_rows", "kwargs.max_messages"),
+        "bandwidth": "kwargs.max_bytes_per_second",
+        "duration": Raw("kwargs.max_seconds", unit="s"),
+    },
+    constraints={
+        name: f"kwargs.{name}"
+        for name in (
+            *("url", "path", "bucket", "prefix", "pattern", "format", "destination"),
+            *("channels", "channel_selector", "include_dm", "team_id", "since_ts", "until_ts", "token_secret_name"),
+        )
+    },
+    scope={
+        "workroom": Header("x-workroom-id"),
+        "project": "kwargs.project",
+        "purpose": "kwargs.purpose",
+        "classification": "kwargs.classification",
+        "regions": ("kwargs.regions", "kwargs.region"),
+    },
+    secret_names=["kwargs"],
+    schema="kamiwaza.ActiveIngestRequest/1",
+    not_admitted=["kwargs.*"],
+)
+
+#: The ask of a retrieval. What is looked for (`filters`) is in the digest only, as are `options` of a source.
+describe_retrieval: Final = Mapped(
+    kind="data.move",
+    operation="retrieval.create_job",
+    entrypoint="POST /retrieval/jobs",
+    target="dataset",
+    target_id="dataset_urn",
+    resources={
+        "rows": ("limit_rows", "options.max_rows", "options.max_messages"),
+        "bytes": "options.max_bytes",
+        "bandwidth": "options.max_bytes_per_second",
+        "duration": Raw("options.max_seconds", unit="s"),
+    },
+    constraints={
+        "transport": "transport",
+        "format": "format_hint",
+        "columns": "columns",
+        "offset": "offset",
+        "batch_size": "batch_size",
+        "channels": "options.channels",
+        "include_replies": "options.include_replies",
+        "since_ts": "options.since_ts",
+        "until_ts": "options.until_ts",
+    },
+    scope={
+        "workroom": Header("x-workroom-id"),
+        "project": "options.project",
+        "purpose": "options.purpose",
+        "classification": "options.classification",
+        "regions": ("options.regions", "options.region"),
+    },
+    # What a request of the SDK says where its user said nothing.
+    client_defaults={"transport": "auto"},
+    secrets=["credential_override"],
+    secret_names=["options"],
+    schema="kamiwaza.RetrievalRequest/1",
+    not_admitted=["credential_override", "filters", "sdk_session", "options.*"],
+)
 
 
 def describe_deployment(body: Any, context: Context) -> Ask:
