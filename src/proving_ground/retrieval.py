@@ -14,18 +14,9 @@ from dataclasses import dataclass, field
 from typing import IO, Any, Final
 from uuid import UUID
 
+from proving_ground.allowance import Bound, Pace, amounts, granted, refuse_unkept
 from proving_ground.jobs import JobFailed, Work
-from proving_ground.movement import (
-    ROW_FORMATS,
-    Bound,
-    Pace,
-    amounts,
-    granted,
-    looked_at,
-    reading,
-    refuse_unkept,
-    whole,
-)
+from proving_ground.movement import ROW_FORMATS, looked_at, reading, whole
 from proving_ground.sources import Found, NotAllowed, Place, Sources, lines
 
 #: The kind of these jobs, and of their references on the record.
