@@ -119,12 +119,15 @@ class Reader:
         self._lock = threading.Lock()
 
     async def read(self, size: int) -> bytes:
-        """Up to `size` bytes; none at the end."""
+        """`size` bytes, fewer at the end."""
         return await asyncio.to_thread(self._read, size)
 
     def _read(self, size: int) -> bytes:
+        found = b""
         with self._lock:
-            return self._opened.read(size)
+            while len(found) < size and (part := self._opened.read(size - len(found))):
+                found += part
+        return found
 
     def close(self) -> None:
         """Close it as soon as nothing reads."""
@@ -325,8 +328,8 @@ class Move:
         spent, first = (now - self._since) * 1000, int(job.checkpoint.get("offset", 0))
         self._since, self._ms = now, self._ms + spent
         rows = 0 if self._rows is None else self._rows.rows - int(job.checkpoint.get("rows", {}).get("rows", 0))
-        if self._moved == first and not rows:
-            return
+        if self._moved == first and not rows and "last" in job.checkpoint:
+            return  # else it is said that nothing was moved
         await asyncio.to_thread(_synced, self._staged)
         last = {"from": first, "to": self._moved, "rows": rows, "range_ms": spent, "ms": self._ms}
         job.checkpoint = {

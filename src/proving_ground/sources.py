@@ -170,7 +170,11 @@ class Sources:
 
     def found(self, place: Place) -> Found:
         """What is there. Raises `FileNotFoundError`, `PermissionError`, `OSError`, `NotAllowed`."""
-        info = self._system(place).info(self._path(place))
+        try:
+            info = self._system(place).info(self._path(place))
+        except FileNotFoundError as error:
+            # Over HTTP that is said of everything that fails.
+            raise error.__cause__ or error from None
         if info.get("type") == "directory":
             raise FileNotFoundError(f"{place.name} is a directory")
         names = ("size", "mtime", "ino", "created", "ETag", "Last-Modified", "LastModified")
@@ -180,11 +184,15 @@ class Sources:
         return Found(size if isinstance(size, int) else None, stamp)
 
     def open(self, place: Place, offset: int = 0) -> IO[bytes]:
-        """The bytes from `offset` on, of which no more are fetched than are read."""
+        """The bytes from `offset` on, fetched as they are read."""
         system, path = self._system(place), self._path(place)
-        if place.scheme == "memory":
+        if place.scheme in ("http", "https"):
+            ranged = {"headers": {"Range": f"bytes={offset}-"}} if offset else {}
+            # One request for all of it; with a size at hand it is not asked for first.
+            opened: IO[bytes] = system.open(path, "rb", block_size=0, size=1, **ranged)
+        elif place.scheme == "memory":
             # What the file system opens is the one file that all its readers share, with one position.
-            opened: IO[bytes] = io.BytesIO(system.cat_file(path))
+            opened = io.BytesIO(system.cat_file(path))
         else:
             opened = system.open(path, "rb", block_size=CHUNK, cache_type="none")
         try:
@@ -298,18 +306,19 @@ def _check_path(path: str, field: str) -> None:
         raise NotAllowed(f"expected a path of up to {MAX_PATH} characters without `..` and empty steps - at {field}")
 
 
-def _forward(opened: IO[bytes], offset: int) -> None:
+def _forward(opened: Any, offset: int) -> None:
     """Go on at `offset`, also where the other side can only begin at the beginning."""
-    if offset == 0:
-        return
-    try:
+    answer = getattr(opened, "r", None)
+    if answer is None:
         opened.seek(offset)
-    except ValueError:
+    elif answer.status != 206:
         while offset > 0:
             skipped = opened.read(min(CHUNK, offset))
             if not skipped:
-                raise OSError("the source is shorter than it was") from None
+                raise OSError("the source is shorter than it was")
             offset -= len(skipped)
+    elif not answer.headers.get("Content-Range", "").startswith(f"bytes {offset}-"):
+        raise OSError("the source answers another range than it was asked for")
 
 
 async def _client(**options: Any) -> aiohttp.ClientSession:

@@ -78,8 +78,6 @@ class Files:
         if limit is not None and end > limit:
             request.wfile.write(data[start : max(start, limit)])
             request.close_connection = True
-            with contextlib.suppress(OSError):
-                request.connection.shutdown(socket.SHUT_RDWR)
             return
         request.wfile.write(data[start:end])
 
