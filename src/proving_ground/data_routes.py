@@ -35,7 +35,7 @@ from proving_ground.data_schemas import (
 )
 from proving_ground.jobs import JOBS, Job, Status
 from proving_ground.movement import INGESTION
-from proving_ground.retrieval import INLINE_BYTES, RETRIEVAL, Delivery, Stream, described
+from proving_ground.retrieval import INLINE_BYTES, RETRIEVAL, Stream, described
 from proving_ground.sources import NotAllowed, Place, check_url
 from proving_ground.state import Backend, BackendState
 
@@ -168,21 +168,14 @@ async def create_retrieval(
         said = "credentials come from the configuration of this backend only - at credential_override"
         raise await _rejected(admission, "CREDENTIAL_REFUSED", said, 400)
     kept = body.model_dump(exclude={"options", "credential_override", "sdk_session"}, exclude_none=True)
-    delivery = Delivery(Stream() if transport == "sse" else None)
     job = _new(RETRIEVAL, caller, {**kept, "transport": transport})
     job.result = {"dataset": described(place, None, body.format_hint)}
-    backend.retrievals.deliveries[job.id] = delivery
-    try:
-        await _submitted(backend, admission, job)
-    except BaseException:
-        del backend.retrievals.deliveries[job.id]
-        raise
+    await _bound(backend, admission, job)
+    delivery = backend.retrievals.open(job, backend.jobs.jobs, Stream() if transport == "sse" else None)
+    backend.jobs.submit(job)
     if delivery.stream is not None:
         return _retrieval_out(job, None)
-    try:
-        await _while_there(request, backend, job)
-    finally:
-        del backend.retrievals.deliveries[job.id]
+    await _while_there(request, backend, job)
     if job.status != "COMPLETED":
         raise HTTPException(_HTTP_STATUS.get(job.error_code or "", 500), job.error_message or "it did not end well")
     metadata = {name: job.result[name] for name in ("bytes", "truncated")}
@@ -254,13 +247,20 @@ class _Events(StreamingResponse):
         self._stream = stream
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        ending = asyncio.create_task(self._end())
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self._backend.retrievals.deliveries.pop(self._job.id, None)
+            ending.cancel()
             if not self._stream.ended:
                 with anyio.CancelScope(shield=True):
                     await self._backend.jobs.cancel(self._job, "its client, which went away")
+
+    async def _end(self) -> None:
+        """When the job has ended in any other way than well, the stream says how."""
+        await self._backend.jobs.wait(self._job)
+        if not self._stream.ended:
+            self._stream.end("error", {"code": self._job.error_code, "message": self._job.error_message})
 
 
 async def _ingestion(
@@ -295,16 +295,16 @@ async def _ingestion(
         raise await _rejected(admission, "SCHEDULE_UNSUPPORTED", said, 400)
     if named is not None and any(one.body.get("name") == named.job_id for one in backend.jobs.of(caller, INGESTION)):
         raise await _rejected(admission, "NAME_TAKEN", f"`{named.job_id}` is the id of another job - at job_id", 409)
-    await _submitted(backend, admission, job)
+    await _bound(backend, admission, job)
+    backend.jobs.submit(job)
     return job
 
 
-async def _submitted(backend: Backend, admission: Admission, job: Job) -> None:
+async def _bound(backend: Backend, admission: Admission, job: Job) -> None:
     if backend.jobs.is_full(job.owner):
         said = "as many jobs are open as there may be, wait until one has ended"
         raise await _rejected(admission, "TOO_MANY_JOBS", said, 429)
     await admission.bind(job.kind, str(job.id), owner=JOBS)
-    backend.jobs.submit(job)
 
 
 async def _rejected(admission: Admission, code: str, sentence: str, status: int) -> HTTPException:
@@ -316,8 +316,9 @@ async def _rejected(admission: Admission, code: str, sentence: str, status: int)
 def _asked(ask: Ask, caller: Caller, places: Any) -> Ask:
     """With who asks, and the regions of source and destination where the backend knows them."""
     found = envelope_caller(caller)
-    known = sorted({place.region for place in places if place is not None and place.region is not None})
-    regions = {"regions": established(known, by="sources")} if known else {}
+    known = sorted({place.region or "unknown" for place in places if place is not None})
+    # Where it knows one of two, the other is said to be unknown; where it knows none, what was asserted stays.
+    regions = {} if not set(known) - {"unknown"} else {"regions": established(known, by="sources")}
     return replace(ask, subject=found.subject, scope={**ask.scope, **found.scope, **regions}, part_of=found.part_of)
 
 

@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import hashlib
 import os
-import shutil
 import threading
 import time
 from collections.abc import Coroutine, Iterator, Mapping
@@ -31,6 +30,14 @@ CHECKPOINT_SECONDS: Final = 1.0
 STAGING: Final = "moving"
 #: Formats whose rows are counted.
 ROW_FORMATS: Final = ("csv", "jsonl")
+#: What a source is named by.
+_NAMED_BY: Final = {
+    "file": ("path",),
+    "memory": ("path",),
+    "http": ("url",),
+    "https": ("url",),
+    "s3": ("bucket", "path"),
+}
 
 
 class RowCount:
@@ -125,7 +132,15 @@ class Reader:
     def _read(self, size: int) -> bytes:
         found = b""
         with self._lock:
-            while len(found) < size and (part := self._opened.read(size - len(found))):
+            while len(found) < size:
+                try:
+                    part = self._opened.read(size - len(found))
+                except Exception:
+                    if not found:
+                        raise
+                    return found  # what had come counts; the next read says that it broke
+                if not part:
+                    return found
                 found += part
         return found
 
@@ -240,7 +255,8 @@ class Move:
         admission, asked = self._admission, self._admission.envelope.requested
         counted = ("bytes", "bandwidth", "duration", *(("rows",) if self._rows is not None else ()))
         named = {"destination": self._destination.name, "format": self._format or "unknown"}
-        honoured = [name for name in ("url", "path", "bucket", "format", "destination") if name in asked.constraints]
+        names = (*_NAMED_BY[self._source.scheme], "format", "destination")
+        honoured = [name for name in names if name in asked.constraints]
         if admission.state == "granted":
             # Another process goes on with what was granted; that it does is on the record.
             before = admission.record.grants[""]
@@ -256,8 +272,8 @@ class Move:
         unnamed = {name: value for name, value in named.items() if name not in asked.constraints}
         if unnamed:
             await admission.effective(constraints=unnamed, cause="default", because="by the name of the source")
-        free = await asyncio.to_thread(lambda: shutil.disk_usage(self._staged.parent).free // 2)
-        room = Bound(free, "capacity", f"half of the disk space that is left here, {free} bytes")
+        free, text = await asyncio.to_thread(self._sources.room, self._destination)
+        room = Bound(free, "capacity", text)
         regions = {"from_region": self._source.region, "to_region": self._destination.region}
         route = {
             "source": self._source.name,

@@ -15,7 +15,7 @@ from typing import IO, Any, Final
 from uuid import UUID
 
 from proving_ground.allowance import Bound, Pace, amounts, granted, refuse_unkept
-from proving_ground.jobs import JobFailed, Work
+from proving_ground.jobs import Job, JobFailed, Work
 from proving_ground.movement import ROW_FORMATS, looked_at, reading, whole
 from proving_ground.sources import Found, NotAllowed, Place, Sources, lines
 
@@ -28,6 +28,8 @@ MAX_INLINE_BYTES: Final = 16 * 1024 * 1024
 #: Rows of one event: as many as are asked for, up to so many.
 BATCH: Final = 100
 MAX_BATCH: Final = 1000
+#: An event is full with so many bytes: clients that look for the end of a line in small pieces take long for long ones.
+EVENT_BYTES: Final = 16 * 1024
 #: How long a stream waits for its client to fetch it.
 FETCHED_SECONDS: Final = 30.0
 #: How often what was delivered is reported while it goes on.
@@ -84,19 +86,17 @@ class Retrievals:
     async def run(self, work: Work) -> None:
         """Grant, then deliver. Raises `JobFailed`."""
         delivery = self.deliveries[work.job.id]
-        stream = delivery.stream
-        try:
-            await _Reading(work, self._sources, delivery).run()
-        except asyncio.CancelledError:
-            if stream is not None:
-                stream.end("error", {"code": "CANCELLED", "message": "it was cancelled"})
-            raise
-        except JobFailed as failure:
-            if stream is not None:
-                stream.end("error", {"code": failure.code, "message": failure.sentence})
-            raise
-        if stream is not None:
-            stream.end("complete", {name: work.job.result[name] for name in ("rows", "bytes", "truncated")})
+        await _Reading(work, self._sources, delivery).run()
+        if delivery.stream is not None:
+            delivery.stream.end("complete", {name: work.job.result[name] for name in ("rows", "bytes", "truncated")})
+
+    def open(self, job: Job, jobs: Mapping[UUID, Job], stream: Stream | None) -> Delivery:
+        """Where a job that is about to start delivers to. Streams that nobody fetched in time are forgotten here."""
+        for other in list(self.deliveries):
+            if other not in jobs or jobs[other].ended:
+                del self.deliveries[other]
+        found = self.deliveries[job.id] = Delivery(stream)
+        return found
 
 
 class _Reading:
@@ -248,12 +248,13 @@ class _Rows:
         self._all = _parsed(opened, format)
 
     async def next(self, size: int, left: int | None) -> list[tuple[dict[str, Any], int]]:
-        """Up to `size` rows, no more than are `left`, each with its length as JSON; none at the end."""
+        """Up to `size` rows, an event full, of those `left`, each with its length as JSON; none at the end."""
         most = size if left is None else min(size, left)
         return await asyncio.to_thread(self._next, most) if most > 0 else []
 
     def _next(self, most: int) -> list[tuple[dict[str, Any], int]]:
         found: list[tuple[dict[str, Any], int]] = []
+        total = 0
         with self._lock:
             for row in self._all:
                 if any(str(row.get(name)) != str(value) for name, value in self._filters.items()):
@@ -263,8 +264,10 @@ class _Rows:
                     continue
                 if self._columns is not None:
                     row = {name: row.get(name) for name in self._columns}
-                found.append((row, len(json.dumps(row, separators=(",", ":")).encode())))
-                if len(found) == most:
+                size = len(json.dumps(row, separators=(",", ":")).encode())
+                found.append((row, size))
+                total += size
+                if len(found) == most or total >= EVENT_BYTES:
                     break
         return found
 

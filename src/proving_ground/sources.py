@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import re
+import shutil
 import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ SCHEMES: Final[tuple[Scheme, ...]] = ("file", "memory", "http", "https", "s3")
 CHUNK: Final = 256 * 1024
 #: Characters of a path.
 MAX_PATH: Final = 1024
+#: What all files in memory may come to.
+MEMORY_BYTES: Final = 64 * 1024 * 1024
 #: How long a host or a bucket may be silent.
 SILENT_SECONDS: Final = 30.0
 
@@ -217,6 +220,15 @@ class Sources:
             return
         self._system(place).put_file(str(staged), place.path)
         staged.unlink()
+
+    def room(self, place: Place) -> tuple[int, str]:
+        """How many bytes may come to a place at most, and why: memory is small, and disks are filled to a half."""
+        if place.scheme == "memory":
+            held = sum(int(one["size"]) for one in self._system(place).find("/", detail=True).values())
+            return max(0, MEMORY_BYTES - held), f"the memory for files holds {MEMORY_BYTES} bytes"
+        self._root.mkdir(parents=True, exist_ok=True, mode=0o700)
+        free = shutil.disk_usage(self._root).free // 2
+        return free, f"half of the disk space that is left here, {free} bytes"
 
     def has(self, place: Place, size: int) -> bool:
         """Whether a file of this size is there."""

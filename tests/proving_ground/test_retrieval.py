@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import httpx
 import pytest
 from backend import until
 from kamiwaza_sdk.exceptions import (
@@ -68,17 +69,15 @@ def test_a_large_one_is_a_stream(mover: Mover) -> None:
     result = asked(mover, "wide.jsonl", batch_size=50)
     assert result.job.transport == "sse"
     events = list(result.stream)
-    assert [event.event for event in events] == ["chunk"] * 8 + ["complete"]
+    assert {event.event for event in events[:-1]} == {"chunk"}
+    assert events[-1].event == "complete"
     assert [row["n"] for event in events[:-1] for row in event.data["rows"]] == list(range(400))
-    assert events[-1].data == {
-        "rows": 400,
-        "bytes": sum(length(r) for e in events[:-1] for r in e.data["rows"]),
-        "truncated": False,
-    }
+    size = sum(length(row) for event in events[:-1] for row in event.data["rows"])
+    assert events[-1].data == {"rows": 400, "bytes": size, "truncated": False}
     shown = mover.ended(f"retrieval:{result.job.job_id}", "completed")
-    assert shown.amount("bytes", "used") == events[-1].data["bytes"]
+    assert shown.amount("bytes", "used") == size
     assert shown.rows["batch_size"]["outcome"] == "equal"
-    with pytest.raises(Exception, match="409"):
+    with pytest.raises(APIError, match="409"):
         mover.client.retrieval.stream_events(result.job.job_id)
 
 
@@ -115,14 +114,14 @@ def test_the_rate_of_a_stream_is_kept(mover: Mover) -> None:
     result = asked(
         mover, "wide.jsonl", transport="sse", limit_rows=20, batch_size=2, options={"max_bytes_per_second": 400_000}
     )
-    taken = sum(length(row) for event in result.stream for row in event.data.get("rows", []))
+    taken = sum(length(row) for event in result.stream if event.event == "chunk" for row in event.data["rows"])
     assert taken / (time.monotonic() - began) <= 400_000
     shown = mover.ended(f"retrieval:{result.job.job_id}", "completed")
     assert 0 < shown.amount("bandwidth", "used") <= 400_000
 
 
 def test_a_client_that_leaves_cancels_and_only_what_it_took_counts(mover: Mover) -> None:
-    result = asked(mover, "wide.jsonl", transport="sse", batch_size=1, options={"max_bytes_per_second": 200_000})
+    result = asked(mover, "wide.jsonl", transport="sse", batch_size=1, options={"max_bytes_per_second": 40_000})
     taken = [next(result.stream), next(result.stream)]
     result.stream.close()
     shown = mover.ended(f"retrieval:{result.job.job_id}", "cancelled")
@@ -132,8 +131,16 @@ def test_a_client_that_leaves_cancels_and_only_what_it_took_counts(mover: Mover)
     assert mover.client.retrieval.get_job(result.job.job_id).status == "CANCELLED"
 
 
+def test_a_client_that_leaves_before_the_answer_was_given_nothing(mover: Mover) -> None:
+    body = {"dataset_urn": urn("many.jsonl"), "transport": "inline", "options": {"max_bytes_per_second": 20_000}}
+    with mover.backend.http() as http, pytest.raises(httpx.ReadTimeout):
+        http.post("/retrieval/jobs", json=body, timeout=0.5)
+    shown = mover.ended(mover.newest().data["id"], "cancelled")
+    assert (shown.amount("rows", "used"), shown.amount("bytes", "used")) == (0, 0)
+
+
 def test_a_stream_that_is_cancelled_by_another_says_so(mover: Mover) -> None:
-    result = asked(mover, "wide.jsonl", transport="sse", batch_size=1, options={"max_bytes_per_second": 100_000})
+    result = asked(mover, "wide.jsonl", transport="sse", batch_size=1, options={"max_bytes_per_second": 40_000})
     next(result.stream)
     with mover.backend.http() as http:
         assert http.delete(f"/retrieval/jobs/{result.job.job_id}").json() is True
@@ -144,7 +151,7 @@ def test_a_stream_that_is_cancelled_by_another_says_so(mover: Mover) -> None:
 
 def test_a_source_that_breaks_ends_the_stream_with_an_error(mover: Mover, web: Files) -> None:
     web.files["/breaks.jsonl"] = (mover.files / "wide.jsonl").read_bytes()
-    web.break_at["/breaks.jsonl"] = 3_000_000
+    web.break_at["/breaks.jsonl"] = 600_000
     request = RetrievalRequest(dataset_urn=urn(f"{web.host}/breaks.jsonl", "http"), batch_size=10)
     result = mover.client.retrieval.materialize(request)
     events = list(result.stream)
@@ -195,9 +202,8 @@ def test_credentials_of_a_request_are_refused_and_leave_nothing(mover: Mover) ->
         asked(mover, credential_override=needle)
     assert refused.value.status_code == 400
     assert mover.newest().last("rejected")["code"] == "CREDENTIAL_REFUSED"
-    with pytest.raises(APIError) as refused:
+    with pytest.raises(TransportNotSupportedError):  # as the SDK takes every 422
         mover.client.retrieval.create_job(RetrievalRequest(dataset_urn=urn(f"h/x?sig={needle}", "https")))
-    assert refused.value.status_code in (400, 422)
     asked(mover, options={"api_key": needle})
     assert needle.encode() not in mover.held()
 
