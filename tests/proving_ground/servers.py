@@ -43,12 +43,13 @@ class Files:
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
+        self._server.handle_error = lambda *_: None  # type: ignore[method-assign] # clients are killed here
         self.host = f"127.0.0.1:{self._server.server_port}"
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,))
         self._thread.start()
 
     def answer(self, request: Any, *, body: bool) -> None:
-        self.asked.append(f"{request.command} {request.path}")
+        self.asked.append(f"{request.command} {request.path} {request.headers.get('Range', '')}".strip())
         if request.path in self.redirect:
             request.send_response(302)
             request.send_header("Location", self.redirect[request.path])

@@ -346,36 +346,36 @@ def test_an_amount_that_is_none_is_refused_by_name(mover: Mover) -> None:
     assert "kwargs.max_bytes" in str(refused.value)
 
 
-def test_killed_twice_it_goes_on_and_every_byte_counts_once(tmp_path: Path) -> None:
-    mover = Mover(tmp_path)
+def test_killed_twice_it_goes_on_and_every_byte_counts_once(tmp_path: Path, web: Files) -> None:
+    rows = [b"%d,%s" % (n, os.urandom(20).hex().encode()) for n in range(30_000)]
+    data = web.files["/big.csv"] = b"\n".join([b"id,text", *rows])
+    mover = Mover(tmp_path, web.host)
+    answers: list[Any] = []
+
+    def ask() -> None:
+        client, url = mover.client, f"http://{web.host}/big.csv"
+        with client.request_headers({"Idempotency-Key": "resumed"}):
+            try:
+                answer = client.ingestion.run_active(
+                    "http", url=url, destination="big.out", max_bytes_per_second=512 * KIB
+                )
+            except Exception as error:
+                answer = error
+            answers.append(answer)
+
     try:
-        data = written(
-            mover,
-            "big.csv",
-            b"id,text\n" + b"".join(b"%d,%s\n" % (n, os.urandom(20).hex().encode()) for n in range(30_000)),
-        )
-        answers: list[Any] = []
-
-        def ask() -> None:
-            client = mover.client
-            with client.request_headers({"Idempotency-Key": "resumed"}):
-                try:
-                    answers.append(
-                        client.ingestion.run_active(
-                            "file", path="big.csv", destination="big.out", max_bytes_per_second=512 * KIB
-                        )
-                    )
-                except Exception as error:
-                    answers.append(error)
-
         asking = threading.Thread(target=ask)
         asking.start()
         pids = [mover.backend.process.pid]
-        for _ in range(2):
-            before = moved(mover)
-            until(lambda seen=before: moved(mover) > seen)
+        for ranges in (True, False):
+            seen = moved(mover)
+            until(lambda seen=seen: moved(mover) > seen)
+            web.asked.clear()
+            if not ranges:
+                web.whole_only.add("/big.csv")  # what was moved is then read once more, and not counted
             mover.again()
             pids.append(mover.backend.process.pid)
+            until(lambda: [asked for asked in web.asked if "GET /big.csv bytes=" in asked])
         asking.join()
         assert isinstance(answers[0], Exception)
         ask()  # the same request again: it waits for the move that goes on
@@ -384,7 +384,7 @@ def test_killed_twice_it_goes_on_and_every_byte_counts_once(tmp_path: Path) -> N
         shown = mover.newest()
         assert shown.data["state"] == "completed"
         assert shown.amount("bytes", "used") == len(data)
-        assert shown.amount("rows", "used") == 30_000
+        assert shown.amount("rows", "used") == len(rows)
         assert shown.amount("bandwidth", "used") <= 512 * KIB
         routes = [event["data"]["route"]["pid"] for event in shown.data["timeline"] if event["type"] == "granted"]
         assert routes == [str(pid) for pid in pids]
