@@ -12,12 +12,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from execution_envelope import AdmissionController, Decision, Grant, InvalidField, Rule
+from execution_envelope import AdmissionController, Decision, Denied, Grant, InvalidField, Rule, established
 from execution_envelope.ledger import MemoryLedger
+from execution_envelope.policy.file import PolicyFile
 from execution_envelope.testing import ask
 from proving_ground.allowance import Bound, Pace, amounts, granted, refuse_unkept
 from proving_ground.jobs import JobFailed
 from proving_ground.movement import RowCount
+from proving_ground.settings import EXAMPLE
 from proving_ground.sources import NotAllowed, Sources
 
 COUNTED = ("bytes", "rows", "bandwidth", "duration")
@@ -159,3 +161,25 @@ def test_a_data_set_is_found_again_by_its_name(tmp_path: Path, name: str) -> Non
     sources = Sources(tmp_path)
     for place in (sources.destination("acme", name), sources.destination("acme", f"memory://{name}")):
         assert sources.dataset("acme", place.urn) == place
+
+
+@pytest.mark.parametrize(
+    ("regions", "admitted"),
+    [
+        (established(["eu-west"], by="sources"), True),
+        (established(["eu-west", "unknown"], by="sources"), False),
+        (["eu-west"], False),
+        (None, False),
+    ],
+)
+def test_the_example_of_a_policy_keeps_what_is_secret(regions: Any, admitted: bool) -> None:
+    async def run() -> None:
+        seam = AdmissionController(MemoryLedger(), hooks=[PolicyFile(EXAMPLE).decider])
+        scope = {"classification": "secret", "regions": regions}
+        if admitted:
+            await seam.begin(ask(kind="data.move", requested={}, constraints={}, scope=scope))
+            return
+        with pytest.raises(Denied, match="stays in eu-west"):
+            await seam.begin(ask(kind="data.move", requested={}, constraints={}, scope=scope))
+
+    asyncio.run(run())
