@@ -115,6 +115,8 @@ async def whole(step: Coroutine[Any, Any, None]) -> None:
         await asyncio.shield(task)
     except asyncio.CancelledError:
         await asyncio.wait([task])
+        if not task.cancelled() and (error := task.exception()) is not None:
+            raise error from None
         raise
 
 
@@ -376,7 +378,8 @@ class Move:
                 raise JobFailed("DESTINATION_FAILED", f"{self._destination.name} is not there any more")
             return
         try:
-            await asyncio.to_thread(self._sources.put, self._staged, self._destination)
+            # Not left halfway: cancelled here, it may arrive all the same.
+            await whole(asyncio.to_thread(self._sources.put, self._staged, self._destination))
         except Exception as error:
             sentence = f"{self._destination.name} cannot be written: {type(error).__name__}"
             raise JobFailed("DESTINATION_FAILED", sentence) from error

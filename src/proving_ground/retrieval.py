@@ -283,14 +283,18 @@ class _Rows:
 def _parsed(opened: IO[bytes], format: str) -> Iterator[dict[str, Any]]:
     try:
         if format == "csv":
-            yield from csv.DictReader(line.decode() for line in lines(opened))
+            yield from csv.DictReader((line.decode() for line in lines(opened)), restkey="")
             return
         for line in lines(opened):
             if line.strip():
-                row = json.loads(line)
+                row = json.loads(line, parse_constant=_no_number)
                 yield row if isinstance(row, dict) else {"value": row}
     except (ValueError, csv.Error, RecursionError) as error:
         raise JobFailed("ROW_UNREADABLE", f"expected rows of {format}, got another thing") from error
+
+
+def _no_number(written: str) -> None:
+    raise ValueError(f"expected JSON, got {written}")
 
 
 def _left(most: int | None, done: int) -> int | None:

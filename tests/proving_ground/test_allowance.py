@@ -183,3 +183,20 @@ def test_the_example_of_a_policy_keeps_what_is_secret(regions: Any, admitted: bo
             await seam.begin(ask(kind="data.move", requested={}, constraints={}, scope=scope))
 
     asyncio.run(run())
+
+
+def test_a_link_that_leads_out_is_found_before_and_after_it_is_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, outside = tmp_path / "files", tmp_path / "outside.bin"
+    (root / "acme").mkdir(parents=True)
+    outside.write_bytes(b"not yours")
+    (root / "acme/link.bin").symlink_to(outside)
+    sources = Sources(root)
+    place = sources.source("acme", "file", {"path": "link.bin"})
+    with pytest.raises(NotAllowed, match="leads out"):
+        sources.found(place)
+    # As when the link takes the place of a file just before that is opened.
+    monkeypatch.setattr(Sources, "_path", lambda self, place: place.path)
+    with pytest.raises(NotAllowed, match="leads out"):
+        sources.open(place)

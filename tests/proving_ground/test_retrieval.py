@@ -163,13 +163,19 @@ def test_a_source_that_breaks_ends_the_stream_with_an_error(mover: Mover, web: F
 
 
 def test_an_answer_that_does_not_come_together_counts_nothing(mover: Mover) -> None:
-    (mover.files / "bad.jsonl").write_text('{"a": 1}\n{"a": \n')
-    with pytest.raises(APIError) as refused:
-        asked(mover, "bad.jsonl")
-    assert refused.value.status_code == 400
-    shown = mover.newest()
-    assert (shown.data["state"], shown.last("failed")["code"]) == ("failed", "ROW_UNREADABLE")
-    assert shown.amount("rows", "used") == 0
+    for second in ('{"a": ', '{"a": NaN}', "\udcff"):
+        (mover.files / "bad.jsonl").write_text(f'{{"a": 1}}\n{second}\n', errors="surrogateescape")
+        with pytest.raises(APIError) as refused:
+            asked(mover, "bad.jsonl")
+        assert refused.value.status_code == 400
+        shown = mover.newest()
+        assert (shown.data["state"], shown.last("failed")["code"]) == ("failed", "ROW_UNREADABLE")
+        assert shown.amount("rows", "used") == 0
+
+
+def test_a_row_with_more_cells_than_columns_is_a_row(mover: Mover) -> None:
+    (mover.files / "ragged.csv").write_text("a,b\n1\n1,2,3,4\n")
+    assert asked(mover, "ragged.csv").inline.data == [{"a": "1", "b": None}, {"a": "1", "b": "2", "": ["3", "4"]}]
 
 
 def test_what_is_secret_is_not_read_from_elsewhere(mover: Mover, web: Files) -> None:
