@@ -1,7 +1,7 @@
 """Moves one file from a source to a destination, within what is granted, and goes on where a killed backend stopped.
 
-What has come is staged on this node, and put in its place as a whole when it is all there. Every few megabytes, or once
-a second, it is made durable: first the bytes, then the checkpoint, then the report of what was used, under a key that
+What has come is staged on this node, and put in its place as a whole when it is all there. Every 64 MiB, or once a
+second, it is made durable: first the bytes, then the checkpoint, then the report of what was used, under a key that
 names the range. Killed between any two of them, the next backend counts each byte once.
 """
 
@@ -24,7 +24,7 @@ from proving_ground.sources import Found, NotAllowed, Place, Sources
 #: The kind of these jobs, and of their references on the record.
 INGESTION: Final = "ingestion"
 #: How much may be moved, and how long, between two checkpoints.
-CHECKPOINT_BYTES: Final = 4 * 1024 * 1024
+CHECKPOINT_BYTES: Final = 64 * 1024 * 1024
 CHECKPOINT_SECONDS: Final = 1.0
 #: What a move writes of its own is named so below the data directory.
 STAGING: Final = "moving"

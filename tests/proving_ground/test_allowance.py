@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from execution_envelope import AdmissionController, Decision, Denied, Grant, InvalidField, Rule, established
+from execution_envelope.budgets import Budget, Budgets
 from execution_envelope.ledger import MemoryLedger
 from execution_envelope.policy.file import PolicyFile
 from execution_envelope.testing import ask
@@ -72,6 +73,22 @@ def test_the_least_of_all_bounds_is_granted_with_its_reason() -> None:
         assert causes["bytes"] == ["capacity"]
         assert causes["rows"] == ["policy"]
         assert not any(one.unstated for one in admission.record.differences)
+
+    asyncio.run(run())
+
+
+def test_no_more_is_granted_than_is_reserved_of_a_budget() -> None:
+    async def run() -> None:
+        budget = Budget(name="moved", resource="bytes", limit=1000, window="day", unknown=600)
+        seam = AdmissionController(MemoryLedger(), budgets=Budgets([budget]))
+        for requested, given, reasons in (({}, 600, ["quota"]), ({"bytes": 300}, 300, [])):
+            admission = await seam.begin(move(**requested))
+            await admission.grant(granted(admission, COUNTED, Bound(5000, "capacity", "there is room"), route={}))
+            assert amounts(admission)["bytes"] == given
+            found = next(one for one in admission.record.differences if one.key == "bytes")
+            assert [reason.cause for reason in found.reasons] == reasons
+        with pytest.raises(Denied):
+            await seam.begin(move(bytes=101))
 
     asyncio.run(run())
 
