@@ -18,7 +18,7 @@ from execution_envelope.adapters import Context
 from execution_envelope.adapters.kamiwaza import describe_ingestion, describe_retrieval
 from execution_envelope.integrations.fastapi import admit
 from proving_ground.admission import envelope_caller
-from proving_ground.auth import Caller, CurrentCaller
+from proving_ground.auth import OPERATOR, Caller, CurrentCaller, require_role
 from proving_ground.data_schemas import (
     ActiveIngestRequest,
     CatalogEntryOut,
@@ -354,6 +354,8 @@ def _named(backend: Backend, caller: Caller, name: str) -> Job:
 
 
 async def _cancelled(backend: Backend, caller: Caller, job: Job) -> bool:
+    if (caller.type, caller.subject) != (job.owner.type, job.owner.subject):
+        require_role(caller, OPERATOR)
     if job.ended:
         return False
     await backend.jobs.cancel(job, f"{caller.type}:{caller.subject}")

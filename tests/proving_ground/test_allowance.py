@@ -81,10 +81,10 @@ def test_no_more_is_granted_than_is_reserved_of_a_budget() -> None:
     async def run() -> None:
         budget = Budget(name="moved", resource="bytes", limit=1000, window="day", unknown=600)
         seam = AdmissionController(MemoryLedger(), budgets=Budgets([budget]))
-        for requested, given, reasons in (({}, 600, ["quota"]), ({"bytes": 300}, 300, [])):
+        for requested, most, reasons in (({}, 600, ["quota"]), ({"bytes": 300}, 300, [])):
             admission = await seam.begin(move(**requested))
             await admission.grant(granted(admission, COUNTED, Bound(5000, "capacity", "there is room"), route={}))
-            assert amounts(admission)["bytes"] == given
+            assert amounts(admission)["bytes"] == most
             found = next(one for one in admission.record.differences if one.key == "bytes")
             assert [reason.cause for reason in found.reasons] == reasons
         with pytest.raises(Denied):

@@ -313,6 +313,8 @@ def test_cancelled_it_says_what_was_moved_and_leaves_nothing(mover: Mover) -> No
     written(mover, "long.bin", os.urandom(2 * MIB))
     job = mover.schedule("long", path="long.bin", destination="long.out", max_bytes_per_second=256 * KIB)
     until(lambda: mover.status("long")["bytes_moved"] > 0)
+    with mover.backend.http("sam") as viewer:
+        assert viewer.delete("/ingestion/ingest/jobs/long").status_code == 403
     with mover.backend.http() as http:
         assert http.delete("/ingestion/ingest/jobs/long").json() is True
         assert http.delete("/ingestion/ingest/jobs/long").json() is False
