@@ -17,7 +17,7 @@
     )
 
 A path leads through objects, by names with dots between them; of a tuple of paths the first that leads to a value
-counts, for a field that has two names. Null is absent.
+counts, for a field that has two names. Null is absent. What is in a list, or has a dot in its name, is for a function.
 """
 
 from __future__ import annotations

@@ -105,7 +105,7 @@ describe_retrieval: Final = Mapped(
     secrets=["credential_override"],
     secret_names=["options"],
     schema="kamiwaza.RetrievalRequest/1",
-    not_admitted=["credential_override", "filters", "sdk_session", "options.*"],
+    not_admitted=["filters", "sdk_session", "options.*"],
 )
 
 
