@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse
 
 from execution_envelope.integrations.fastapi import install
 from execution_envelope.telemetry.prometheus import metrics_app
-from proving_ground import agent_routes, catalog_routes, evaluation_routes, runtime, serving
+from proving_ground import agent_routes, catalog_routes, data_routes, evaluation_routes, runtime, serving
 from proving_ground.admission import SUPERVISOR, EnvelopeRecorder, open_seam, prober
 from proving_ground.agent_tools import load_servers
 from proving_ground.agents import AgentRuns
@@ -24,14 +24,17 @@ from proving_ground.jobs import prober as job_prober
 from proving_ground.local import LocalCluster
 from proving_ground.machine import this_node
 from proving_ground.maintenance import Maintenance
+from proving_ground.movement import INGESTION, Ingestions
 from proving_ground.policy import watch
 from proving_ground.proxy import engine_client
+from proving_ground.retrieval import RETRIEVAL, Retrievals
 from proving_ground.settings import Settings
+from proving_ground.sources import Sources
 from proving_ground.state import Backend
 from proving_ground.store import Store
 from proving_ground.supervisor import Supervisor
 
-_SEALED = ("/serving/deploy_model", "/evaluations", "/agents/runs", *runtime.SEALED)
+_SEALED = ("/serving/deploy_model", "/evaluations", "/agents/runs", *data_routes.SEALED, *runtime.SEALED)
 """Paths that start an execution: whatever they answer, an envelope was sealed before."""
 
 
@@ -41,6 +44,7 @@ def create_app(settings: Settings, *, catalog: Catalog | None = None) -> FastAPI
     Everything that runs is started by the application's lifespan and ended with it. Routes answer under /api and /.
     """
     models = catalog or Catalog()
+    sources = Sources(settings.data / "files", settings.sources)
     seam = open_seam(settings)
     controller = seam.controller
     cluster = open_cluster(settings)
@@ -63,8 +67,14 @@ def create_app(settings: Settings, *, catalog: Catalog | None = None) -> FastAPI
             )
             jobs = Jobs(JobStore(settings.data), controller, app.state.runs)
             jobs.offer(EVALUATION, Evaluations(settings.data / "evaluations", supervisor, models).run)
+            ingestions, retrievals = Ingestions(sources, settings.data), Retrievals(sources)
+            jobs.offer(INGESTION, ingestions.run, resumable=True)
+            jobs.offer(RETRIEVAL, retrievals.run)
+            ingestions.clean(jobs.jobs)
             agents = AgentRuns(settings, jobs, supervisor, http, load_servers(settings.tools))
-            app.state.backend = Backend(settings, models, supervisor, jobs, http, agents)
+            app.state.backend = Backend(
+                settings, models, supervisor, jobs, http, agents, sources, ingestions, retrievals
+            )
             await cluster.connect()
             await supervisor.recover()
             await jobs.recover()
@@ -88,7 +98,7 @@ def create_app(settings: Settings, *, catalog: Catalog | None = None) -> FastAPI
     app.state.tokens, app.state.runs = TokenFile.load(settings.tokens), RunTokens()
     app.add_exception_handler(RequestValidationError, _unprocessable)
     install(app, controller, guard=[f"POST {prefix}{path}" for prefix in ("", "/api") for path in _SEALED])
-    routers = (catalog_routes, serving, runtime, evaluation_routes, agent_routes)
+    routers = (catalog_routes, serving, runtime, evaluation_routes, data_routes, agent_routes)
     for router in (module.router for module in routers):
         app.include_router(router, prefix="/api")
         app.include_router(router, include_in_schema=False)

@@ -36,7 +36,9 @@ class Settings:
     """File for one JSON line for each event of an envelope; None writes them to standard error."""
     tools: Path | None = None
     """JSON file that names the tool servers agents may use; see `agent_tools.py`. None offers the built-in one."""
-
+    sources: Path | None = None
+    """JSON file that says which hosts and buckets data may come from and go to; see `sources.py`. None: no others than
+    the tenant's own directory and memory."""
     cluster: Literal["local", "ray"] = "local"
     """Where engines run: as children of the backend, or on a Ray cluster."""
     ray_address: str = "auto"
@@ -47,7 +49,7 @@ class Settings:
     @classmethod
     def from_env(cls, env: Mapping[str, str] = os.environ) -> "Settings":
         """Read PORT, DATA, TOKENS, KEEP_ENGINES, NODE_MEMORY (`600MiB`), NODE_CORES, RETRY_SECONDS, POLICY, LOG,
-        CLUSTER, RAY_ADDRESS, PLACEMENT_SECONDS and TOOLS."""
+        CLUSTER, RAY_ADDRESS, PLACEMENT_SECONDS, TOOLS and SOURCES."""
         data = Path(env.get("DATA", ".data"))
         return cls(
             data=data,
@@ -63,6 +65,7 @@ class Settings:
             placement_seconds=_number(env, "PLACEMENT_SECONDS", 300.0, 1, 86_400),
             log=None if env.get("LOG") == "-" else Path(env.get("LOG", data / "log.jsonl")),
             tools=Path(env["TOOLS"]) if "TOOLS" in env else None,
+            sources=Path(env["SOURCES"]) if "SOURCES" in env else None,
         )
 
 

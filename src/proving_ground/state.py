@@ -12,7 +12,10 @@ from proving_ground.auth import Caller
 from proving_ground.catalog import Catalog
 from proving_ground.deployment import Deployment
 from proving_ground.jobs import Job, Jobs
+from proving_ground.movement import Ingestions
+from proving_ground.retrieval import Retrievals
 from proving_ground.settings import Settings
+from proving_ground.sources import Sources
 from proving_ground.supervisor import Supervisor
 
 
@@ -27,6 +30,9 @@ class Backend:
     http: httpx.AsyncClient
     """For talking to engines."""
     agents: AgentRuns
+    sources: Sources
+    ingestions: Ingestions
+    retrievals: Retrievals
 
     def deployments_of(self, caller: Caller) -> list[Deployment]:
         """All deployments of the caller's tenant, oldest first."""
