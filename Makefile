@@ -6,10 +6,14 @@ PORT ?= 8787
 DATA ?= .data
 PIP = -m pip --disable-pip-version-check --quiet install
 
-.PHONY: run test soak setup lint docs bench bench-docs clean
+.PHONY: run tour test soak setup lint docs bench bench-docs clean
 
 run: setup
 	@PORT=$(PORT) DATA=$(DATA) $(VENV)/bin/python -m proving_ground
+
+# All five kinds against the backend of `make run`, in another terminal.
+tour: setup
+	@URL=$(or $(URL),http://127.0.0.1:$(PORT)) DATA=$(DATA) $(VENV)/bin/python -m proving_ground.tour
 
 setup: $(VENV)/.run
 

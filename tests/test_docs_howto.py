@@ -34,7 +34,7 @@ def test_what_is_shown_runs_and_prints_what_is_said(code: str, printed: str, tmp
 
 
 def test_every_example_is_run() -> None:
-    assert len(SHOWN) == PAGE.count("```python") + OPTIONS.count("runs: tests/test_docs_howto.py") == 4
+    assert len(SHOWN) == PAGE.count("```python") + OPTIONS.count("runs: tests/test_docs_howto.py") == 5
 
 
 def test_every_word_is_on_the_page_of_the_controller() -> None:
