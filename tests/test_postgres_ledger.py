@@ -371,7 +371,7 @@ def bounded(url: str, me: int, turn: Any, results: Any, parent: str, bound: int)
                 break
             commit = fact(child, own, lifecycle.Ready(str(taken)))
             with suppress(SequenceConflict):
-                ledger.commit(replace(commit, siblings=Siblings(parent, family)))
+                ledger.commit(replace(commit, siblings=(Siblings(parent, family),)))
                 taken += 1
             if taken % 3 == 1:
                 ledger.commit(admission())
@@ -470,7 +470,7 @@ def test_nobody_in_the_family_gets_between_a_look_and_its_commit(
 
     def seeing(me: SealedEnvelope, other: SealedEnvelope) -> Commit:
         seen = Siblings(parent.envelope.id, {parent.envelope.id: 2, other.envelope.id: 2})
-        return replace(fact(me, 2, lifecycle.Ready()), siblings=seen)
+        return replace(fact(me, 2, lifecycle.Ready()), siblings=(seen,))
 
     with closing(PostgresLedger(url)) as second:
         second.commit(admission())
