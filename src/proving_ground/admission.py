@@ -24,6 +24,7 @@ from proving_ground.auth import CurrentCaller
 from proving_ground.catalog import ENGINE, Catalog
 from proving_ground.deployment import Deployment, Instance
 from proving_ground.engine import Enforced, Usage
+from proving_ground.maintenance import ALLOWED
 from proving_ground.policy import open_policy
 from proving_ground.quantities import in_words
 from proving_ground.resolver import InstanceGrant, NoRoom, Placement
@@ -69,7 +70,7 @@ def open_seam(settings: Settings) -> Seam:
     log, metrics = observers(settings)
     controller = AdmissionController.open(
         ledger_url(settings),
-        hooks=[policy.decider, log, metrics],
+        hooks=[policy.decider, ALLOWED, log, metrics],
         budgets=lambda: policy.budgets,
         approvals=lambda: policy.approvals,
         # What has a budget is strict all the same.

@@ -6,7 +6,19 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Final
 
-from execution_envelope import Admission, AdmissionController, Ask, Grant, LedgerUnavailable, Refused, Subject, Target
+from execution_envelope import (
+    Admission,
+    AdmissionController,
+    Ask,
+    Decision,
+    Envelope,
+    Grant,
+    LedgerUnavailable,
+    Refused,
+    Rule,
+    Subject,
+    Target,
+)
 from execution_envelope.reconciliation import Prober
 from proving_ground.jobs import Jobs
 from proving_ground.supervisor import Supervisor
@@ -20,6 +32,17 @@ CLEAN_UP_SECONDS: Final = 3600.0
 MAX_ROWS: Final = 1000
 #: Who asks: this backend, for nobody else.
 ITSELF: Final = Subject("service", "proving-ground", method="internal")
+_OPERATIONS: Final = ("backend.reconcile", "backend.clean_up")
+
+
+def _own(envelope: Envelope) -> Decision:
+    identity = envelope.identity
+    asks = identity.subject.type == ITSELF.type and identity.subject.id == ITSELF.id
+    return Decision.allow() if asks and envelope.execution.operation in _OPERATIONS else Decision.abstain()
+
+
+#: Allows what the backend does of its own accord, where the policy file has no rule for it; that may still deny it.
+ALLOWED: Final = Rule("the-backend-itself", _own, kinds=frozenset({"maintenance"}))
 
 
 class Maintenance:
@@ -36,7 +59,7 @@ class Maintenance:
     async def reconcile(self, *, everything: bool = False) -> None:
         """Look after open envelopes; see `AdmissionController.reconcile`. Policy may refuse it, which is logged."""
         try:
-            async with self._controller.admit(_ask("backend.reconcile")) as admission:
+            async with self._controller.admit(_ask(_OPERATIONS[0])) as admission:
                 begun = time.monotonic()
                 found = await self._controller.reconcile(self._probers, everything=everything)
                 asked = [id for id, _ in found.found if id != admission.id]
@@ -47,7 +70,7 @@ class Maintenance:
     async def clean_up(self) -> None:
         """Forget deployments and jobs that ended long ago, as many as are granted. Policy may refuse it."""
         try:
-            async with self._controller.admit(_ask("backend.clean_up", MAX_ROWS)) as admission:
+            async with self._controller.admit(_ask(_OPERATIONS[1], MAX_ROWS)) as admission:
                 begun, limit = time.monotonic(), admission.limits.get("rows")
                 most = min(MAX_ROWS, limit) if isinstance(limit, int) else MAX_ROWS
                 await admission.grant(Grant({"rows": most}, basis="enforced"))

@@ -72,7 +72,7 @@ class Handler(BaseHTTPRequestHandler):
 
 if __name__ == "__main__":
     ORDERS.update(json.loads(sys.stdin.readline()))
-    engine_child._die_with(ORDERS["parent"])
+    engine_child.die_with(ORDERS["parent"])
     os.sched_setaffinity(0, ORDERS["cpu_ids"])
     SCRIPT.update(json.loads(Path(ORDERS["model"]).read_text()))
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)

@@ -400,7 +400,7 @@ def test_the_same_key_twice_is_one_engine_and_one_envelope(start: Start) -> None
         second = client.serving.deploy_model(repo_id=SMOLLM2, poll_interval_seconds=0.1)
     assert first == second
     assert len(backend.engines()) == 1
-    assert len(listed(backend)) == 1
+    assert len(listed(backend, "--kind", "model.deploy")) == 1
 
     with backend.http() as http:
         answer = http.post(
@@ -409,7 +409,7 @@ def test_the_same_key_twice_is_one_engine_and_one_envelope(start: Start) -> None
     assert answer.status_code == 409
     assert answer.json()["type"] == "urn:execution-envelope:problem:key-conflict"
     assert answer.json()["retryable"] is False
-    assert len(listed(backend)) == 1
+    assert len(listed(backend, "--kind", "model.deploy")) == 1
 
     # The same route under its other prefix is the same operation.
     with backend.http() as http:
@@ -417,7 +417,7 @@ def test_the_same_key_twice_is_one_engine_and_one_envelope(start: Start) -> None
         again = http.post("/serving/deploy_model", json=body(backend), headers={"Idempotency-Key": "deploy-2"})
     assert (answer.status_code, again.status_code, again.json()) == (202, 202, answer.json())
     assert again.headers["execution-envelope-replayed"] == "true"
-    assert len(listed(backend)) == 2
+    assert len(listed(backend, "--kind", "model.deploy")) == 2
 
     # Another tenant's key of the same name is another key.
     other = deploy(backend, subject="lee", headers={"Idempotency-Key": "deploy-1"})
@@ -433,7 +433,7 @@ def test_what_never_became_a_request_is_an_attempted_request(start: Start) -> No
         assert http.post("/serving/deploy_model", content=b"{").status_code == 422
     assert httpx.post(url, json=sent).status_code == 401
     assert httpx.post(url, json=sent, headers={"Authorization": "Bearer nonsense"}).status_code == 401
-    assert listed(backend) == []
+    assert listed(backend, "--kind", "model.deploy") == []
     attempted = listed(backend, "--attempted")
     assert [(row["surface"], row["reason"], row["status"]) for row in reversed(attempted)] == [
         ("POST /serving/deploy_model", "invalid", 422),
