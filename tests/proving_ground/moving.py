@@ -86,8 +86,8 @@ class Mover:
         return ran.output
 
     def envelopes(self) -> list[dict[str, Any]]:
-        """All, the newest first."""
-        return [json.loads(line) for line in self.envelope("list").splitlines()]
+        """All moves, the newest first."""
+        return [json.loads(line) for line in self.envelope("list", "--kind", "data.move").splitlines()]
 
     def newest(self) -> Told:
         """The record of what was asked for last."""
