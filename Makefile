@@ -6,7 +6,7 @@ PORT ?= 8787
 DATA ?= .data
 PIP = -m pip --disable-pip-version-check --quiet install
 
-.PHONY: run tour test soak setup lint docs bench bench-docs clean
+.PHONY: run tour test test-core test-backend soak setup lint docs bench bench-docs clean
 
 run: setup
 	@PORT=$(PORT) DATA=$(DATA) $(VENV)/bin/python -m proving_ground
@@ -17,9 +17,15 @@ tour: setup
 
 setup: $(VENV)/.run
 
+# Those of the backend wait for engines most of the time, so the others run beside them; each says what it found at its end.
 test: $(VENV)/.test $(OLDEST)/.test lint
-	$(VENV)/bin/python -m pytest tests --ignore tests/proving_ground
+	@$(MAKE) --no-print-directory -j2 --output-sync=target test-core test-backend
+
+test-core: $(VENV)/.test $(OLDEST)/.test
 	$(OLDEST)/bin/python -m pytest tests/test_fastapi.py tests/test_fastapi_live.py
+	$(VENV)/bin/python -m pytest tests --ignore tests/proving_ground
+
+test-backend: $(VENV)/.test
 	$(VENV)/bin/python -m pytest tests/proving_ground
 
 # Writers killed by the thousand, and every fault on every event loop: about an hour. See docs/soak.md.

@@ -507,4 +507,4 @@ def test_what_happened_is_logged_and_counted(ruled: Ruled) -> None:
 
 def test_the_hooks_of_the_backend_in_order(ruled: Ruled) -> None:
     names = [json.loads(line)["name"] for line in ruled.envelope("hooks", "--json").splitlines()]
-    assert names == ["policy", "log", "prometheus"]
+    assert names == ["policy", "the-backend-itself", "log", "prometheus"]
