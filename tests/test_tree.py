@@ -183,6 +183,21 @@ async def test_nothing_is_part_of_what_was_not_admitted_or_has_ended(
         await controller.begin(ask(part_of=parent.id))
 
 
+async def test_a_last_report_goes_with_the_end_in_one_write() -> None:
+    controller = AdmissionController(MemoryLedger(), budgets=budgets(), clock=lambda: NOW)
+    admission = await run(controller, {"output_tokens": 50}, requested={"output_tokens": 50})
+    before = admission.record.next_sequence
+    await admission.complete(used={"output_tokens": 20}, how="estimated")
+    types = [event.data.type for event in admission.record.events[before:]]
+    assert types == ["used", "budgeted", "completed"] and balance(controller) == (0, 20)
+    assert len({event.at for event in admission.record.events[before:]}) == 1
+    await admission.complete(used={"output_tokens": 5})
+    assert [event.data.type for event in admission.record.events[-3:]] == ["late", "late", "late"]
+    assert balance(controller) == (0, 25)
+    with pytest.raises(InvalidField, match=r"used\.how"):
+        await admission.complete(used={}, how="guessed")
+
+
 # Budgets
 
 

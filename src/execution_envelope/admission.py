@@ -13,6 +13,7 @@ import msgspec
 
 from execution_envelope import grant as grants
 from execution_envelope import lifecycle, reporting
+from execution_envelope.bounds import beyond_limits, used_beyond_limits
 from execution_envelope.budgets import Prices, is_enforced, unbounded
 from execution_envelope.credentials import marker, scrub, shown
 from execution_envelope.decision import told
@@ -33,8 +34,7 @@ from execution_envelope.journal import Journal
 from execution_envelope.ledger.commit import SequenceConflict, Siblings
 from execution_envelope.lifecycle import Candidate, EventData, Fact
 from execution_envelope.record import WHOLE, Record
-from execution_envelope.resources import Amount, exceeds, human, parse_amount, parse_quantity
-from execution_envelope.values import same
+from execution_envelope.resources import Amount, parse_amount, parse_quantity
 
 #: How often a write is tried again when other writers of the same envelope come first.
 MAX_CONFLICTS: Final = 32
@@ -186,7 +186,7 @@ class Admission:
                 said = self._without_secrets(grant({} if family is None else family.left()))
                 by, fact = said.by, said.fact()
             assert fact is not None
-            violations[:] = [*_beyond_limits(record, fact), *unbounded(record, fact)]
+            violations[:] = [*beyond_limits(record, fact), *unbounded(record, fact)]
             siblings = () if family is None else family.siblings()
             if family is not None:
                 violations.extend(family.beyond(fact))
@@ -252,6 +252,15 @@ class Admission:
         What it cost is added where a price table says so. What goes beyond a limit is a violation on the record, once;
         it is not raised, because it has happened.
         """
+        fact = await self._usage(resources, how, part, key)
+
+        async def plan(record: Record) -> _Plan:
+            return _Plan([fact, *used_beyond_limits(record, fact)])
+
+        self._count(await self._write(plan, by=by))
+
+    async def _usage(self, resources: Mapping[str, Any], how: str, part: str | None, key: str | None) -> lifecycle.Used:
+        """A report as it is recorded, with what it cost."""
         if how not in ("measured", "estimated"):
             raise InvalidField("used.how", f"expected `measured` or `estimated`, got {shown(how)}")
         amounts = {name: parse_amount(name, value, field=f"used.{name}") for name, value in resources.items()}
@@ -262,13 +271,11 @@ class Admission:
             # What was used is recorded in any case; costs of another currency are not.
             if cost is not None and await self._journal.priced_in(self._prices.currency):
                 amounts["cost"], priced = cost, self._prices.version
-        fact = lifecycle.Used(amounts, kind, grants.label(part, "part"), grants.label(key, "used.key"), priced)
+        return lifecycle.Used(amounts, kind, grants.label(part, "part"), grants.label(key, "used.key"), priced)
 
-        async def plan(record: Record) -> _Plan:
-            return _Plan([fact, *_used_beyond_limits(record, fact)])
-
-        said = [data.fact if isinstance(data, lifecycle.Late) else data for data in await self._write(plan, by=by)]
-        self._journal.counters["violations"] += len([data for data in said if isinstance(data, lifecycle.Violation)])
+    def _count(self, said: Sequence[EventData]) -> None:
+        facts = [data.fact if isinstance(data, lifecycle.Late) else data for data in said]
+        self._journal.counters["violations"] += sum(isinstance(fact, lifecycle.Violation) for fact in facts)
 
     async def oblige(self, name: str, state: str, text: str | None = None, *, by: str | None = None) -> None:
         """How far an obligation has come: ``acknowledged``, ``fulfilled``, ``failed`` or ``waived``; `text` says how,
@@ -294,22 +301,32 @@ class Admission:
         """The end, before anything was granted: the backend could not resolve it."""
         await self._say(lifecycle.Rejected(scrub(code), self._text(message)), by=by)
 
-    async def complete(self, message: str | None = None, *, by: str | None = None) -> None:
-        """The good end. Without any grant it is recorded with granted *unknown*.
+    async def complete(
+        self,
+        message: str | None = None,
+        *,
+        used: Mapping[str, Any] | None = None,
+        how: str = "measured",
+        by: str | None = None,
+    ) -> None:
+        """The good end. Without any grant it is recorded with granted *unknown*. `used` is a last report (see `used`),
+        recorded with it in one write.
 
         Raises `OpenObligations`, and records nothing, while a required obligation is open; `OpenChildren` while an
         envelope is that is part of it.
         """
         text = None if message is None else self._text(message)
+        last = None if used is None else await self._usage(used, how, None, None)
 
         async def plan(record: Record) -> _Plan:
             if record.is_open and record.open_obligations:
                 raise OpenObligations(record.id, record.open_obligations)
             if record.is_open and (children := await self._open_children(record)):
                 raise OpenChildren(record.id, children)
-            return _Plan([lifecycle.Completed(None if record.grants else "unknown", text)])
+            report: list[Fact] = [] if last is None else [last, *used_beyond_limits(record, last)]
+            return _Plan([*report, lifecycle.Completed(None if record.grants else "unknown", text)])
 
-        await self._write(plan, by=by)
+        self._count(await self._write(plan, by=by))
 
     async def fail(self, code: str, message: str, *, by: str | None = None) -> None:
         """The bad end, after a grant."""
@@ -521,50 +538,6 @@ def _is_same(fact: Fact, stood: EventData) -> bool:
     return fact == stood
 
 
-def _beyond_limits(record: Record, fact: lifecycle.Granted) -> list[lifecycle.Violation]:
-    held = record.with_grant(fact)
-    elsewhere = []
-    for name, (values, hook) in record.allowed.items():
-        value = fact.constraints.get(name, _kept(record, fact, name))
-        if value is not None and not any(same(value, one) for one in values):
-            text = f"{name} {plain(value)} is none of {plain(list(values))} that hook {hook} allows"
-            elsewhere.append(lifecycle.Violation(name, values, value, f"hook {hook}", text))
-    return elsewhere + [
-        lifecycle.Violation(
-            name, bound, held[name], f"hook {hook}", _beyond(name, held[name], bound, f"hook {hook} allows")
-        )
-        for name, (bound, hook) in record.limits.items()
-        if name in held and exceeds(held[name], bound)
-    ]
-
-
-def _used_beyond_limits(record: Record, fact: lifecycle.Used) -> list[lifecycle.Violation]:
-    """The limits that were kept to before this report, and no longer are."""
-    bounded = fact.resources.keys() & record.limits.keys()
-    if not bounded:
-        return []
-    before, after, found = record.reckoning, record.reckoning.fork(), []
-    after.apply(fact)
-    for name in sorted(bounded):
-        bound, hook = record.limits[name]
-        total, was = after.used(name), before.used(name)
-        if total is not None and exceeds(total, bound) and (was is None or not exceeds(was, bound)):
-            text = _beyond(name, total, bound, f"hook {hook} allows, and was used")
-            found.append(lifecycle.Violation(name, bound, total, f"hook {hook}", text))
-    return found
-
-
-def _kept(record: Record, fact: lifecycle.Granted, name: str) -> Any:
-    """What was asked for, where the grant says that it is given as asked."""
-    asked = record.envelope.requested.constraints.get(name)
-    return asked.value if asked is not None and name in fact.honoured else None
-
-
-def plain(value: Any) -> str:
-    """A JSON value as it stands in a sentence."""
-    return value if isinstance(value, str) else msgspec.json.encode(value).decode()
-
-
 def _superseded(older: Record, newer: Record) -> list[tuple[Record, Sequence[EventData]]]:
     """The end of the older envelope, in the transaction that grants the newer one."""
     if not older.is_open:
@@ -586,7 +559,3 @@ def _leaving(record: Record, failed: tuple[str, str] | None, cancelled: str | No
         return [lifecycle.Completed(None if record.grants else "unknown")]
     code, message = scrub(failed[0]), scrub(failed[1])
     return [lifecycle.Rejected(code, message) if record.state == "admitted" else lifecycle.Failed(code, message)]
-
-
-def _beyond(name: str, given: Amount, bound: Amount, who: str) -> str:
-    return f"{name} {human(name, given)} is beyond the {human(name, bound)} that {who}"

@@ -92,12 +92,15 @@ class Counted:
     async def settle(self) -> None:
         """Record what was used and how it ended, also when whoever waits for it is cancelled."""
         with anyio.CancelScope(shield=True):
-            for amounts, how in self._used():
-                await self._admission.used(amounts, how=how)
+            *others, (amounts, how) = self._used()
+            for before, known in others:
+                await self._admission.used(before, how=known)
             if self._answered and not self._admission.record.open_obligations:
                 # OpenAI clients go away at the last word of a stream, before its last byte: nothing was cut off.
-                await self._admission.complete()
-            elif self._gone:
+                await self._admission.complete(used=amounts, how=how)
+                return
+            await self._admission.used(amounts, how=how)
+            if self._gone:
                 await self._admission.cancel("the client went away before the answer")
             elif self._broken is not None:
                 await self._admission.fail("ENGINE_GONE", self._cut)
