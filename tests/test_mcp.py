@@ -27,6 +27,7 @@ from mcp.shared.exceptions import MCPError
 from mcp_types import INVALID_PARAMS, CallToolResult, ListToolsResult, TextContent
 
 from execution_envelope import AdmissionController, Grant, Record, Subject, established, lifecycle
+from execution_envelope.budgets import Budget, Budgets
 from execution_envelope.integrations import Caller
 from execution_envelope.integrations.mcp import ENVELOPE, IDEMPOTENCY_KEY, PART_OF, PROBLEM, current, install
 from execution_envelope.ledger import MemoryLedger
@@ -200,6 +201,63 @@ async def test_a_call_is_part_of_what_it_says_within_its_tenant_only(
     assert (rejected.state, rejected.granted, rejected.violations) == ("rejected", {}, ())
     assert (await controller.tree(run.id)).used["tool_calls"].amount == 1
     assert (tmp_path / "add").read_text() == "x"
+
+
+AGENT = ("agent", "writer")
+BUDGET = Budget(name="calls", resource="tool_calls", limit=5, window="day", unknown="admit")
+
+
+@pytest.mark.parametrize(
+    ("run_of", "asks", "follows"),
+    [
+        (DANA, DANA, True),
+        (DANA, Subject(*AGENT, tenant="acme", delegation=[("user", "dana")]), True),
+        (Subject(*AGENT, tenant="acme", delegation=[("user", "dana")]), DANA, False),
+        (DANA, Subject("user", "eve", tenant="acme"), False),
+        (DANA, Subject("user", "dana", tenant="other"), False),
+        (DANA, Subject("service", "dana", tenant="acme"), False),
+        # One agent acts for two people: neither draws on what the other was granted.
+        (
+            Subject(*AGENT, tenant="acme", delegation=[("user", "dana")]),
+            Subject(*AGENT, tenant="acme", delegation=[("user", "eve")]),
+            False,
+        ),
+    ],
+)
+async def test_whoever_knows_the_id_of_a_run_draws_on_nothing_of_it(
+    run_of: Subject, asks: Subject, follows: bool, tmp_path: Path
+) -> None:
+    controller = AdmissionController.open("memory://", budgets=Budgets([BUDGET]))
+    run = await controller.begin(ask(kind="agent.run", subject=run_of, requested={"tool_calls": 5}))
+    await run.grant(Grant({"tool_calls": 5}))
+    await run.bind("run", "r-1", owner="supervisor")
+    link: Any = {PART_OF: run.id}
+    async with Client(build(controller, tmp_path, subject=asks)) as client:
+        if follows:
+            child = await client.call_tool("add", {"a": 1, "b": 2}, meta=link)
+            assert (await controller.tree(run.id)).children[0].record.id == meta(child)[ENVELOPE]
+        else:
+            for reference in (run.id, "run:r-1", "no-such", "run:r-2"):
+                link = {PART_OF: reference}
+                with pytest.raises(MCPError) as refused:
+                    await client.call_tool("add", {"a": 1, "b": 2}, meta=link)
+                problem = f"expected an envelope, none has the id `{reference}` - at `correlation.part_of`"
+                assert (refused.value.code, refused.value.message) == (INVALID_PARAMS, problem)
+            assert [note.detail for note in controller.ledger.attempted(1)] == [problem]
+    assert (tmp_path / "add").exists() == follows == bool((await controller.tree(run.id)).children)
+    if not follows:
+        await run.complete()
+
+
+async def test_the_run_that_a_credential_names_is_followed_whoever_asks(
+    controller: AdmissionController, tmp_path: Path
+) -> None:
+    run = await controller.begin(ask(kind="agent.run", subject=DANA))
+    caller = Caller(Subject("agent", "writer", tenant="acme"), part_of=run.id)
+    async with Client(build(controller, tmp_path, identify=lambda ctx: caller)) as client:
+        link: Any = {PART_OF: "no-such"}  # what the request says besides counts for nothing
+        child = await client.call_tool("add", {"a": 1, "b": 2}, meta=link)
+    assert (await controller.read(meta(child)[ENVELOPE])).envelope.correlation.part_of == run.id
 
 
 @pytest.mark.parametrize("part_of", [7, ["x"]])

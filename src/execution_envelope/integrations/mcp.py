@@ -36,7 +36,7 @@ from execution_envelope.credentials import scrub
 from execution_envelope.envelope import Ask, Subject
 from execution_envelope.errors import Held, InvalidField, LedgerUnavailable, Refused, Unidentified, Violation
 from execution_envelope.grant import Grant
-from execution_envelope.integrations import Caller
+from execution_envelope.integrations import Caller, asserted_parent
 from execution_envelope.resources import Amount, exceeds
 
 Identify: TypeAlias = Callable[
@@ -125,12 +125,24 @@ class _ToolCalls:
             if subject is None:
                 raise Unidentified("expected a subject, the request names nobody who asks")
             ask = describe_tool_call({"params": ctx.params}, Context(self._surface, {}, {}, {}, subject))
-            ask = replace(ask, entrypoint=self._surface)
+            ask = await self._completed(replace(ask, entrypoint=self._surface), ctx, subject, found)
         except (InvalidField, Unidentified) as refusal:
             kind = "unidentified" if isinstance(refusal, Unidentified) else "invalid-ask"
             await self._attempted(ctx, kind, str(refusal))
             raise
-        return await self._controller.begin(_completed(ask, ctx, subject, found))
+        return await self._controller.begin(ask)
+
+    async def _completed(
+        self, ask: Ask, ctx: ServerRequestContext[Any, Any], subject: Subject, found: Subject | Caller | None
+    ) -> Ask:
+        ask = replace(ask, subject=subject, request_id=str(ctx.request_id))
+        if isinstance(found, Caller):
+            ask = replace(ask, scope={**ask.scope, **found.scope})
+            if found.part_of:
+                return replace(ask, part_of=found.part_of)
+        if ask.part_of is None:
+            return ask
+        return replace(ask, part_of=await asserted_parent(self._controller, ask.part_of, subject))
 
     async def _identified(self, ctx: ServerRequestContext[Any, Any]) -> Subject | Caller | None:
         # Whoever reaches a port is not whoever started the process.
@@ -189,13 +201,6 @@ class _ToolCalls:
         if isinstance(self._server, MCPServer):
             return any(known.name == tool for known in await self._server.list_tools())
         return self._server.get_tool_input_schema is None or self._server.get_tool_input_schema(tool) is not None
-
-
-def _completed(ask: Ask, ctx: ServerRequestContext[Any, Any], subject: Subject, found: Subject | Caller | None) -> Ask:
-    ask = replace(ask, subject=ask.subject or subject, request_id=ask.request_id or str(ctx.request_id))
-    if not isinstance(found, Caller):
-        return ask
-    return replace(ask, scope={**ask.scope, **found.scope}, part_of=found.part_of or ask.part_of)
 
 
 async def _ended(admission: Admission, started: int, **how: Any) -> None:
