@@ -16,6 +16,7 @@ import anyio
 import anyio.to_thread
 import msgspec
 import pytest
+from huey.constants import EmptyData
 
 from execution_envelope import Decision, Duty, Liveness, NotFound, ReadOnly, Rule, lifecycle
 from execution_envelope.blocking import BlockingAdmission
@@ -370,3 +371,31 @@ async def test_an_end_that_cannot_be_recorded_does_not_run_the_task_again(tmp_pa
     assert (app.folder / "tries").read_text() == "web\n" and app.huey.pending_count() == 0
     # As long as this process lives it is not said to be gone.
     assert (await state(app, id), (await reconciled(app)).status) == ("granted", "alive")
+
+
+async def test_a_try_that_cannot_be_recorded_leaves_the_next_ones_to_run(tmp_path: Path) -> None:
+    ledger = FaultyLedger(MemoryLedger())
+    app = build(tmp_path, "web", ledger=ledger)
+    id = await enqueued(app, "flaky", 1)
+    ledger.fail_at = ledger.calls + 6
+    work(app)
+    record = await app.controller.read(id)
+    assert record.state == "granted" and not record.attempts  # that it failed is what could not be recorded
+    work(app)
+    assert (tmp_path / "tries").read_text() == "web\n" * 2 and await state(app, id) == "completed"
+    assert app.huey.storage.peek_data(f"envelope:{id}") is EmptyData
+
+
+async def test_an_end_that_somebody_else_records_frees_what_was_kept_for_it(tmp_path: Path) -> None:
+    ledger = FaultyLedger(MemoryLedger())
+    app = build(tmp_path, "web", ledger=ledger)
+    async with app.controller.admit(ask(**JOB)) as admission:
+        for _ in range(2):
+            await app.queue.enqueue(admission, app.tasks["flaky"], 0)
+    ledger.fail_at = ledger.calls + 6
+    work(app)
+    assert await state(app, admission.id) == "granted" and app.huey.storage.peek_data(f"envelope:{admission.id}")
+    await (await app.controller.resume(admission.id, by="web")).cancel("nobody knows how it went")
+    work(app)
+    assert (tmp_path / "tries").read_text() == "web\n"
+    assert app.huey.storage.peek_data(f"envelope:{admission.id}") is EmptyData

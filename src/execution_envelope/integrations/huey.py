@@ -157,9 +157,10 @@ class EnvelopeQueue:
                 admission.ready()
                 value = function(admission, *arguments, **named)
             except BaseException as error:
-                self._say(task.id, partial(self._failed, admission, task, error, started))
+                final = _is_final(task, error)
+                self._say(task.id, partial(self._failed, admission, error, started, final), final=final)
                 raise
-            self._say(task.id, partial(self._completed, admission, started))
+            self._say(task.id, partial(self._completed, admission, started), final=True)
             return value
 
     @contextmanager
@@ -169,6 +170,8 @@ class EnvelopeQueue:
         mine = msgspec.json.encode(Claim(self.worker, process.current()))
         if not self._huey.storage.put_if_empty(_key(id), mine):
             self._not_run(admission, f"{self._claim(id) or 'another worker'} has it")
+            if id in self._unsaid and not admission.record.is_open:
+                self._let_go(id)  # somebody else said its end
             yield None
             return
         try:
@@ -181,7 +184,11 @@ class EnvelopeQueue:
         finally:
             # While its end is not on the record it is not gone either, as long as this process lives.
             if id not in self._unsaid:
-                self._huey.storage.delete_data(_key(id))
+                self._let_go(id)
+
+    def _let_go(self, id: str) -> None:
+        self._unsaid.discard(id)
+        self._huey.storage.delete_data(_key(id))
 
     def _mine(self, id: str) -> BlockingAdmission:
         """Raises `NotFound` for an envelope that is not bound to this task of this queue, whatever the queue says."""
@@ -195,14 +202,15 @@ class EnvelopeQueue:
         refused = Candidate(self.worker, "refused", why)
         admission.attempt([refused], reason="the task came to a worker once more, and did not run")
 
-    def _say(self, id: str, facts: Callable[[], None]) -> None:
-        """Record how it went. Where that cannot be recorded the task is what it is all the same: it does not run again
-        for that, and its envelope stays open."""
+    def _say(self, id: str, facts: Callable[[], None], *, final: bool) -> None:
+        """Record how it went. Where that cannot be recorded the task is what it is all the same: after its end it does
+        not run again for that, and its envelope stays open; a try that is not `final` is followed by the next one."""
         try:
             facts()
         except LedgerUnavailable:
-            self._unsaid.add(id)
-            _log.exception("the end of envelope %s could not be recorded", id)
+            if final:
+                self._unsaid.add(id)
+            _log.exception("the %s of envelope %s could not be recorded", "end" if final else "try", id)
 
     def _used(self, admission: BlockingAdmission, started: int) -> None:
         """Of all tries together: of a duration the highest that was reported counts."""
@@ -221,10 +229,10 @@ class EnvelopeQueue:
         except EnvelopeError as error:  # something is open that has to be closed first
             admission.fail(type(error).__name__, str(error))
 
-    def _failed(self, admission: BlockingAdmission, task: Any, error: BaseException, started: int) -> None:
+    def _failed(self, admission: BlockingAdmission, error: BaseException, started: int, final: bool) -> None:
         self._used(admission, started)
         code, text = type(error).__name__, str(error)
-        if not _is_final(task, error):
+        if not final:
             tried = Candidate(self.worker, "tried", f"{code}: {text}")
             admission.attempt([tried], reason="it failed and will be tried again")
             admission.release(reason="it will be tried again")
@@ -254,7 +262,7 @@ class EnvelopeQueue:
         admission = self._mine(task.id)
         if self._ends(admission):
             admission.cancel(_DROPPED[signal])
-            self._huey.storage.delete_data(_key(task.id))
+            self._let_go(task.id)
 
     # For whoever reconciles
 
