@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import os
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import anyio
@@ -268,6 +269,20 @@ def test_a_script_enqueues_and_a_queue_says_what_its_options_are(app: App) -> No
     assert [app.huey.dequeue().id for _ in ids] == ids[::-1]
     with pytest.raises(TypeError):
         app.queue.task(context=True)(lambda admission: None)
+
+
+async def test_a_function_that_a_worker_would_call_and_not_run_is_no_task(app: App) -> None:
+    async def later(admission: BlockingAdmission) -> None: ...
+
+    def steps(admission: BlockingAdmission) -> Iterator[int]:
+        yield 1
+
+    async def stream(admission: BlockingAdmission) -> AsyncIterator[int]:
+        yield 1
+
+    for function in (later, functools.partial(later), steps, stream):
+        with pytest.raises(TypeError, match=r"^expected a plain function for a task, `.*` is async or a generator$"):
+            app.queue.task()(function)
 
 
 async def test_what_is_open_keeps_it_from_a_clean_end(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ whether the envelope is bound to this task of this queue, and says with `by` who
 
 from __future__ import annotations
 
+import inspect
 import logging
 import threading
 import time
@@ -60,6 +61,9 @@ _DROPPED: Final[Mapping[str, str]] = {
     signals.SIGNAL_INTERRUPTED: "the worker was told to stop while it ran",
 }
 
+#: What tells the functions that only make something that has to be run by somebody else.
+_RUN_LATER: Final = (inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction)
+
 _log = logging.getLogger(__name__)
 
 
@@ -102,9 +106,14 @@ class EnvelopeQueue:
         Options are those of `Huey.task`. The worker records a grant of nothing but the route, that it runs, how long it
         ran, and its end: completed, failed, or a try among others. A function that knows more says so: a grant of its
         own takes the place of the worker's. One that binds the envelope to another owner leaves the end to that one.
+        Raises `TypeError` for an `async` function and for a generator: a worker that calls one runs nothing of it.
         """
 
         def decorated(function: Callable[..., Any]) -> Any:
+            if any(runs_later(function) for runs_later in _RUN_LATER):
+                name = getattr(function, "__qualname__", repr(function))
+                raise TypeError(f"expected a plain function for a task, `{name}` is async or a generator")
+
             @wraps(function)
             def run(*arguments: Any, task: Any, **named: Any) -> Any:
                 return self._run(function, task, arguments, named)
