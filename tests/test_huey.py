@@ -285,6 +285,25 @@ async def test_a_function_that_a_worker_would_call_and_not_run_is_no_task(app: A
             app.queue.task()(function)
 
 
+@pytest.mark.parametrize("name", ["id", "task", "admission"])
+async def test_an_argument_with_a_name_of_hueys_own_is_neither_bound_nor_enqueued(name: str, app: App) -> None:
+    seam, ids = app.controller.blocking(), []
+    with pytest.raises(TypeError, match=f"multiple values for (keyword )?argument '{name}'$"):
+        async with app.controller.admit(ask(**JOB)) as admission:
+            ids.append(admission.id)
+            await app.queue.enqueue(admission, app.tasks["add"], 1, **{name: 2})
+    with (
+        pytest.raises(TypeError, match=f"multiple values for (keyword )?argument '{name}'$"),
+        seam.admit(ask(**JOB)) as blocking,
+    ):
+        ids.append(blocking.id)
+        app.queue.enqueue_blocking(blocking, app.tasks["add"], 1, **{name: 2})
+    for id in ids:
+        record = await app.controller.read(id)
+        assert (record.state, record.bound) == ("rejected", None)
+    assert app.huey.pending_count() == 0
+
+
 async def test_what_is_open_keeps_it_from_a_clean_end(tmp_path: Path) -> None:
     rule = Rule("scanned", lambda envelope: Decision.allow(obligations=[Duty("scan")]))
     app = build(tmp_path, "web", hooks=[rule])

@@ -127,11 +127,13 @@ class EnvelopeQueue:
     async def enqueue(self, admission: Admission, task: Any, *arguments: Any, **named: Any) -> Any:
         """Bind the envelope and put its task into the queue; huey's handle of the result.
 
-        `named` may hold huey's own `eta`, `delay`, `priority`, `retries`, `expires` and `timeout`. What is enqueued
-        twice runs once. Where the queue cannot be written to, the envelope is rejected and the error raised.
+        `named` may hold huey's own `eta`, `delay`, `priority`, `retries`, `retry_delay`, `retry_backoff`, `expires` and
+        `timeout`, which the function is not given. What is enqueued twice runs once. Raises `TypeError` for an
+        argument named `id`, `task` or `admission`, before anything is bound. Where the queue cannot be written to, the
+        envelope is rejected and the error raised.
         """
-        await admission.bind(TASK, admission.id, owner=self.owner)
         message = task.s(*arguments, **named, id=admission.id)
+        await admission.bind(TASK, admission.id, owner=self.owner)
         # From here on the queue owns it: a caller who goes away does not leave it in neither place.
         with anyio.CancelScope(shield=True):
             try:
@@ -142,9 +144,10 @@ class EnvelopeQueue:
 
     def enqueue_blocking(self, admission: BlockingAdmission, task: Any, *arguments: Any, **named: Any) -> Any:
         """As `enqueue`, without an event loop."""
+        message = task.s(*arguments, **named, id=admission.id)
         admission.bind(TASK, admission.id, owner=self.owner)
         try:
-            return self._huey.enqueue(task.s(*arguments, **named, id=admission.id))
+            return self._huey.enqueue(message)
         except Exception as error:
             admission.reject(type(error).__name__, f"the queue did not take it: {error}")
             raise
