@@ -372,6 +372,22 @@ async def test_what_waits_is_alive_and_what_was_lost_is_gone_only_when_it_stays_
     assert isinstance(record.events[-1].data, lifecycle.Abandoned)
 
 
+async def test_what_is_lost_is_found_by_two_looks_of_one_process(app: App) -> None:
+    id = await enqueued(app, "add", 1, 2)
+    app.huey.flush()
+    probers = {app.queue.owner: app.queue.prober}
+    for _ in range(2):  # the process that enqueued it lives, and it is not time to ask
+        assert (await app.controller.reconcile(probers)).found == []
+        await anyio.sleep(0.06)
+    for _ in range(2):  # a script that starts anew remembers no look
+        assert (await reconciled(build(app.folder, "cron"))).status == "unknown"
+        await anyio.sleep(0.06)
+    for expected in ("unknown", "gone"):
+        assert (await reconciled(app)).status == expected
+        await anyio.sleep(0.06)
+    assert await state(app, id) == "abandoned"
+
+
 async def test_what_is_missed_is_not_gone_before_patience_ends(tmp_path: Path) -> None:
     app = build(tmp_path, "web", patience=60)
     await enqueued(app, "add", 1, 2)
