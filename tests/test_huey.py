@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import os
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import anyio
 import anyio.to_thread
 import msgspec
 import pytest
+from huey.constants import EmptyData
 
 from execution_envelope import Decision, Duty, Liveness, NotFound, ReadOnly, Rule, lifecycle
 from execution_envelope.blocking import BlockingAdmission
@@ -269,6 +271,39 @@ def test_a_script_enqueues_and_a_queue_says_what_its_options_are(app: App) -> No
         app.queue.task(context=True)(lambda admission: None)
 
 
+async def test_a_function_that_a_worker_would_call_and_not_run_is_no_task(app: App) -> None:
+    async def later(admission: BlockingAdmission) -> None: ...
+
+    def steps(admission: BlockingAdmission) -> Iterator[int]:
+        yield 1
+
+    async def stream(admission: BlockingAdmission) -> AsyncIterator[int]:
+        yield 1
+
+    for function in (later, functools.partial(later), steps, stream):
+        with pytest.raises(TypeError, match=r"^expected a plain function for a task, `.*` is async or a generator$"):
+            app.queue.task()(function)
+
+
+@pytest.mark.parametrize("name", ["id", "task", "admission"])
+async def test_an_argument_with_a_name_of_hueys_own_is_neither_bound_nor_enqueued(name: str, app: App) -> None:
+    seam, ids = app.controller.blocking(), []
+    with pytest.raises(TypeError, match=f"multiple values for (keyword )?argument '{name}'$"):
+        async with app.controller.admit(ask(**JOB)) as admission:
+            ids.append(admission.id)
+            await app.queue.enqueue(admission, app.tasks["add"], 1, **{name: 2})
+    with (
+        pytest.raises(TypeError, match=f"multiple values for (keyword )?argument '{name}'$"),
+        seam.admit(ask(**JOB)) as blocking,
+    ):
+        ids.append(blocking.id)
+        app.queue.enqueue_blocking(blocking, app.tasks["add"], 1, **{name: 2})
+    for id in ids:
+        record = await app.controller.read(id)
+        assert (record.state, record.bound) == ("rejected", None)
+    assert app.huey.pending_count() == 0
+
+
 async def test_what_is_open_keeps_it_from_a_clean_end(tmp_path: Path) -> None:
     rule = Rule("scanned", lambda envelope: Decision.allow(obligations=[Duty("scan")]))
     app = build(tmp_path, "web", hooks=[rule])
@@ -337,6 +372,22 @@ async def test_what_waits_is_alive_and_what_was_lost_is_gone_only_when_it_stays_
     assert isinstance(record.events[-1].data, lifecycle.Abandoned)
 
 
+async def test_what_is_lost_is_found_by_two_looks_of_one_process(app: App) -> None:
+    id = await enqueued(app, "add", 1, 2)
+    app.huey.flush()
+    probers = {app.queue.owner: app.queue.prober}
+    for _ in range(2):  # the process that enqueued it lives, and it is not time to ask
+        assert (await app.controller.reconcile(probers)).found == []
+        await anyio.sleep(0.06)
+    for _ in range(2):  # a script that starts anew remembers no look
+        assert (await reconciled(build(app.folder, "cron"))).status == "unknown"
+        await anyio.sleep(0.06)
+    for expected in ("unknown", "gone"):
+        assert (await reconciled(app)).status == expected
+        await anyio.sleep(0.06)
+    assert await state(app, id) == "abandoned"
+
+
 async def test_what_is_missed_is_not_gone_before_patience_ends(tmp_path: Path) -> None:
     app = build(tmp_path, "web", patience=60)
     await enqueued(app, "add", 1, 2)
@@ -370,3 +421,31 @@ async def test_an_end_that_cannot_be_recorded_does_not_run_the_task_again(tmp_pa
     assert (app.folder / "tries").read_text() == "web\n" and app.huey.pending_count() == 0
     # As long as this process lives it is not said to be gone.
     assert (await state(app, id), (await reconciled(app)).status) == ("granted", "alive")
+
+
+async def test_a_try_that_cannot_be_recorded_leaves_the_next_ones_to_run(tmp_path: Path) -> None:
+    ledger = FaultyLedger(MemoryLedger())
+    app = build(tmp_path, "web", ledger=ledger)
+    id = await enqueued(app, "flaky", 1)
+    ledger.fail_at = ledger.calls + 6
+    work(app)
+    record = await app.controller.read(id)
+    assert record.state == "granted" and not record.attempts  # that it failed is what could not be recorded
+    work(app)
+    assert (tmp_path / "tries").read_text() == "web\n" * 2 and await state(app, id) == "completed"
+    assert app.huey.storage.peek_data(f"envelope:{id}") is EmptyData
+
+
+async def test_an_end_that_somebody_else_records_frees_what_was_kept_for_it(tmp_path: Path) -> None:
+    ledger = FaultyLedger(MemoryLedger())
+    app = build(tmp_path, "web", ledger=ledger)
+    async with app.controller.admit(ask(**JOB)) as admission:
+        for _ in range(2):
+            await app.queue.enqueue(admission, app.tasks["flaky"], 0)
+    ledger.fail_at = ledger.calls + 6
+    work(app)
+    assert await state(app, admission.id) == "granted" and app.huey.storage.peek_data(f"envelope:{admission.id}")
+    await (await app.controller.resume(admission.id, by="web")).cancel("nobody knows how it went")
+    work(app)
+    assert (tmp_path / "tries").read_text() == "web\n"
+    assert app.huey.storage.peek_data(f"envelope:{admission.id}") is EmptyData

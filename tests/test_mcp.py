@@ -24,9 +24,19 @@ from mcp.server.auth.provider import AccessToken
 from mcp.server.auth.settings import AuthSettings
 from mcp.server.lowlevel.server import Server
 from mcp.shared.exceptions import MCPError
-from mcp_types import INVALID_PARAMS, CallToolResult, ListToolsResult, TextContent
+from mcp_types import (
+    INVALID_PARAMS,
+    CallToolResult,
+    ElicitRequest,
+    ElicitRequestFormParams,
+    ElicitResult,
+    InputRequiredResult,
+    ListToolsResult,
+    TextContent,
+)
 
 from execution_envelope import AdmissionController, Grant, Record, Subject, established, lifecycle
+from execution_envelope.budgets import Budget, Budgets
 from execution_envelope.integrations import Caller
 from execution_envelope.integrations.mcp import ENVELOPE, IDEMPOTENCY_KEY, PART_OF, PROBLEM, current, install
 from execution_envelope.ledger import MemoryLedger
@@ -171,7 +181,9 @@ async def test_a_key_is_good_for_one_request(server: MCPServer, tmp_path: Path) 
         assert text(await client.call_tool("add", {"a": 1, "b": 2}, meta=key)) == "3"
         replayed = await client.call_tool("add", {"a": 1, "b": 2}, meta=key)
         other = await client.call_tool("add", {"a": 2, "b": 2}, meta=key)
-    assert [meta(result)[PROBLEM]["type"] for result in (replayed, other)] == ["replayed", "key-conflict"]
+    assert [meta(result)[PROBLEM] for result in (replayed, other)] == [
+        {"type": kind, "retryable": False, "reasons": []} for kind in ("replayed", "key-conflict")
+    ]
     assert replayed.is_error and other.is_error and (tmp_path / "add").read_text() == "x"
 
 
@@ -195,11 +207,68 @@ async def test_a_call_is_part_of_what_it_says_within_its_tenant_only(
     correlation = (await controller.read(meta(child)[ENVELOPE])).envelope.correlation
     assert (correlation.part_of, correlation.traceparent) == (run.id, trace)
     # What the parent was granted is used up: the tool does not run, and the record says no more was given.
-    assert meta(beyond)[PROBLEM]["type"] == "exhausted" and beyond.is_error
+    assert meta(beyond)[PROBLEM] == {"type": "exhausted", "retryable": False, "reasons": []} and beyond.is_error
     rejected = await controller.read(meta(beyond)[ENVELOPE])
     assert (rejected.state, rejected.granted, rejected.violations) == ("rejected", {}, ())
     assert (await controller.tree(run.id)).used["tool_calls"].amount == 1
     assert (tmp_path / "add").read_text() == "x"
+
+
+AGENT = ("agent", "writer")
+BUDGET = Budget(name="calls", resource="tool_calls", limit=5, window="day", unknown="admit")
+
+
+@pytest.mark.parametrize(
+    ("run_of", "asks", "follows"),
+    [
+        (DANA, DANA, True),
+        (DANA, Subject(*AGENT, tenant="acme", delegation=[("user", "dana")]), True),
+        (Subject(*AGENT, tenant="acme", delegation=[("user", "dana")]), DANA, False),
+        (DANA, Subject("user", "eve", tenant="acme"), False),
+        (DANA, Subject("user", "dana", tenant="other"), False),
+        (DANA, Subject("service", "dana", tenant="acme"), False),
+        # One agent acts for two people: neither draws on what the other was granted.
+        (
+            Subject(*AGENT, tenant="acme", delegation=[("user", "dana")]),
+            Subject(*AGENT, tenant="acme", delegation=[("user", "eve")]),
+            False,
+        ),
+    ],
+)
+async def test_whoever_knows_the_id_of_a_run_draws_on_nothing_of_it(
+    run_of: Subject, asks: Subject, follows: bool, tmp_path: Path
+) -> None:
+    controller = AdmissionController.open("memory://", budgets=Budgets([BUDGET]))
+    run = await controller.begin(ask(kind="agent.run", subject=run_of, requested={"tool_calls": 5}))
+    await run.grant(Grant({"tool_calls": 5}))
+    await run.bind("run", "r-1", owner="supervisor")
+    link: Any = {PART_OF: run.id}
+    async with Client(build(controller, tmp_path, subject=asks)) as client:
+        if follows:
+            child = await client.call_tool("add", {"a": 1, "b": 2}, meta=link)
+            assert (await controller.tree(run.id)).children[0].record.id == meta(child)[ENVELOPE]
+        else:
+            for reference in (run.id, "run:r-1", "no-such", "run:r-2"):
+                link = {PART_OF: reference}
+                with pytest.raises(MCPError) as refused:
+                    await client.call_tool("add", {"a": 1, "b": 2}, meta=link)
+                problem = f"expected an envelope, none has the id `{reference}` - at `correlation.part_of`"
+                assert (refused.value.code, refused.value.message) == (INVALID_PARAMS, problem)
+            assert [note.detail for note in controller.ledger.attempted(1)] == [problem]
+    assert (tmp_path / "add").exists() == follows == bool((await controller.tree(run.id)).children)
+    if not follows:
+        await run.complete()
+
+
+async def test_the_run_that_a_credential_names_is_followed_whoever_asks(
+    controller: AdmissionController, tmp_path: Path
+) -> None:
+    run = await controller.begin(ask(kind="agent.run", subject=DANA))
+    caller = Caller(Subject("agent", "writer", tenant="acme"), part_of=run.id)
+    async with Client(build(controller, tmp_path, identify=lambda ctx: caller)) as client:
+        link: Any = {PART_OF: "no-such"}  # what the request says besides counts for nothing
+        child = await client.call_tool("add", {"a": 1, "b": 2}, meta=link)
+    assert (await controller.read(meta(child)[ENVELOPE])).envelope.correlation.part_of == run.id
 
 
 @pytest.mark.parametrize("part_of", [7, ["x"]])
@@ -256,7 +325,7 @@ async def test_a_ledger_that_is_away_starts_nothing_and_loses_no_answer(tmp_path
         if has_run:
             assert text(result) == "3"
         else:
-            assert meta(result)[PROBLEM]["type"] == "ledger-unavailable"
+            assert meta(result)[PROBLEM] == {"type": "ledger-unavailable", "retryable": True, "reasons": []}
     # Until it is granted, and from then on.
     assert ran == sorted(ran) and set(ran) == {False, True}
 
@@ -291,6 +360,63 @@ async def test_a_low_level_server_has_the_same_seam(controller: AdmissionControl
             await client.call_tool("raises", {"secret": "the-thing"})
     record = await newest(controller)
     assert record.events[-1].data == lifecycle.Failed("KeyError", "the tool raised an exception")
+
+
+# A tool that asks back: the client sends the call again with the answers
+
+
+def asking_back(controller: AdmissionController, ran: list[str]) -> Server[Any]:
+    """A tool that asks twice, and then runs; `held` is held by the hooks, each time."""
+
+    async def call(ctx: Any, params: Any) -> CallToolResult | InputRequiredResult:
+        step = int(params.request_state or 0)
+        ran.append(f"{params.name} {step}")
+        if step == 2:
+            return CallToolResult(content=[TextContent(text="it ran")])
+        form = ElicitRequestFormParams(message="sure?", requested_schema={"type": "object", "properties": {}})
+        return InputRequiredResult(input_requests={"sure": ElicitRequest(params=form)}, request_state=str(step + 1))
+
+    async def listed(ctx: Any, params: Any) -> ListToolsResult:
+        return ListToolsResult(tools=[])
+
+    low: Server[Any] = Server("low", on_call_tool=call, on_list_tools=listed)
+    install(low, controller, subject=DANA)
+    return low
+
+
+async def agrees(ctx: Any, params: Any) -> ElicitResult:
+    return ElicitResult(action="accept", content={"how much": 0.5})
+
+
+@pytest.mark.parametrize("key", ["k", "k" * 255])
+async def test_a_call_with_a_key_that_is_asked_back_ends_and_each_round_of_it_runs_once(
+    key: str, controller: AdmissionController
+) -> None:
+    ran: list[str] = []
+    once: Any = {IDEMPOTENCY_KEY: key}
+    async with Client(asking_back(controller, ran), elicitation_callback=agrees) as client:
+        result = await client.call_tool("delete", meta=once)
+        again: Any = {"meta": once, "request_state": "2", "input_responses": {"sure": await agrees(None, None)}}
+        repeated = await client.call_tool("delete", **again)
+        first = await client.call_tool("delete", meta=once)
+    assert text(result) == "it ran" and ran == ["delete 0", "delete 1", "delete 2"]
+    assert [meta(one)[PROBLEM]["type"] for one in (repeated, first)] == ["replayed", "replayed"]
+    records = [await controller.read(id) for id in controller.ledger.newest(9)]
+    assert [record.used["tool_calls"].amount for record in records] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("meta_of_first", [None, {IDEMPOTENCY_KEY: "k"}])
+async def test_a_round_that_is_held_goes_on_once_it_is_approved(
+    meta_of_first: Any, controller: AdmissionController
+) -> None:
+    ran: list[str] = []
+    asked: Any = {"request_state": "2", "input_responses": {"sure": await agrees(None, None)}}
+    async with Client(asking_back(controller, ran), elicitation_callback=agrees) as client:
+        held = await client.call_tool("held", **asked, meta=meta_of_first)
+        await controller.approve(meta(held)[ENVELOPE], by=Subject("user", "erin", tenant="acme"), reason="fine")
+        again: Any = {IDEMPOTENCY_KEY: meta(held)[PROBLEM]["idempotency_key"]}
+        result = await client.call_tool("held", **asked, meta=again)
+    assert (text(result), meta(result)[ENVELOPE], ran) == ("it ran", meta(held)[ENVELOPE], ["held 2"])
 
 
 # Over stdio: a process of its own

@@ -19,7 +19,7 @@ from execution_envelope.integrations.mcp import ENVELOPE, IDEMPOTENCY_KEY, PART_
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "howto" / "where-work-runs.md").read_text()
 EXAMPLES = re.findall(r"<!-- runs: tests/test_where_work_runs.py( \S+)? -->\n```python\n(.*?)```", PAGE, re.S)
-SERVER, SCRIPT, JOBS, WEB = (code for _, code in EXAMPLES)
+SERVER, SCRIPT, JOBS, WEB, CANCEL = (code for _, code in EXAMPLES)
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "WORKER": "worker-1"}
 
 
@@ -65,8 +65,10 @@ def test_the_script_runs_as_shown(tmp_path: Path) -> None:
 
 def test_the_queue_runs_as_shown(tmp_path: Path) -> None:
     (tmp_path / "jobs.py").write_text(JOBS)
-    id = run(tmp_path, "-c", WEB)
-    assert read(tmp_path, id).state == "admitted"
+    unwanted, id = run(tmp_path, "-c", WEB), run(tmp_path, "-c", WEB)
+    assert read(tmp_path, id).state == read(tmp_path, unwanted).state == "admitted"
+    run(tmp_path, "-c", CANCEL, unwanted)
+    assert read(tmp_path, unwanted).state == "cancelled"
     (command,) = re.findall(r"`WORKER=worker-1 (huey_consumer) jobs.huey`", PAGE)
     program = [str(Path(sys.executable).with_name(command)), "jobs.huey"]
     worker = subprocess.Popen(program, cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
@@ -81,3 +83,5 @@ def test_the_queue_runs_as_shown(tmp_path: Path) -> None:
     assert (record.state, record.events[-1].by, record.granted["memory"]) == ("completed", "worker-1", 64 * 1024**2)
     [width] = [difference for difference in record.differences if difference.key == "width"]
     assert (width.outcome, width.reasons[0].cause) == ("substituted", "policy")
+    refused = read(tmp_path, unwanted)  # which came to the worker first
+    assert (refused.state, refused.grants, refused.events[-1].by) == ("cancelled", {}, "worker-1")

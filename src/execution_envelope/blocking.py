@@ -99,7 +99,7 @@ class BlockingController:
 
     @contextmanager
     def running(self) -> Iterator[BlockingController]:
-        """Keep the loop meanwhile. Calls outside of this and of a block start one each, which takes 2 ms."""
+        """Keep the loop meanwhile. Calls outside of this and of a block start one each."""
         with self._loop.running():
             yield self
 

@@ -17,6 +17,7 @@ whether the envelope is bound to this task of this queue, and says with `by` who
 
 from __future__ import annotations
 
+import inspect
 import logging
 import threading
 import time
@@ -60,6 +61,9 @@ _DROPPED: Final[Mapping[str, str]] = {
     signals.SIGNAL_INTERRUPTED: "the worker was told to stop while it ran",
 }
 
+#: What tells the functions that only make something that has to be run by somebody else.
+_RUN_LATER: Final = (inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction)
+
 _log = logging.getLogger(__name__)
 
 
@@ -102,9 +106,14 @@ class EnvelopeQueue:
         Options are those of `Huey.task`. The worker records a grant of nothing but the route, that it runs, how long it
         ran, and its end: completed, failed, or a try among others. A function that knows more says so: a grant of its
         own takes the place of the worker's. One that binds the envelope to another owner leaves the end to that one.
+        Raises `TypeError` for an `async` function and for a generator: a worker that calls one runs nothing of it.
         """
 
         def decorated(function: Callable[..., Any]) -> Any:
+            if any(runs_later(function) for runs_later in _RUN_LATER):
+                name = getattr(function, "__qualname__", repr(function))
+                raise TypeError(f"expected a plain function for a task, `{name}` is async or a generator")
+
             @wraps(function)
             def run(*arguments: Any, task: Any, **named: Any) -> Any:
                 return self._run(function, task, arguments, named)
@@ -118,11 +127,13 @@ class EnvelopeQueue:
     async def enqueue(self, admission: Admission, task: Any, *arguments: Any, **named: Any) -> Any:
         """Bind the envelope and put its task into the queue; huey's handle of the result.
 
-        `named` may hold huey's own `eta`, `delay`, `priority`, `retries`, `expires` and `timeout`. What is enqueued
-        twice runs once. Where the queue cannot be written to, the envelope is rejected and the error raised.
+        `named` may hold huey's own `eta`, `delay`, `priority`, `retries`, `retry_delay`, `retry_backoff`, `expires` and
+        `timeout`, which the function is not given. What is enqueued twice runs once. Raises `TypeError` for an
+        argument named `id`, `task` or `admission`, before anything is bound. Where the queue cannot be written to, the
+        envelope is rejected and the error raised.
         """
-        await admission.bind(TASK, admission.id, owner=self.owner)
         message = task.s(*arguments, **named, id=admission.id)
+        await admission.bind(TASK, admission.id, owner=self.owner)
         # From here on the queue owns it: a caller who goes away does not leave it in neither place.
         with anyio.CancelScope(shield=True):
             try:
@@ -133,9 +144,10 @@ class EnvelopeQueue:
 
     def enqueue_blocking(self, admission: BlockingAdmission, task: Any, *arguments: Any, **named: Any) -> Any:
         """As `enqueue`, without an event loop."""
+        message = task.s(*arguments, **named, id=admission.id)
         admission.bind(TASK, admission.id, owner=self.owner)
         try:
-            return self._huey.enqueue(task.s(*arguments, **named, id=admission.id))
+            return self._huey.enqueue(message)
         except Exception as error:
             admission.reject(type(error).__name__, f"the queue did not take it: {error}")
             raise
@@ -157,9 +169,10 @@ class EnvelopeQueue:
                 admission.ready()
                 value = function(admission, *arguments, **named)
             except BaseException as error:
-                self._say(task.id, partial(self._failed, admission, task, error, started))
+                final = _is_final(task, error)
+                self._say(task.id, partial(self._failed, admission, error, started, final), final=final)
                 raise
-            self._say(task.id, partial(self._completed, admission, started))
+            self._say(task.id, partial(self._completed, admission, started), final=True)
             return value
 
     @contextmanager
@@ -169,6 +182,8 @@ class EnvelopeQueue:
         mine = msgspec.json.encode(Claim(self.worker, process.current()))
         if not self._huey.storage.put_if_empty(_key(id), mine):
             self._not_run(admission, f"{self._claim(id) or 'another worker'} has it")
+            if id in self._unsaid and not admission.record.is_open:
+                self._let_go(id)  # somebody else said its end
             yield None
             return
         try:
@@ -181,7 +196,11 @@ class EnvelopeQueue:
         finally:
             # While its end is not on the record it is not gone either, as long as this process lives.
             if id not in self._unsaid:
-                self._huey.storage.delete_data(_key(id))
+                self._let_go(id)
+
+    def _let_go(self, id: str) -> None:
+        self._unsaid.discard(id)
+        self._huey.storage.delete_data(_key(id))
 
     def _mine(self, id: str) -> BlockingAdmission:
         """Raises `NotFound` for an envelope that is not bound to this task of this queue, whatever the queue says."""
@@ -195,14 +214,15 @@ class EnvelopeQueue:
         refused = Candidate(self.worker, "refused", why)
         admission.attempt([refused], reason="the task came to a worker once more, and did not run")
 
-    def _say(self, id: str, facts: Callable[[], None]) -> None:
-        """Record how it went. Where that cannot be recorded the task is what it is all the same: it does not run again
-        for that, and its envelope stays open."""
+    def _say(self, id: str, facts: Callable[[], None], *, final: bool) -> None:
+        """Record how it went. Where that cannot be recorded the task is what it is all the same: after its end it does
+        not run again for that, and its envelope stays open; a try that is not `final` is followed by the next one."""
         try:
             facts()
         except LedgerUnavailable:
-            self._unsaid.add(id)
-            _log.exception("the end of envelope %s could not be recorded", id)
+            if final:
+                self._unsaid.add(id)
+            _log.exception("the %s of envelope %s could not be recorded", "end" if final else "try", id)
 
     def _used(self, admission: BlockingAdmission, started: int) -> None:
         """Of all tries together: of a duration the highest that was reported counts."""
@@ -221,10 +241,10 @@ class EnvelopeQueue:
         except EnvelopeError as error:  # something is open that has to be closed first
             admission.fail(type(error).__name__, str(error))
 
-    def _failed(self, admission: BlockingAdmission, task: Any, error: BaseException, started: int) -> None:
+    def _failed(self, admission: BlockingAdmission, error: BaseException, started: int, final: bool) -> None:
         self._used(admission, started)
         code, text = type(error).__name__, str(error)
-        if not _is_final(task, error):
+        if not final:
             tried = Candidate(self.worker, "tried", f"{code}: {text}")
             admission.attempt([tried], reason="it failed and will be tried again")
             admission.release(reason="it will be tried again")
@@ -254,7 +274,7 @@ class EnvelopeQueue:
         admission = self._mine(task.id)
         if self._ends(admission):
             admission.cancel(_DROPPED[signal])
-            self._huey.storage.delete_data(_key(task.id))
+            self._let_go(task.id)
 
     # For whoever reconciles
 

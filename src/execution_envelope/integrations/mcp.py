@@ -13,12 +13,15 @@ errors, may hold its arguments, and is not recorded.
 from __future__ import annotations
 
 import inspect
+import json
+import re
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any, Final, TypeAlias
+from uuid import uuid4
 
 import anyio
 from mcp.server import MCPServer, Server
@@ -36,8 +39,9 @@ from execution_envelope.credentials import scrub
 from execution_envelope.envelope import Ask, Subject
 from execution_envelope.errors import Held, InvalidField, LedgerUnavailable, Refused, Unidentified, Violation
 from execution_envelope.grant import Grant
-from execution_envelope.integrations import Caller
+from execution_envelope.integrations import Caller, asserted_parent
 from execution_envelope.resources import Amount, exceeds
+from execution_envelope.values import sha256
 
 Identify: TypeAlias = Callable[
     [ServerRequestContext[Any, Any]], "Subject | Caller | Awaitable[Subject | Caller | None] | None"
@@ -47,6 +51,10 @@ Identify: TypeAlias = Callable[
 #: can help, the reasons, and of a held call the idempotency key to send it again with.
 ENVELOPE: Final = "execution-envelope/id"
 PROBLEM: Final = "execution-envelope/problem"
+
+#: What is behind the key of a round, and how long the key before it may be to be kept as it is.
+_ROUND: Final = re.compile(r"#round-[0-9a-f]{32}\Z")
+_MAX_KEY: Final = 200
 
 _current: ContextVar[Admission] = ContextVar("execution_envelope.tool_call")
 
@@ -125,12 +133,25 @@ class _ToolCalls:
             if subject is None:
                 raise Unidentified("expected a subject, the request names nobody who asks")
             ask = describe_tool_call({"params": ctx.params}, Context(self._surface, {}, {}, {}, subject))
-            ask = replace(ask, entrypoint=self._surface)
+            ask = await self._completed(replace(ask, entrypoint=self._surface), ctx, subject, found)
         except (InvalidField, Unidentified) as refusal:
             kind = "unidentified" if isinstance(refusal, Unidentified) else "invalid-ask"
             await self._attempted(ctx, kind, str(refusal))
             raise
-        return await self._controller.begin(_completed(ask, ctx, subject, found))
+        return await self._controller.begin(ask)
+
+    async def _completed(
+        self, ask: Ask, ctx: ServerRequestContext[Any, Any], subject: Subject, found: Subject | Caller | None
+    ) -> Ask:
+        key = _key_of_round(ask.idempotency_key, ctx.params or {})
+        ask = replace(ask, subject=subject, request_id=str(ctx.request_id), idempotency_key=key)
+        if isinstance(found, Caller):
+            ask = replace(ask, scope={**ask.scope, **found.scope})
+            if found.part_of:
+                return replace(ask, part_of=found.part_of)
+        if ask.part_of is None:
+            return ask
+        return replace(ask, part_of=await asserted_parent(self._controller, ask.part_of, subject))
 
     async def _identified(self, ctx: ServerRequestContext[Any, Any]) -> Subject | Caller | None:
         # Whoever reaches a port is not whoever started the process.
@@ -160,9 +181,11 @@ class _ToolCalls:
             if await self._has(admission.envelope.execution.target.id):
                 await admission.grant(self._granted)
         except (_Exhausted, Violation, LedgerUnavailable) as refusal:
-            kind = refusal.type if isinstance(refusal, Refused) else "violation"
+            kind, retryable = "violation", False
+            if isinstance(refusal, Refused):
+                kind, retryable = refusal.type, refusal.retryable
             await admission.leave(failed=(kind, str(refusal)))
-            return _refusal(kind, str(refusal), admission.id)
+            return _refusal(kind, str(refusal), admission.id, retryable=retryable)
         except BaseException as error:
             await admission.leave(**_left(error))
             raise
@@ -191,11 +214,20 @@ class _ToolCalls:
         return self._server.get_tool_input_schema is None or self._server.get_tool_input_schema(tool) is not None
 
 
-def _completed(ask: Ask, ctx: ServerRequestContext[Any, Any], subject: Subject, found: Subject | Caller | None) -> Ask:
-    ask = replace(ask, subject=ask.subject or subject, request_id=ask.request_id or str(ctx.request_id))
-    if not isinstance(found, Caller):
-        return ask
-    return replace(ask, scope={**ask.scope, **found.scope}, part_of=found.part_of or ask.part_of)
+def _key_of_round(key: str | None, params: Mapping[str, Any]) -> str | None:
+    """The key of a call that answers what a tool asked back: clients send each such round with the key of the first.
+
+    It is made of that key and of what is answered, so that the same round sent again is the same call, and the next one
+    is another. One without a key gets one of its own: held, it is found again by that. What is a key of this round
+    already, from the answer to a held one, stays as it is.
+    """
+    said = [params.get("requestState"), params.get("inputResponses")]
+    if not any(said):
+        return key
+    first = _ROUND.sub("", key or uuid4().hex)
+    if len(first) > _MAX_KEY:
+        first = sha256(first.encode("utf-8", "surrogatepass"))
+    return f"{first}#round-{sha256(json.dumps([first, *said], sort_keys=True).encode())[:32]}"
 
 
 async def _ended(admission: Admission, started: int, **how: Any) -> None:
@@ -241,12 +273,12 @@ def _named(answer: dict[str, Any], meta: Mapping[str, Any]) -> dict[str, Any]:
 
 def _refused(refusal: Refused) -> HandlerResult:
     reasons = [{"hook": said.hook, "code": said.code, "message": said.message} for said in refusal.reasons]
-    more: dict[str, Any] = {"retryable": refusal.retryable, "reasons": reasons}
+    more: dict[str, Any] = {}
     text = str(refusal)
     if isinstance(refusal, Held):
         more["idempotency_key"] = refusal.idempotency_key
         text += f"; once it is approved call again with `{IDEMPOTENCY_KEY}`: `{refusal.idempotency_key}` in `_meta`"
-    return _refusal(refusal.type, text, refusal.envelope_id, **more)
+    return _refusal(refusal.type, text, refusal.envelope_id, retryable=refusal.retryable, reasons=reasons, **more)
 
 
 def _replayed(admission: Admission) -> HandlerResult:
@@ -255,9 +287,12 @@ def _replayed(admission: Admission) -> HandlerResult:
     return _refusal("replayed", text, admission.id, retryable=False)
 
 
-def _refusal(kind: str, text: str, id: str | None, **more: Any) -> HandlerResult:
+def _refusal(
+    kind: str, text: str, id: str | None, *, retryable: bool, reasons: Sequence[Mapping[str, Any]] = (), **more: Any
+) -> HandlerResult:
     """A tool error that says so: clients show it to the model, which can ask for less."""
     where = "" if id is None else f" (envelope {id})"
     result = CallToolResult(content=[TextContent(text=f"{kind}: {scrub(text)}{where}")], is_error=True)
-    meta = {PROBLEM: {"type": kind, **more}} | ({} if id is None else {ENVELOPE: id})
+    problem = {"type": kind, "retryable": retryable, "reasons": list(reasons), **more}
+    meta: dict[str, Any] = {PROBLEM: problem} | ({} if id is None else {ENVELOPE: id})
     return _named(_as_dict(result), meta)
