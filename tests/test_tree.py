@@ -15,6 +15,8 @@ from execution_envelope import (
     Admission,
     AdmissionController,
     Ask,
+    Decision,
+    Declaration,
     Denied,
     Grant,
     InvalidField,
@@ -34,8 +36,8 @@ NOW = datetime(2026, 5, 1, 12, tzinfo=UTC)
 
 
 def ask(kind: str = "agent.run", **more: Any) -> Ask:
-    subject = Subject("user", "dana", tenant="acme")
-    return Ask(kind=kind, operation="run", target=Target("agent", "a"), subject=subject, **more)
+    who = {"subject": Subject("user", "dana", tenant="acme")}
+    return Ask(**{"kind": kind, "operation": "run", "target": Target("agent", "a"), **who, **more})
 
 
 async def run(controller: AdmissionController, given: dict[str, Any], **more: Any) -> Admission:
@@ -248,8 +250,98 @@ async def test_what_is_open_below_a_cancelled_parent_counts_as_all_that_it_may_u
     controller = AdmissionController(MemoryLedger(), budgets=budgets(), clock=lambda: NOW)
     parent = await run(controller, {"output_tokens": 800}, requested={"output_tokens": 800})
     await run(controller, {"output_tokens": 500}, requested={"output_tokens": 500}, part_of=parent.id)
+    said = await run(controller, {"output_tokens": 200}, requested={"output_tokens": 200}, part_of=parent.id)
+    await said.used({"output_tokens": 20})
+    await said.complete()
     await parent.cancel("no more")
-    assert balance(controller) == (0, 500)
+    assert balance(controller) == (0, 520)
+
+
+async def test_where_nobody_says_what_was_used_it_may_have_been_all() -> None:
+    controller = AdmissionController(MemoryLedger(), budgets=budgets(), clock=lambda: NOW)
+    parent = await run(controller, {"output_tokens": 800}, requested={"output_tokens": 800})
+    silent = await controller.begin(ask(requested={"output_tokens": 500}, part_of=parent.id))
+    await silent.cancel("at once")
+    await parent.complete()
+    assert balance(controller) == (0, 800)
+    # One that nobody granted anything to, and that completed, may have used all that it asked for.
+    parent = await run(controller, {"output_tokens": 200}, requested={"output_tokens": 200})
+    async with controller.admit(ask(requested={"output_tokens": 150}, part_of=parent.id)):
+        pass
+    await parent.used({"output_tokens": 30})
+    await parent.complete()
+    assert balance(controller) == (0, 980)
+
+
+async def test_what_is_unknown_of_a_part_hides_no_over_run() -> None:
+    controller = AdmissionController(MemoryLedger(), budgets=budgets(), clock=lambda: NOW)
+    parent = await run(controller, {"output_tokens": 800}, requested={"output_tokens": 800})
+    for used in (5000, "unknown"):
+        child = await controller.begin(ask(requested={"output_tokens": 100}, part_of=parent.id))
+        await child.grant(Grant({"output_tokens": 0}))
+        await child.used({"output_tokens": used})
+        await child.complete()
+    await parent.complete()
+    [found] = controller.ledger.balances()
+    assert (found.reserved, found.spent, found.unknown) == (0, 5000, 1)
+    assert (await controller.read(parent.id)).violations
+
+
+@pytest.mark.parametrize("granted", [{"tool_calls": 9}, None])
+async def test_what_bounds_nothing_covers_nothing(granted: dict[str, Any] | None) -> None:
+    controller = AdmissionController(MemoryLedger(), budgets=budgets(), clock=lambda: NOW)
+    parent = await controller.begin(ask(requested={"output_tokens": 1}))
+    if granted is not None:
+        await parent.grant(Grant(granted))
+    with pytest.raises(Denied, match="more than budget tokens/acme ever allows"):
+        await controller.begin(ask(requested={"output_tokens": 5000}, part_of=parent.id))
+    await controller.begin(ask(requested={"output_tokens": 900}, part_of=parent.id))
+    assert balance(controller) == (901, 0)
+
+
+async def test_what_reserved_for_itself_is_charged_once() -> None:
+    per_subject = Budget(name="tokens", resource="output_tokens", limit=1000, window="day", per=("subject",), unknown=0)
+    controller = AdmissionController(MemoryLedger(), budgets=Budgets([per_subject]), clock=lambda: NOW)
+    parent = await run(controller, {"output_tokens": 800}, requested={"output_tokens": 800})
+    other = Subject("agent", "helper", tenant="acme")
+    child = await controller.begin(ask(requested={"output_tokens": 500}, part_of=parent.id, subject=other))
+    await child.grant(Grant({"output_tokens": 500}))
+    await child.used({"output_tokens": 120})
+    await child.complete()
+    await parent.used({"output_tokens": 30})
+    await parent.complete()
+    spent = {one.account: one.spent for one in controller.ledger.balances()}
+    assert spent == {"tokens/user:dana": 30, "tokens/agent:helper": 120}
+
+
+async def test_a_parent_that_ends_while_its_part_is_decided_has_no_part(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/l.db"
+    one = AdmissionController.open(url)
+    parent = await run(one, {"tool_calls": 5})
+
+    class Slow:
+        declaration = Declaration(name="slow", version="1", side_effects=False)
+
+        async def decide(self, envelope: Any) -> Decision:
+            await (await one.resume(parent.id, by="other")).complete()
+            return Decision.allow()
+
+    two = AdmissionController.open(url, hooks=[Slow()])
+    with pytest.raises(InvalidField, match=r"has not ended, .* is completed"):
+        await two.begin(ask(part_of=parent.id))
+    assert (await one.tree(parent.id)).children == ()
+    await one.aclose()
+    await two.aclose()
+
+
+async def test_a_part_is_replayed_after_its_parent_has_ended(controller: AdmissionController) -> None:
+    parent = await run(controller, {"tool_calls": 5})
+    request = ask(requested={"tool_calls": 1}, part_of=parent.id, idempotency_key="once")
+    child = await controller.begin(request)
+    await child.complete()
+    await parent.complete()
+    again = await controller.begin(request)
+    assert again.replayed and again.id == child.id
 
 
 # Any tree
@@ -332,7 +424,9 @@ async def test_children_never_exceed_parents_unseen_and_roll_ups_are_sums(spec: 
     reserved, spent = balance(controller)
     assert reserved == 0 and spent >= total
     if spec.wants:  # the root has reserved for all of them
-        assert spent == sum(came_to(node) for node in nodes(tree))
+        below = [came_to(node) for node in nodes(tree)[1:]]
+        own = tree.record.used["output_tokens"].amount if "output_tokens" in tree.record.used else 0
+        assert spent == (own + sum(below) if reports else granted_of(tree))
     assert verify(controller.ledger).findings == ()
 
 
@@ -341,9 +435,15 @@ def nodes(tree: Tree) -> list[Tree]:
 
 
 def came_to(node: Tree) -> int:
-    """What it reported; where nobody below or itself says anything, all that it was given."""
+    """What a part reported. Where it did not, what those below reported is its own, else it may have been all that it
+    was granted, or asked for where nobody granted."""
     used = node.record.used.get("output_tokens")
     if used is not None:
         assert isinstance(used.amount, int)
         return used.amount
-    return 0 if node.children else granted_of(node)
+    if "output_tokens" in node.record.granted:
+        said = any("output_tokens" in below.record.used for below in nodes(node)[1:])
+        return 0 if said else granted_of(node)
+    asked = node.record.envelope.requested.resources["output_tokens"].amount
+    assert isinstance(asked, int)
+    return asked

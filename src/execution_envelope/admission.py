@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
+from types import TracebackType
 from typing import Any, Final, Literal
 
 import anyio
@@ -17,7 +18,7 @@ from execution_envelope.bounds import beyond_limits, used_beyond_limits
 from execution_envelope.budgets import Prices, is_enforced, unbounded
 from execution_envelope.credentials import marker, scrub, shown
 from execution_envelope.decision import told
-from execution_envelope.envelope import Envelope, timestamp
+from execution_envelope.envelope import Ask, Envelope, timestamp
 from execution_envelope.errors import (
     IllegalTransition,
     InvalidField,
@@ -559,3 +560,29 @@ def _leaving(record: Record, failed: tuple[str, str] | None, cancelled: str | No
         return [lifecycle.Completed(None if record.grants else "unknown")]
     code, message = scrub(failed[0]), scrub(failed[1])
     return [lifecycle.Rejected(code, message) if record.state == "admitted" else lifecycle.Failed(code, message)]
+
+
+class Block:
+    """``async with``: enters by `begin`, leaves by `Admission.leave`."""
+
+    def __init__(self, begin: Callable[[Ask], Awaitable[Admission]], ask: Ask) -> None:
+        self._begin = begin
+        self._ask = ask
+        self._admission: Admission | None = None
+
+    async def __aenter__(self) -> Admission:
+        self._admission = await self._begin(self._ask)
+        return self._admission
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._admission is not None
+        if error is None:
+            await self._admission.leave()
+        elif isinstance(error, Exception):
+            await self._admission.leave(failed=(type(error).__name__, str(error)))
+        else:
+            # Cancelled, or the process is about to end: nothing is said of the execution itself.
+            name = "cancelled" if isinstance(error, anyio.get_cancelled_exc_class()) else type(error).__name__
+            await self._admission.leave(cancelled=f"{name} while it was resolved")

@@ -41,14 +41,13 @@ from execution_envelope.resources import (
     UNLIMITED,
     Amount,
     Quantity,
-    add,
     human,
     known,
     largest,
     parse_amount,
     smallest,
 )
-from execution_envelope.tree import Tree
+from execution_envelope.tree import NOTHING_USED, Covered, Tree
 
 Window: TypeAlias = Literal["now", "day", "month"]
 WINDOWS: Final[tuple[str, ...]] = get_args(Window)
@@ -57,8 +56,6 @@ _NAME: Final = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 DIMENSIONS: Final = ("tenant", "project", "workroom", "environment", "subject", "kind")
 #: How many budgets one controller may have.
 MAX_BUDGETS: Final = 256
-#: Ends of an execution to which nothing was granted, in which nothing can have been used either.
-_NOTHING_USED: Final = frozenset({"denied", "rejected", "cancelled", "expired", "revoked"})
 #: What the source of a violation begins with that is counted only.
 _SHADOW: Final = "shadow "
 #: An account is cut at so many bytes, and ends in a digest then: it is a key of a table.
@@ -414,7 +411,7 @@ def consequences(record: Record, facts: Sequence[EventData], tree: Tree | None =
         after.apply(fact)
     entries = []
     for key, has in record.budgets.items():
-        covered = None if tree is None else tree.covered(key)
+        covered = None if tree is None else tree.covered(key[0], key[2])
         reserved, spent, unknown = _standing(after, state, Key(*key), record.reserved[key], covered)
         change = (reserved - has.reserved, spent - has.spent, unknown - has.unknown)
         if any(change):
@@ -439,7 +436,7 @@ def standing(record: Record, key: Key) -> tuple[int, int, int]:
 
 
 def _standing(
-    reckoning: Reckoning, state: str, key: Key, first: BudgetEntry, covered: Amount | None = None
+    reckoning: Reckoning, state: str, key: Key, first: BudgetEntry, covered: Covered | None = None
 ) -> tuple[int, int, int]:
     name, ended, granted = key.resource, state in TERMINAL, reckoning.was_granted(key.resource)
     used = reckoning.used(name)
@@ -450,18 +447,18 @@ def _standing(
         unknown = not isinstance(amount, int) or (not granted and bool(first.unknown))
         hold = _capped(amount, first.reserved)
         return max(hold, first.reserved) if reckoning.placing else hold, 0, int(unknown)
-    if ended and covered is not None:
-        # What it was granted went to those below, who say what came of it.
-        came_to = add([0 if used is None else used, covered])
-        return 0, _capped(came_to, first.reserved), int(not isinstance(came_to, int))
+    if ended and covered is not None and covered.parts and (covered.reported or used is not None):
+        # Where those below, or the execution itself, say what came of what it was granted, that is no more assumed.
+        known = covered.known + (used if isinstance(used, int) else 0)
+        return 0, min(known, MAX_AMOUNT), int(bool(covered.unknown) or (used is not None and not isinstance(used, int)))
     if granted:
         amount = reckoning.taken(name, ended=ended)
     elif used is not None:
         amount = used if ended else largest((used, first.reserved))
     else:
-        amount = 0 if ended and state in _NOTHING_USED else first.reserved
+        amount = 0 if ended and state in NOTHING_USED else first.reserved
     unknown = not isinstance(amount, int) or (not granted and used is None and bool(first.unknown))
-    if ended and state in _NOTHING_USED and not granted and used is None:
+    if ended and state in NOTHING_USED and not granted and used is None:
         unknown = False
     total, spent = _capped(amount, first.reserved), _capped(0 if used is None else used, 0)
     if ended:

@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Final, Self, TypeAlias, TypeVar, Unpack
 
 import anyio
@@ -21,7 +20,8 @@ from msgspec.structs import replace as replace_struct
 
 from execution_envelope import decision as decisions
 from execution_envelope import lifecycle
-from execution_envelope.admission import Admission
+from execution_envelope.above import Above
+from execution_envelope.admission import MAX_CONFLICTS, Admission, Block
 from execution_envelope.approvals import Approvals, decided_just_now, expired, lapsed, lasting, said_before
 from execution_envelope.approver import Approver, Said
 from execution_envelope.blocking import BlockingController
@@ -47,7 +47,7 @@ from execution_envelope.hooks import HookChain
 from execution_envelope.journal import Journal
 from execution_envelope.judge import Judge, Judgement, Plan
 from execution_envelope.ledger import AttemptedRequest, Ledger, open_ledger
-from execution_envelope.ledger.commit import BudgetExhausted, KeyRow, KeyTaken, SequenceConflict
+from execution_envelope.ledger.commit import BudgetExhausted, KeyRow, KeyTaken, SequenceConflict, Siblings
 from execution_envelope.ledger.contract import Conservation
 from execution_envelope.lifecycle import EventData
 from execution_envelope.observed import Recorder, Seen
@@ -168,7 +168,7 @@ class AdmissionController:
         `LedgerUnavailable`. Leaving the block ends what was not bound: completed, or rejected (before a grant) or
         failed (after one) by an exception, or cancelled.
         """
-        return Block(self, ask)
+        return Block(self.begin, ask)
 
     async def begin(self, ask: Ask) -> Admission:
         """The way into the block, for integrations that call `Admission.leave` themselves."""
@@ -206,6 +206,7 @@ class AdmissionController:
             first = await self._journal.call(self.ledger.key, sealed.key_digest)
             if first is not None:
                 return await self._again(sealed, first)
+        above = await Above.of(self._journal, sealed.envelope)
         # 3. Decide: every decider that covers the kind, within one deadline.
         # 4. Combine what they said, with what budgets allow.
         judgement = await self._judge.decide(sealed.envelope, must_decide=must_decide)
@@ -220,7 +221,7 @@ class AdmissionController:
         opening = lifecycle.Sealed(sealed.digest, sealed.request_digest, key, sealed.redacted, window)
         record = Record(sealed.envelope)
         try:
-            judgement = await self._record(record, judgement, sealed, opening)
+            judgement = await self._record_new(record, judgement, sealed, opening, above)
         except KeyTaken as taken:
             return await self._again(sealed, taken.row)
         self.counters["redacted"] += len(sealed.redacted)
@@ -235,6 +236,7 @@ class AdmissionController:
         Hooks that have side effects, or do not say, are left out and named. Raises `InvalidField` and `Unidentified`.
         """
         sealed = await self._sealed(ask)
+        await Above.of(self._journal, sealed.envelope)
         return await self._judge.plan(sealed.envelope)
 
     async def approve(self, *reference: str, by: Subject, reason: str) -> Record:
@@ -352,17 +354,14 @@ class AdmissionController:
 
     # Steps
 
-    async def _sealed(self, ask: Ask, *, ended: bool = False) -> SealedEnvelope:
-        sealed = seal(await self._linked(ask, ended=ended), id=self._new_id(), now=self._journal.now())
+    async def _sealed(self, ask: Ask) -> SealedEnvelope:
+        sealed = seal(await self._linked(ask), id=self._new_id(), now=self._journal.now())
         if self._facets is not None:
             self._facets(sealed.envelope)
         return sealed
 
-    async def _linked(self, ask: Ask, *, ended: bool) -> Ask:
-        """The ask with its links resolved to envelope ids, each of the asking tenant.
-
-        What it is part of may have `ended` only when it is recorded after the fact.
-        """
+    async def _linked(self, ask: Ask) -> Ask:
+        """The ask with its links resolved to envelope ids, each of the asking tenant."""
         changes: dict[str, Any] = {}
         if ask.part_of is ask.runs_on is ask.supersedes is None:
             return ask
@@ -381,9 +380,6 @@ class AdmissionController:
             # Another tenant's envelope is said not to exist: a link must not tell what others run.
             if link != "runs_on" and ask.subject is not None and linked.envelope.identity.tenant != ask.subject.tenant:
                 problem = f"expected an envelope, none has the id {shown(reference, 200)}"
-                raise InvalidField(f"correlation.{link}", problem)
-            if link == "part_of" and not ended and linked.state not in ("admitted", "granted"):
-                problem = f"expected an envelope that was admitted and has not ended, {linked.id} is {linked.state}"
                 raise InvalidField(f"correlation.{link}", problem)
             if link == "part_of":
                 self._journal.parts.admitted(linked.id)
@@ -426,12 +422,28 @@ class AdmissionController:
         self.counters["replayed"] += 1
         return self._handle(record, by=self.component, replayed=True)
 
+    async def _record_new(
+        self, record: Record, judgement: Judgement, sealed: SealedEnvelope, first: lifecycle.Sealed, above: Above
+    ) -> Judgement:
+        """The same for a new envelope: what it is part of is open when it is recorded, and covers it as was decided."""
+        for _ in range(MAX_CONFLICTS):
+            outcome = judgement.outcome
+            covered = outcome.covered if isinstance(outcome, lifecycle.Admitted) else {}
+            try:
+                return await self._record(record, judgement, sealed, first, above.seen(covered))
+            except SequenceConflict:
+                above = await Above.of(self._journal, sealed.envelope)
+                if covered:
+                    judgement = await self._judge.decide(sealed.envelope)
+        raise LedgerUnavailable(f"expected to be admitted, what it is part of changed {MAX_CONFLICTS} times")
+
     async def _record(
         self,
         record: Record,
         judgement: Judgement,
         sealed: SealedEnvelope | None = None,
         first: lifecycle.Sealed | None = None,
+        seen: Sequence[Siblings] = (),
     ) -> Judgement:
         """Record a decision, as it is, or as a denial where a budget has no room for it; which of them it was.
 
@@ -439,9 +451,11 @@ class AdmissionController:
         """
         facts: list[EventData] = judgement.facts if first is None else [first, *judgement.facts]
         try:
-            await self._journal.write([(record, facts)], by=self.component, sealed=sealed, within=judgement.within)
+            write = [(record, facts)]
+            await self._journal.write(write, by=self.component, sealed=sealed, siblings=seen, within=judgement.within)
         except BudgetExhausted as full:
-            return await self._record(record, await self._judge.full(record.envelope, judgement, full), sealed, first)
+            denied = await self._judge.full(record.envelope, judgement, full)
+            return await self._record(record, denied, sealed, first, seen)
         except anyio.get_cancelled_exc_class():
             if record.state == "admitted":  # recorded all the same, by this very call
                 with anyio.CancelScope(shield=True):
@@ -503,6 +517,7 @@ class AdmissionController:
         if expired(record, now):
             await self._decided([lifecycle.Expired(lapsed(record, now))], record)
             return self._answer(record)
+        await Above.of(self._journal, record.envelope)
         judgement = await self._judge.decide(record.envelope, held=record)
         if isinstance(judgement.outcome, lifecycle.Held):
             # Whoever asks again and again gets the same verdicts: only others are news.
@@ -561,32 +576,6 @@ class AdmissionController:
             replayed=replayed,
             prices=self._judge.budgets.prices,
         )
-
-
-class Block:
-    """``async with``: enters by `begin`, leaves by `Admission.leave`."""
-
-    def __init__(self, controller: AdmissionController, ask: Ask) -> None:
-        self._controller = controller
-        self._ask = ask
-        self._admission: Admission | None = None
-
-    async def __aenter__(self) -> Admission:
-        self._admission = await self._controller.begin(self._ask)
-        return self._admission
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        assert self._admission is not None
-        if error is None:
-            await self._admission.leave()
-        elif isinstance(error, Exception):
-            await self._admission.leave(failed=(type(error).__name__, str(error)))
-        else:
-            # Cancelled, or the process is about to end: nothing is said of the execution itself.
-            name = "cancelled" if isinstance(error, anyio.get_cancelled_exc_class()) else type(error).__name__
-            await self._admission.leave(cancelled=f"{name} while it was resolved")
 
 
 def _provided(name: str, given: T | Callable[[], T] | None, default: T) -> Callable[[], T]:

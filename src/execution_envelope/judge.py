@@ -16,8 +16,9 @@ from msgspec.structs import replace
 
 from execution_envelope import decision as decisions
 from execution_envelope import lifecycle
+from execution_envelope.above import Above
 from execution_envelope.approvals import Approvals, lifted, until
-from execution_envelope.budgets import Balance, Budgets, Key, Reservation, exhausted, worst_case
+from execution_envelope.budgets import Balance, Budgets, Key, exhausted, worst_case
 from execution_envelope.credentials import scrub
 from execution_envelope.decision import CODES, Approved, Mode, Phase
 from execution_envelope.envelope import Envelope, timestamp
@@ -214,10 +215,10 @@ class Judge:
                 for name, amount in fact.resources.items():
                     limits[name] = smallest((amount, limits.get(name, amount)))
         reservation = budgets.reserve(envelope, limits, now)
-        above = await self._above(envelope, reservation)
-        if above:
-            reservation = reservation.without(above)
-            judgement = replace(judgement, outcome=replace(judgement.outcome, covered=above))
+        covered = (await Above.of(self._journal, envelope)).covers(reservation)
+        if covered:
+            reservation = reservation.without(covered)
+            judgement = replace(judgement, outcome=replace(judgement.outcome, covered=covered))
         enforced = self._mode == "enforce"
         verdicts, denials = [], False
         for refusal in reservation.refused:
@@ -243,21 +244,6 @@ class Judge:
                 verdict = await self._exhausted(balance, entry)
                 verdicts.append(replace(verdict, shadow=entry.shadow))
         return self._again(judgement, verdicts) if verdicts else judgement
-
-    async def _above(self, envelope: Envelope, reservation: Reservation) -> dict[str, str]:
-        """Account -> the nearest open envelope above that holds a reservation of it, in the same window: what is part
-        of it is bounded by its grant, and is settled with it."""
-        found: dict[str, str] = {}
-        wanted = {(entry.account, entry.window, entry.resource) for entry in reservation.entries}
-        parent = envelope.correlation.part_of
-        while parent is not None and any(account not in found for account, _, _ in wanted):
-            record = await self._journal.read(parent)
-            for account, window, resource in wanted:
-                has = record.budgets.get((account, window, resource))
-                if account not in found and record.is_open and has is not None and has.reserved and not has.unknown:
-                    found[account] = record.id
-            parent = record.envelope.correlation.part_of
-        return found
 
     async def _cost(
         self, envelope: Envelope, budgets: Budgets, limits: Mapping[str, Amount], *, plan: bool
@@ -285,7 +271,7 @@ class Judge:
             first = denials[0]
             denied = lifecycle.Denied(first.code or "", first.message or "", all(v.retryable for v in denials))
             return Judgement(verdicts, denied, approved=judgement.approved, skipped=judgement.skipped)
-        return replace(judgement, verdicts=verdicts, outcome=lifecycle.Admitted(outcome.undecided, "denied"))
+        return replace(judgement, verdicts=verdicts, outcome=replace(outcome, shadow="denied"))
 
     async def _balance(self, entry: BudgetEntry) -> Balance:
         def look() -> list[Balance]:

@@ -55,7 +55,7 @@ class Seen(TypedDict, total=False):
 
 
 class _Seal(Protocol):
-    async def __call__(self, ask: Ask, *, ended: bool) -> SealedEnvelope: ...
+    async def __call__(self, ask: Ask) -> SealedEnvelope: ...
 
 
 class _Handle(Protocol):
@@ -92,7 +92,7 @@ class Recorder:
         if ask.supersedes is not None:
             problem = "expected none, what is recorded after the fact takes nothing over"
             raise InvalidField("correlation.supersedes", problem)
-        sealed = await self._seal(ask, ended=True)
+        sealed = await self._seal(ask)
         if sealed.removed:
             self._journal.remember(sealed)
         checked = await self._checked(sealed, seen)

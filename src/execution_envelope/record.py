@@ -150,6 +150,11 @@ class Record:
         return any(isinstance(e.data, Admitted) and e.data.undecided for e in self.events)
 
     @property
+    def covered(self) -> Mapping[str, str]:
+        """Account of a budget -> the envelope above that had reserved of it for this one too."""
+        return next((e.data.covered for e in self.events if isinstance(e.data, Admitted)), {})
+
+    @property
     def ungranted(self) -> bool:
         """Whether it completed without anybody ever granting what it asked for. Who asks for nothing needs no grant."""
         asked = self.envelope.requested

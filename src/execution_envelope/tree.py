@@ -7,11 +7,33 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Final, NamedTuple
 
 from execution_envelope.delta import granted_totals
 from execution_envelope.lifecycle import Granted
+from execution_envelope.reckoning import Reckoning
 from execution_envelope.record import Record, Usage
 from execution_envelope.resources import UNKNOWN, VOCABULARY, Amount, add, largest
+
+#: Ends of an execution to which nothing was granted, in which nothing can have been used either.
+NOTHING_USED: Final = frozenset({"denied", "rejected", "cancelled", "expired", "revoked"})
+
+
+class Covered(NamedTuple):
+    """What covered parts came to: how many there are, the sum of what is known, how many are not, and whether any of
+    them was reported."""
+
+    parts: int = 0
+    known: int = 0
+    unknown: int = 0
+    reported: bool = False
+
+    def with_(self, amount: Amount, *, reported: bool) -> Covered:
+        """With one more."""
+        known = amount if isinstance(amount, int) else 0
+        return Covered(
+            self.parts + 1, self.known + known, self.unknown + (not isinstance(amount, int)), self.reported or reported
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,21 +95,35 @@ class Tree:
         came_to = add([_reported(record, name), *below])
         return largest((record.held.get(name, 0), came_to)) if is_open else came_to
 
-    def covered(self, key: tuple[str, str, str]) -> Amount | None:
-        """What those below came to in a balance (account, window, resource) of which they reserved nothing themselves,
-        because the root had; None when there are none."""
-        found: list[Amount] = []
+    def covered(self, account: str, name: str) -> Covered:
+        """What those below came to of which the root had reserved in this account, for them too.
+
+        A part of which nobody said what it used counts as all that it was granted, and without a grant as all that it
+        asked for, unless it ended so that nothing can have been used.
+        """
+        found = Covered()
+        for depth, record in self.walk():
+            if not depth or record.covered.get(account) != self.record.id:
+                continue
+            used = record.reckoning.used(name)
+            amount: Amount = 0
+            if used is not None or record.reckoning.was_granted(name):
+                amount = record.reckoning.taken(name, ended=not record.is_open)
+                if not record.is_open and used is None and any(name in below.reported for below in self._below(record)):
+                    amount = 0  # its own parts say what it came to
+            elif record.state not in NOTHING_USED:
+                amount = asked(record).get(name, 0)
+            found = found.with_(amount, reported=used is not None)
+        return found
+
+    def _below(self, record: Record) -> Iterator[Reckoning]:
+        node = next(node for node in self._nodes() if node.record is record)
+        return (below.reckoning for depth, below in node.walk() if depth)
+
+    def _nodes(self) -> Iterator[Tree]:
+        yield self
         for child in self.children:
-            if key in child.record.budgets:
-                continue  # it counts for itself, and for those below it
-            record, below = child.record, child.covered(key)
-            own = (
-                _reported(record, key[2])
-                if child.children
-                else record.reckoning.taken(key[2], ended=not record.is_open)
-            )
-            found.append(own if below is None else add([own, below]))
-        return add(found) if found else None
+            yield from child._nodes()
 
     def bound(self, name: str) -> Amount:
         """What the root may share with those below: what it holds, or once it has ended what it was granted."""

@@ -63,10 +63,13 @@ class Siblings:
     """A parent and its children without the committed envelope, each with its next sequence, as the writer saw them.
 
     What the children hold together is bounded by the parent: a writer that read less than is stored has to read again.
+    A sequence of None is not compared: that it is there is all that was looked at. Unless it is `whole`, only what is
+    named is compared, and others may have come.
     """
 
     parent: str
-    sequences: Mapping[str, int]
+    sequences: Mapping[str, int | None]
+    whole: bool = True
 
 
 @dataclass(frozen=True, slots=True)

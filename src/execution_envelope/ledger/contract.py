@@ -335,8 +335,10 @@ def check(commit: Commit, stored: Standing) -> None:
     if commit.sequence != expected or (expected == 0) != (commit.sealed is not None):
         raise SequenceConflict
     for siblings in commit.siblings:
-        family = {siblings.parent, *stored.children(siblings.parent)} - {commit.envelope}
-        if {id: stored.next_sequence(id) for id in family} != dict(siblings.sequences):
+        seen = siblings.sequences
+        if siblings.whole and {siblings.parent, *stored.children(siblings.parent)} - {commit.envelope} != seen.keys():
+            raise SequenceConflict
+        if any(number is not None and number != stored.next_sequence(id) for id, number in seen.items()):
             raise SequenceConflict
     for fact in commit.facts:
         if isinstance(fact, Bound):
