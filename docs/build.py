@@ -264,7 +264,11 @@ _BY_FUNCTION: Mapping[str, Sequence[tuple[str, str]]] = {
         ("input", "requested `input_tokens`, where it is written in tokens; else in the digest only"),
     ),
     "openai.response": (("tools.*.type", "constraint `tools`: those that the server itself is to use"),),
-    "mcp.tool_call": (("params._meta.traceparent, params._meta.tracestate", "the trace of the envelope"),),
+    "mcp.tool_call": (
+        ("params._meta.traceparent, params._meta.tracestate", "the trace of the envelope"),
+        (f"params._meta.{mcp.PART_OF}", "the envelope that this one is part of"),
+        (f"params._meta.{mcp.IDEMPOTENCY_KEY}", "the idempotency key"),
+    ),
     "kamiwaza.deployment": (
         ("m_id", "id of the target"),
         ("m_config_id", "version of the target"),
@@ -291,6 +295,7 @@ _BY_FUNCTION: Mapping[str, Sequence[tuple[str, str]]] = {
         ("inferenceResources.accelerator.profile", "constraint `gpu_profile`"),
         ("inferenceResources.runtime.selection", "constraint `runtime`"),
         ("inferenceResources.alternatives", "constraint `alternatives`"),
+        ("inference_resources", "the same as `inferenceResources`, which counts where both are there"),
         ("header x-workroom-id", "scope `workroom`"),
     ),
 }
@@ -332,8 +337,9 @@ def _adapters() -> str:
         "# Adapters\n\nWhat each adapter makes of a request, field by field; "
         '[how to write one](../howto/write-an-adapter.md). By name: `adapters.load("openai.completion")`. Null is '
         "absent. A field that is *not part of admission* is in the digest of the request only; `path.*` stands for the "
-        "other names of an open object. *Secrets* are in no digest either. A value equal to a *client default* is "
-        "recorded as one and never reported as ignored. Where every field is a secret whose name says so, what is "
+        "other names of an open object, `*` for those of the body. *Secrets* are in no digest either. A value equal to "
+        "a *client default* is recorded as one and never reported as ignored. Where every field is a secret whose name "
+        "says so, what is "
         f"nested deeper than {MAX_SECRET_DEPTH} levels is one as a whole, and with more than {MAX_SECRET_NAMES} the "
         "whole object is.\n"
     )

@@ -111,7 +111,8 @@ class Mapped:
     secret has no place because something else than an object or a list is there, the request is refused.
     `secret_names` lists open objects in which every field is a secret too whose name says so: ``api_key``, ``token``.
     `not_admitted` lists the fields that are not part of admission, so in the digest of the body only: a path stands for
-    all beneath it, one that ends in ``.*`` for those names of an open object that are mapped to nothing.
+    all beneath it, one that ends in ``.*`` for those names of an open object that are mapped to nothing, and ``*`` for
+    those of the body itself.
 
     Raises `InvalidField`: when it is made, naming the part of the declaration that cannot be; when it is called,
     naming the field of the body.
