@@ -310,15 +310,25 @@ _ADAPTERS: Mapping[str, tuple[str, Mapped | None, str, Sequence[str], Mapping[st
         kamiwaza.NOT_ADMITTED,
     ),
     **{
-        name: (request, mapped, mapped.kind, mapped.secrets, mapped.client_defaults, mapped.not_admitted)
-        for name, request, mapped in (
-            ("kamiwaza.ingestion", "`POST /ingestion/ingest/run`", kamiwaza.describe_ingestion),
-            ("kamiwaza.retrieval", "`POST /retrieval/jobs`", kamiwaza.describe_retrieval),
-            ("mcp.tool_call", "`tools/call`, the JSON-RPC request", mcp._CALL),
-            ("openai.batch", "`POST /v1/batches`", openai.describe_batch),
-            ("openai.embedding", "`POST /v1/embeddings`", openai._EMBEDDING),
-            ("openai.response", "`POST /v1/responses`", openai._RESPONSE),
-            ("ray.job", "`POST /api/jobs/`", ray.describe_job),
+        name: (request, mapped, mapped.kind, secrets, mapped.client_defaults, mapped.not_admitted)
+        for name, request, mapped, secrets in (
+            (
+                "kamiwaza.ingestion",
+                "`POST /ingestion/ingest/run`",
+                kamiwaza.describe_ingestion,
+                kamiwaza.describe_ingestion.secrets,
+            ),
+            (
+                "kamiwaza.retrieval",
+                "`POST /retrieval/jobs`",
+                kamiwaza.describe_retrieval,
+                kamiwaza.describe_retrieval.secrets,
+            ),
+            ("mcp.tool_call", "`tools/call`, the JSON-RPC request", mcp._CALL, mcp._CALL.secrets),
+            ("openai.batch", "`POST /v1/batches`", openai.describe_batch, openai.describe_batch.secrets),
+            ("openai.embedding", "`POST /v1/embeddings`", openai._EMBEDDING, openai._EMBEDDING.secrets),
+            ("openai.response", "`POST /v1/responses`", openai._RESPONSE, openai.RESPONSE_SECRETS),
+            ("ray.job", "`POST /api/jobs/`", ray.describe_job, ray.describe_job.secrets),
         )
     },
     "openai.completion": (

@@ -103,13 +103,18 @@ class TestResponse(AdapterContract):
         return schema(response_create_params.ResponseCreateParamsNonStreaming)
 
     def make_samples(self) -> Sequence[Any]:
-        return bodies("openai", "/responses")
+        tool: Any = {"type": "shell", "authorization": "x", "headers": {"a": "x"}}
+        for name in ("container", "environment"):
+            tool[name] = {"network_policy": {"domain_secrets": [{"domain": "a", "value": "x"}]}}
+        tools = [{**tool, "tools": [tool]}]
+        everywhere = {"tools": tools, "input": [{"tools": tools}, {"action": {"env": {"A": "x"}}}]}
+        return [*bodies("openai", "/responses"), everywhere]
 
     def make_not_admitted(self) -> Collection[str]:
         return openai.RESPONSE_NOT_ADMITTED
 
     def make_secrets(self) -> Collection[str]:
-        return ["tools.*.authorization", "tools.*.headers.*"]
+        return openai.RESPONSE_SECRETS
 
 
 class TestBatch(AdapterContract):

@@ -175,7 +175,7 @@ class Mapped:
         plan = self._plan
         secrets = self.secrets
         for secret in plan.secrets:
-            _check_room(body, secret)
+            check_room(body, secret)
         for open_object in plan.secret_names:
             secrets = [*secrets, *_named_secrets(_look(body, open_object)[0], open_object[0][0])]
         return Ask(
@@ -320,8 +320,11 @@ def _no_object(steps: Sequence[str], value: Any) -> InvalidField:
     return InvalidField(".".join(("body", *steps)), f"expected an object, got `{type(value).__name__}`")
 
 
-def _check_room(body: Any, steps: Sequence[str], done: tuple[str, ...] = ()) -> None:
-    """That a secret can only be where its path leads. What is of another shape could hold it and would keep it."""
+def check_room(body: Any, steps: Sequence[str], done: tuple[str, ...] = ()) -> None:
+    """That a secret can only be where its path leads. What is of another shape could hold it and would keep it.
+
+    `done` leads to `body`, for the name of the field in `InvalidField`.
+    """
     if body is None:
         return
     step, rest = steps[0], steps[1:]
@@ -334,7 +337,7 @@ def _check_room(body: Any, steps: Sequence[str], done: tuple[str, ...] = ()) -> 
         raise _no_object(done, body)
     if rest:
         for name, value in inner:
-            _check_room(value, rest, (*done, name if step != "*" else "*"))
+            check_room(value, rest, (*done, name if step != "*" else "*"))
 
 
 def _named_secrets(value: Any, steps: tuple[str, ...]) -> list[str]:
