@@ -175,6 +175,18 @@ def test_what_a_real_request_asks_for(request_: Any, describe: Describe, target:
     assert ask.target.id == target
 
 
+def test_the_signature_of_a_url_is_not_sealed_with_it() -> None:
+    url = "https://account.blob.example/c/x?sv=2022-11-02&sig="
+    asks = [
+        kamiwaza.describe_ingestion(
+            {"source_type": "url", "kwargs": {"url": f"{url}{key}"}}, Context("", {}, {}, {}, None)
+        )
+        for key in ("hunter2", "hunter3")
+    ]
+    assert len({sealed(ask).body for ask in asks}) == 1
+    assert sealed(asks[0]).envelope.requested.constraints["url"].value == f"{url}[redacted:url-signature]"
+
+
 @pytest.mark.parametrize(("request_", "describe", "target", "expected"), CASES)
 def test_no_credential_of_a_real_request_is_sealed(
     request_: Any, describe: Describe, target: str, expected: Any
