@@ -253,7 +253,7 @@ _BY_FUNCTION: Mapping[str, Sequence[tuple[str, str]]] = {
         ("model", "id of the target; constraint `model`"),
         (
             "n_predict, max_completion_tokens, max_tokens",
-            "requested `output_tokens`: the first of them, for all answers together; `-1` is unlimited",
+            "requested `output_tokens`: the largest of them, for all answers together; `-1` is unlimited",
         ),
         ("n, best_of, prompt", "how many answers: the larger of the two, to each prompt"),
         ("service_tier", "constraint `service_tier`"),

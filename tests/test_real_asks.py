@@ -48,7 +48,7 @@ TABLE: dict[str, list[tuple[Describe, str, dict[str, Any]]]] = {
                 "web_search_options": {"search_context_size": "low"},
             },
         ),
-        (openai.describe_completion, MODEL, {"requests": 1, "output_tokens": 5, "model": MODEL}),
+        (openai.describe_completion, MODEL, {"requests": 1, "output_tokens": 7, "model": MODEL}),
         (openai.describe_completion, MODEL, {"requests": 1, "output_tokens": 28, "model": MODEL}),
         (openai.describe_embedding, "embed", {"requests": 1, "model": "embed"}),
         (

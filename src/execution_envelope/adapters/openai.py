@@ -15,8 +15,8 @@ from execution_envelope.adapters.declared import Always, Mapped, check_room
 from execution_envelope.envelope import Ask, Target
 from execution_envelope.errors import InvalidField
 
-#: The fields that say how many tokens may be written. Of several the first counts, as in llama.cpp's server, whose own
-#: name is the first: one that is overlooked would be a way past a budget.
+#: The fields that say how many tokens may be written, with llama.cpp's own. Which of several an engine goes by differs,
+#: so the largest is what is asked: any other would be a way past a budget.
 OUTPUT_TOKENS: Final = ("n_predict", "max_completion_tokens", "max_tokens")
 
 #: The target of a request that names no model: servers of one model do not ask for it.
@@ -244,15 +244,16 @@ def _tools(holder: Mapping[str, Any], where: str) -> list[Mapping[str, Any]]:
 
 
 def asked_tokens(body: Mapping[str, Any]) -> int | str | None:
-    """The most tokens that one answer may have, as the caller wrote it. Raises `InvalidField`."""
+    """The most tokens that one answer may have: the largest of what the caller wrote. Raises `InvalidField`."""
+    most: int | None = None
     for name in OUTPUT_TOKENS:
         value = body.get(name)
         if value is None:
             continue
-        if type(value) is not int or (value < 1 and value != -1):
-            raise InvalidField(f"body.{name}", "expected a whole number from 1 on, or -1 for no limit")
-        return "unlimited" if value == -1 else value
-    return None
+        if type(value) is not int or value < -1:
+            raise InvalidField(f"body.{name}", "expected a whole number from 0 on, or -1 for no limit")
+        most = value if most is None or value == -1 or (most != -1 and value > most) else most
+    return "unlimited" if most == -1 else most
 
 
 def answers(body: Mapping[str, Any]) -> int:
