@@ -286,6 +286,28 @@ def test_tokens_of_an_input_are_counted_where_they_are_written(given: Any, token
     assert ask.requested.get("input_tokens") == tokens
 
 
+SAY_SECRET = """
+token secret password passwd passphrase api_key x-api-key apiKey secretKey access_key private_key auth_code basic_auth
+authToken refresh_token sas bearer dsn sentry_dsn pass user_pass userPass pass2 pat github_pat githubPat pin cardPin otp
+auth user_auth userAuth authz userAuthz ssh_key sshKey hmac_key master_key client_key subscription_key license_key
+SSECustomerKey sse_customer_key SSECustomerKeyMD5 storage_key service_account_json serviceAccountJson keytab
+kerberos_keytab connection_string
+"""
+SAY_DATA = """
+key keys partition_key primary_key sort_key foreign_key cache_key object_key s3_key customer_key idempotency_key
+public_key ssh_public_key key_column author authority path pattern patch patient pinned spin pin_memory pass_through
+bypass compass passes option otps_sent dsns hotpath monkey keyspace token_secret_name secret_arn auth_type max_tokens
+master license storage client
+"""
+
+
+@pytest.mark.parametrize(("names", "said"), [(SAY_SECRET, True), (SAY_DATA, False)])
+def test_which_names_say_that_they_are_secrets(names: str, said: bool) -> None:
+    for name in names.split():
+        ask = kamiwaza.describe_ingestion({"source_type": "s3", "kwargs": {name: "x"}}, Context("", {}, {}, {}, None))
+        assert (name, list(ask.secrets)) == (name, [f"kwargs.{name}"] if said else [])
+
+
 def test_what_is_finer_than_ray_can_be_recorded_counts_as_more() -> None:
     ask = ray.describe_job({"entrypoint_num_gpus": 0.0001, "entrypoint_num_cpus": 0.25}, Context("", {}, {}, {}, None))
     assert asked(ask) == {"gpu": 1, "cpu": 250}

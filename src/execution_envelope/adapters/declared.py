@@ -44,12 +44,17 @@ _Steps: TypeAlias = tuple[tuple[tuple[str, ...], str], ...]
 MAX_SECRET_DEPTH: Final = 8
 MAX_SECRET_NAMES: Final = 64
 
+#: Where a word of a name begins and ends: ``user_auth``, ``user-auth``, ``userAuth``.
+_BEGINS, _ENDS = r"(?:^|[_.-]|(?-i:(?<=[a-z0-9])(?=[A-Z])))", r"(?:$|[_.-]|(?-i:(?=[A-Z])))"
 #: A name of a field that says that it is a credential. ``token_secret_name`` says where one is kept, ``max_tokens`` how
-#: many tokens of another sort.
+#: many tokens of another sort. Keys are those that open something: ``partition_key`` and ``key`` alone name data. Words
+#: that often begin another (``pin_memory``) have to be the last.
 _SECRET_NAME: Final = re.compile(
     r"(?i)^(?!(?:max|min|num|n)_)(?!.*_(?:name|type|arn|count)$).*"
-    r"(?:token|secret|passw|passphrase|credential|authorization|cookie|signature|connection_?string|bearer|jwt"
-    r"|(?:api|access|account|private|shared|signing|encryption)[_-]?key|(?:^|[_-])(?:auth|sas|pwd)(?:$|[_-]))",
+    r"(?:token|secret|passw|passphrase|credential|authorization|cookie|signature|connection_?string|bearer|jwt|keytab"
+    r"|(?:api|access|account|private|shared|signing|encryption|ssh|hmac|master|client|subscription|license|storage"
+    r"|sse[_-]?customer)[_-]?key|service[_-]?account[_-]?json"
+    rf"|{_BEGINS}(?:auth|authz|sas|pwd|dsn){_ENDS}|{_BEGINS}(?:pass|pat|pin|otp)[0-9]*$)",
     re.DOTALL,
 )
 
