@@ -253,7 +253,7 @@ _BY_FUNCTION: Mapping[str, Sequence[tuple[str, str]]] = {
         ("model", "id of the target; constraint `model`"),
         (
             "n_predict, max_completion_tokens, max_tokens",
-            "requested `output_tokens`: the first of them, for all answers together; `-1` is unlimited",
+            "requested `output_tokens`: the largest of them, for all answers together; `-1` is unlimited",
         ),
         ("n, best_of, prompt", "how many answers: the larger of the two, to each prompt"),
         ("service_tier", "constraint `service_tier`"),
@@ -264,7 +264,11 @@ _BY_FUNCTION: Mapping[str, Sequence[tuple[str, str]]] = {
         ("input", "requested `input_tokens`, where it is written in tokens; else in the digest only"),
     ),
     "openai.response": (("tools.*.type", "constraint `tools`: those that the server itself is to use"),),
-    "mcp.tool_call": (("params._meta.traceparent, params._meta.tracestate", "the trace of the envelope"),),
+    "mcp.tool_call": (
+        ("params._meta.traceparent, params._meta.tracestate", "the trace of the envelope"),
+        (f"params._meta.{mcp.PART_OF}", "the envelope that this one is part of"),
+        (f"params._meta.{mcp.IDEMPOTENCY_KEY}", "the idempotency key"),
+    ),
     "kamiwaza.deployment": (
         ("m_id", "id of the target"),
         ("m_config_id", "version of the target"),
@@ -291,6 +295,7 @@ _BY_FUNCTION: Mapping[str, Sequence[tuple[str, str]]] = {
         ("inferenceResources.accelerator.profile", "constraint `gpu_profile`"),
         ("inferenceResources.runtime.selection", "constraint `runtime`"),
         ("inferenceResources.alternatives", "constraint `alternatives`"),
+        ("inference_resources", "the same as `inferenceResources`, which counts where both are there"),
         ("header x-workroom-id", "scope `workroom`"),
     ),
 }
@@ -305,15 +310,25 @@ _ADAPTERS: Mapping[str, tuple[str, Mapped | None, str, Sequence[str], Mapping[st
         kamiwaza.NOT_ADMITTED,
     ),
     **{
-        name: (request, mapped, mapped.kind, mapped.secrets, mapped.client_defaults, mapped.not_admitted)
-        for name, request, mapped in (
-            ("kamiwaza.ingestion", "`POST /ingestion/ingest/run`", kamiwaza.describe_ingestion),
-            ("kamiwaza.retrieval", "`POST /retrieval/jobs`", kamiwaza.describe_retrieval),
-            ("mcp.tool_call", "`tools/call`, the JSON-RPC request", mcp._CALL),
-            ("openai.batch", "`POST /v1/batches`", openai.describe_batch),
-            ("openai.embedding", "`POST /v1/embeddings`", openai._EMBEDDING),
-            ("openai.response", "`POST /v1/responses`", openai._RESPONSE),
-            ("ray.job", "`POST /api/jobs/`", ray.describe_job),
+        name: (request, mapped, mapped.kind, secrets, mapped.client_defaults, mapped.not_admitted)
+        for name, request, mapped, secrets in (
+            (
+                "kamiwaza.ingestion",
+                "`POST /ingestion/ingest/run`",
+                kamiwaza.describe_ingestion,
+                kamiwaza.describe_ingestion.secrets,
+            ),
+            (
+                "kamiwaza.retrieval",
+                "`POST /retrieval/jobs`",
+                kamiwaza.describe_retrieval,
+                kamiwaza.describe_retrieval.secrets,
+            ),
+            ("mcp.tool_call", "`tools/call`, the JSON-RPC request", mcp._CALL, mcp._CALL.secrets),
+            ("openai.batch", "`POST /v1/batches`", openai.describe_batch, openai.describe_batch.secrets),
+            ("openai.embedding", "`POST /v1/embeddings`", openai._EMBEDDING, openai._EMBEDDING.secrets),
+            ("openai.response", "`POST /v1/responses`", openai._RESPONSE, openai.RESPONSE_SECRETS),
+            ("ray.job", "`POST /api/jobs/`", ray.describe_job, ray.describe_job.secrets),
         )
     },
     "openai.completion": (
@@ -332,8 +347,9 @@ def _adapters() -> str:
         "# Adapters\n\nWhat each adapter makes of a request, field by field; "
         '[how to write one](../howto/write-an-adapter.md). By name: `adapters.load("openai.completion")`. Null is '
         "absent. A field that is *not part of admission* is in the digest of the request only; `path.*` stands for the "
-        "other names of an open object. *Secrets* are in no digest either. A value equal to a *client default* is "
-        "recorded as one and never reported as ignored. Where every field is a secret whose name says so, what is "
+        "other names of an open object, `*` for those of the body. *Secrets* are in no digest either. A value equal to "
+        "a *client default* is recorded as one and never reported as ignored. Where every field is a secret whose name "
+        "says so, what is "
         f"nested deeper than {MAX_SECRET_DEPTH} levels is one as a whole, and with more than {MAX_SECRET_NAMES} the "
         "whole object is.\n"
     )

@@ -146,6 +146,14 @@ def openai(address: str) -> None:
         client.embeddings.create(model="embed", input="Hi")
         client.embeddings.create(model="embed", input=[[1, 2], [3]], dimensions=64, encoding_format="float")
         client.responses.create(model="smollm2", input="Hi")
+        policies: list[Any] = [
+            {
+                "type": "allowlist",
+                "allowed_domains": ["a"],
+                "domain_secrets": [{"domain": "a", "name": "A", "value": value}],
+            }
+            for value in ("hunter2-container", "hunter2-shell")
+        ]
         client.responses.create(
             model="smollm2",
             input="Hi",
@@ -163,6 +171,27 @@ def openai(address: str) -> None:
                     "authorization": "hunter2-authorization",
                     "headers": {"X-Key": "hunter2-header"},
                 },
+                {"type": "code_interpreter", "container": {"type": "auto", "network_policy": policies[0]}},
+                {"type": "shell", "environment": {"type": "container_auto", "network_policy": policies[1]}},
+            ],
+        )
+        docs: Any = {"type": "mcp", "server_label": "docs", "server_url": "https://mcp.example.com"}
+        ran: Any = {
+            "type": "local_shell_call",
+            "id": "s",
+            "call_id": "s",
+            "status": "completed",
+            "action": {"type": "exec", "command": ["env"], "env": {"KEY": "hunter2-env"}},
+        }
+        client.responses.create(
+            model="smollm2",
+            input=[
+                {
+                    "type": "additional_tools",
+                    "role": "developer",
+                    "tools": [docs | {"authorization": "hunter2-added", "headers": {"X-Key": "hunter2-added-header"}}],
+                },
+                ran,
             ],
         )
         client.batches.create(input_file_id="file-1", endpoint="/v1/embeddings", completion_window="24h")

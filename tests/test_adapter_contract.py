@@ -21,6 +21,7 @@ from pydantic import TypeAdapter
 
 from execution_envelope.adapters import Context, Describe, kamiwaza, mcp, openai, ray
 from execution_envelope.testing import AdapterContract
+from execution_envelope.testing.fields import schema_of
 from tests.real_requests import CORPUS, FILES, bodies, made
 
 
@@ -102,13 +103,18 @@ class TestResponse(AdapterContract):
         return schema(response_create_params.ResponseCreateParamsNonStreaming)
 
     def make_samples(self) -> Sequence[Any]:
-        return bodies("openai", "/responses")
+        tool: Any = {"type": "shell", "authorization": "x", "headers": {"a": "x"}}
+        for name in ("container", "environment"):
+            tool[name] = {"network_policy": {"domain_secrets": [{"domain": "a", "value": "x"}]}}
+        tools = [{**tool, "tools": [tool]}]
+        everywhere = {"tools": tools, "input": [{"tools": tools}, {"action": {"env": {"A": "x"}}}]}
+        return [*bodies("openai", "/responses"), everywhere]
 
     def make_not_admitted(self) -> Collection[str]:
         return openai.RESPONSE_NOT_ADMITTED
 
     def make_secrets(self) -> Collection[str]:
-        return ["tools.*.authorization", "tools.*.headers.*"]
+        return openai.RESPONSE_SECRETS
 
 
 class TestBatch(AdapterContract):
@@ -136,7 +142,7 @@ class TestDeployment(AdapterContract):
             "gpu_floor": {"type": "integer"},
             "env": {"type": "object", "additionalProperties": {"type": "string"}},
         }
-        return either(CreateModelDeployment.model_json_schema(), {"type": "object", "properties": own})
+        return either(schema_of(CreateModelDeployment), {"type": "object", "properties": own})
 
     def make_samples(self) -> Sequence[Any]:
         sent = bodies("kamiwaza", "/deploy_model")
@@ -194,12 +200,15 @@ class TestToolCall(AdapterContract):
         return mcp.describe_tool_call
 
     def make_schema(self) -> Any:
+        # The protocol has one name for each field; the second that the model takes is for Python code.
         own = {"jsonrpc": {"type": "string"}, "id": {"type": ["integer", "string"]}}
         return either(CallToolRequest.model_json_schema(), {"type": "object", "properties": own})
 
     def make_samples(self) -> Sequence[Any]:
         traced = {"traceparent": f"00-{'a' * 32}-{'b' * 16}-01", "tracestate": "a=1"}
-        return [*bodies("mcp", "/mcp"), {"params": {"name": "add", "task": {"ttl": 5}, "_meta": traced}}]
+        linked = {mcp.PART_OF: "one", mcp.IDEMPOTENCY_KEY: "key"}
+        calls = [{"params": {"name": "add", "task": {"ttl": 5}, "_meta": meta}} for meta in (traced, linked)]
+        return [*bodies("mcp", "/mcp"), *calls]
 
     def make_not_admitted(self) -> Collection[str]:
         return mcp.NOT_ADMITTED

@@ -9,11 +9,13 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import pytest
+from pydantic import AliasChoices, AliasPath, BaseModel, ConfigDict, Field
 
 from execution_envelope import Ask, InvalidField
 from execution_envelope.adapters import Context
 from execution_envelope.adapters.declared import Always, Mapped
 from execution_envelope.testing import AdapterContract
+from execution_envelope.testing.fields import Fields, schema_of
 
 JOB: dict[str, Any] = {
     "type": "object",
@@ -96,6 +98,31 @@ def telling(body: Any, ask: Ask) -> Ask:
     return ask
 
 
+def first(body: Any, name: str) -> Any:
+    value = body.get(name)
+    return value[0] if isinstance(value, list) and value else None
+
+
+TAGGED = {"properties": {"tags": {"type": "array", "items": {"type": "string"}}}}
+LISTED = ["comment", "options.*", "*"]
+OPEN = {
+    **JOB,
+    "additionalProperties": True,
+    "properties": {k: v for k, v in JOB["properties"].items() if k not in ("engine", "parts")},
+}
+
+
+class Part(BaseModel):
+    model_config = ConfigDict(alias_generator=lambda name: name.removeprefix("of_"), populate_by_name=True)
+    of_size: int
+
+
+class Named(BaseModel):
+    limit: int | None = Field(None, validation_alias=AliasChoices("limit", "samples", AliasPath("deep", "limit")))
+    by: str | None = Field(None, alias="engine")
+    parts: list[Part] = []
+
+
 BARE = dataclasses.replace(GOOD, scope={})
 count = itertools.count()
 replace = dataclasses.replace
@@ -114,6 +141,36 @@ BROKEN: dict[str, tuple[str, AdapterContract, str]] = {
         "test_every_field_is_mapped_or_listed",
         contract(replace(GOOD, constraints={"engine": "engine"})),
         r"these are not: parts\.\*\.size, parts\.\*\.of$",
+    ),
+    "a field of a later item is lost": (
+        "test_every_field_is_mapped_or_listed",
+        contract(but(lambda body, ask: replace(ask, constraints={**ask.constraints, "parts": first(body, "parts")}))),
+        r"these are not: parts\.\*\.size of a later item, parts\.\*\.of of a later item$",
+    ),
+    "later texts of a list are lost": (
+        "test_every_field_is_mapped_or_listed",
+        contract(but(lambda body, ask: replace(ask, facets={"a": ("p", None, first(body, "tags"))})), schema=TAGGED),
+        "these are not: tags of a later item$",
+    ),
+    "a second name is lost": (
+        "test_every_field_is_mapped_or_listed",
+        contract(GOOD, schema=Named),
+        r"these are not: samples, deep\.limit$",
+    ),
+    "a name of an open body is lost": (
+        "test_every_field_is_mapped_or_listed",
+        contract(GOOD, schema=OPEN),
+        r"these are not: \*$",
+    ),
+    "a known name is lost beside the others of an open body": (
+        "test_every_field_is_mapped_or_listed",
+        contract(GOOD, schema=OPEN | {"properties": {**JOB["properties"], "gpus": {"type": "integer"}}}, listed=LISTED),
+        r"these are not: gpus$",
+    ),
+    "the others of an open body change the ask": (
+        "test_what_is_listed_changes_nothing",
+        contract(but(lambda body, ask: replace(ask, operation=f"of {len(body)}")), schema=OPEN, listed=["*"]),
+        r"these do: \*$",
     ),
     "no value is taken": (
         "test_every_field_is_mapped_or_listed",
@@ -188,6 +245,16 @@ BROKEN: dict[str, tuple[str, AdapterContract, str]] = {
         "expected an ask or `InvalidField`",
     ),
 }
+
+
+def test_a_model_has_every_name_by_which_a_field_is_taken() -> None:
+    class Deep(BaseModel):
+        only: int = Field(0, validation_alias=AliasPath("at", 0, "place"))
+        named: Named
+
+    found = Fields(schema_of(Deep), [], ()).values
+    inner = ["limit", "samples", "deep.limit", "engine", "parts.*.size", "parts.*.of_size"]
+    assert found.keys() == {"at.*.place", *(f"named.{name}" for name in inner)}
 
 
 @pytest.mark.parametrize("case", BROKEN)

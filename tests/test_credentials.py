@@ -99,6 +99,7 @@ EXAMPLES = {
     "digitalocean": words("do", "p_v1_", HEX, HEX),
     "telegram": words("123456", "789:AA", SECRET, "abcdef")[:45],
     "authorization": words("Bea", "rer ", SECRET),
+    "url-signature": words("https://b.example/x.csv?X-Amz-Expires=60&X-Amz-Sign", "ature=", SECRET),
     "url-password": words("postgres", "://app:", SECRET, "@db"),
 }
 SECRETS = {
@@ -444,6 +445,30 @@ def test_a_user_of_a_url_is_removed_when_it_is_a_credential_itself() -> None:
     assert redact_text(f"https://{EXAMPLES['github']}@github.com/a") == "https://[redacted:github]@github.com/a"
     assert redact_text("https://dana@github.com/a") == "https://dana@github.com/a"
     assert SECRETS["telegram"] not in redact_text(f"https://api.telegram.org/bot{EXAMPLES['telegram']}/getMe")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "X-Amz-Signature",
+        "X-Amz-Security-Token",
+        "X-Goog-Signature",
+        "Signature",
+        "sig",
+        "token",
+        "access_token",
+        "api_key",
+    ],
+)
+def test_what_signs_a_url_goes_and_the_rest_of_it_stays(name: str) -> None:
+    for part, each in (("?a=1&", name), ("?", name), ("#", name.upper()), ("?a=1&amp;", name), ("?a=1\\u0026", name)):
+        start = f"https://bucket.example/x.csv{part}{each}="
+        for value in (SECRET, "5", f"{SECRET}%2F%3D", EXAMPLES["jwt"], EXAMPLES["aws-access-key"] + "~"):
+            signed = f"{start}{value}&b=2"
+            assert redact_text(signed) == f"{start}[redacted:url-signature]&b=2"
+            assert suspicious(signed) and not clean([signed])
+    kept = f"next_{name}=5, {name}=5; {name} = 5 & {name} ?{name} https://example.com/{name}=5?my{name}=5&{name}s=5"
+    assert redact_text(kept) == kept and not suspicious(kept)
 
 
 @pytest.mark.parametrize("kind", ["proj", "svcacct", "admin"])

@@ -48,7 +48,7 @@ TABLE: dict[str, list[tuple[Describe, str, dict[str, Any]]]] = {
                 "web_search_options": {"search_context_size": "low"},
             },
         ),
-        (openai.describe_completion, MODEL, {"requests": 1, "output_tokens": 5, "model": MODEL}),
+        (openai.describe_completion, MODEL, {"requests": 1, "output_tokens": 7, "model": MODEL}),
         (openai.describe_completion, MODEL, {"requests": 1, "output_tokens": 28, "model": MODEL}),
         (openai.describe_embedding, "embed", {"requests": 1, "model": "embed"}),
         (
@@ -67,9 +67,10 @@ TABLE: dict[str, list[tuple[Describe, str, dict[str, Any]]]] = {
                 "model": MODEL,
                 "service_tier": "priority",
                 "background": True,
-                "tools": ("mcp", "web_search"),
+                "tools": ("code_interpreter", "mcp", "shell", "web_search"),
             },
         ),
+        (openai.describe_response, MODEL, {"requests": 1, "model": MODEL}),
         (openai.describe_batch, "file-1", {"requests": "unknown", "endpoint": "/v1/embeddings"}),
         (
             openai.describe_batch,
@@ -174,6 +175,18 @@ def test_what_a_real_request_asks_for(request_: Any, describe: Describe, target:
     assert ask.target.id == target
 
 
+def test_the_signature_of_a_url_is_not_sealed_with_it() -> None:
+    url = "https://account.blob.example/c/x?sv=2022-11-02&sig="
+    asks = [
+        kamiwaza.describe_ingestion(
+            {"source_type": "url", "kwargs": {"url": f"{url}{key}"}}, Context("", {}, {}, {}, None)
+        )
+        for key in ("hunter2", "hunter3")
+    ]
+    assert len({sealed(ask).body for ask in asks}) == 1
+    assert sealed(asks[0]).envelope.requested.constraints["url"].value == f"{url}[redacted:url-signature]"
+
+
 @pytest.mark.parametrize(("request_", "describe", "target", "expected"), CASES)
 def test_no_credential_of_a_real_request_is_sealed(
     request_: Any, describe: Describe, target: str, expected: Any
@@ -231,6 +244,14 @@ def test_a_traced_tool_call_carries_its_trace() -> None:
         (openai.describe_response, {"tools": {"type": "mcp"}}, "body.tools.*"),
         (openai.describe_response, {"tools": ["mcp"]}, "body.tools.*"),
         (openai.describe_response, {"tools": [{"type": "mcp", "headers": "X: hunter2"}]}, "body.tools.*.headers"),
+        (openai.describe_response, {"tools": [{"type": "x", "tools": ["hunter2"]}]}, "body.tools.*.tools"),
+        (openai.describe_response, {"input": [{"tools": "hunter2"}]}, "body.input.*.tools"),
+        (
+            openai.describe_response,
+            {"input": [{"tools": [{"environment": {"network_policy": "hunter2"}}]}]},
+            "body.input.*.tools.*.environment.network_policy",
+        ),
+        (openai.describe_response, {"input": [{"action": {"env": "A=hunter2"}}]}, "body.input.*.action.env"),
         (openai.describe_batch, {"endpoint": "/v1/responses"}, "body.input_file_id"),
         (kamiwaza.describe_ingestion, {"source_type": "s3", "kwargs": "token=hunter2"}, "body.kwargs"),
         (kamiwaza.describe_ingestion, {"source_type": "s3", "kwargs": {"max_rows": "many"}}, "body.kwargs.max_rows"),
@@ -263,6 +284,28 @@ def test_what_cannot_be_read_is_refused_by_name(describe: Describe, body: Any, f
 def test_tokens_of_an_input_are_counted_where_they_are_written(given: Any, tokens: int | None) -> None:
     ask = openai.describe_embedding({"model": "m", "input": given}, Context("", {}, {}, {}, None))
     assert ask.requested.get("input_tokens") == tokens
+
+
+SAY_SECRET = """
+token secret password passwd passphrase api_key x-api-key apiKey secretKey access_key private_key auth_code basic_auth
+authToken refresh_token sas bearer dsn sentry_dsn pass user_pass userPass pass2 pat github_pat githubPat pin cardPin otp
+auth user_auth userAuth authz userAuthz ssh_key sshKey hmac_key master_key client_key subscription_key license_key
+SSECustomerKey sse_customer_key SSECustomerKeyMD5 storage_key service_account_json serviceAccountJson keytab
+kerberos_keytab connection_string
+"""
+SAY_DATA = """
+key keys partition_key primary_key sort_key foreign_key cache_key object_key s3_key customer_key idempotency_key
+public_key ssh_public_key key_column author authority path pattern patch patient pinned spin pin_memory pass_through
+bypass compass passes option otps_sent dsns hotpath monkey keyspace token_secret_name secret_arn auth_type max_tokens
+master license storage client
+"""
+
+
+@pytest.mark.parametrize(("names", "said"), [(SAY_SECRET, True), (SAY_DATA, False)])
+def test_which_names_say_that_they_are_secrets(names: str, said: bool) -> None:
+    for name in names.split():
+        ask = kamiwaza.describe_ingestion({"source_type": "s3", "kwargs": {name: "x"}}, Context("", {}, {}, {}, None))
+        assert (name, list(ask.secrets)) == (name, [f"kwargs.{name}"] if said else [])
 
 
 def test_what_is_finer_than_ray_can_be_recorded_counts_as_more() -> None:

@@ -15,6 +15,14 @@ from typing import Any, Final, cast
 
 from execution_envelope.errors import InvalidField
 
+#: Parts of the query of a URL by which whoever has the URL may do what its maker may: signatures of storage services
+#: (S3, CloudFront, Google, Azure), and tokens. Behind what begins a part, as it is and as JSON and HTML escape it.
+_URL_NAMES: Final = (
+    *("X-Amz-Signature", "X-Amz-Security-Token", "X-Goog-Signature", "Signature", "sig"),
+    *("token", "access_token", "api_key"),
+)
+_URL_PARTS: Final = ("[?&#]", r"\\u0026", "&amp;")
+
 #: Format name -> pattern. The name appears in the marker, so that a reader knows what was there.
 FORMATS: Final[Mapping[str, str]] = {
     "private-key": r"-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY-----[\s\S]*?(?:-----END (?:[A-Z0-9]+ )*PRIVATE KEY-----|\Z)",
@@ -61,6 +69,10 @@ FORMATS: Final[Mapping[str, str]] = {
     "authorization": (
         r"(?<![A-Za-z0-9])(?:(?i:bearer)\s+(?=[A-Za-z+/_.~-]{0,256}(?:[0-9=]|(?<=[a-z])[A-Z]))[A-Za-z0-9+/_.~-]{16,}=*"
         r"|(?i:basic)\s+(?=[A-Za-z+/]{0,256}(?:[0-9=]|(?<=[a-z])[A-Z]))[A-Za-z0-9+/]{16,}={0,2}(?![A-Za-z0-9_.~-]))"
+    ),
+    "url-signature": (
+        rf"(?ai:{'|'.join(f'(?<={part}{name}=)' for part in _URL_PARTS for name in _URL_NAMES)})"
+        r"(?!\[redacted:|-----BEGIN)[^\s&#\"'<>\\]+"
     ),
     "url-password": r"(?<=://)(?!\[redacted:)[^\s/:@\"']{0,256}:[^\s/@\"']{1,256}(?=@)",
 }
@@ -113,6 +125,7 @@ _ANNOUNCED: Final = re.compile(r"(?i:bearer|basic)\s+[A-Za-z0-9+/_.~-]{16}")
 _FOLDED: Final = bytes(ord(chr(n).lower()) if n < 128 and chr(n).isalnum() else ord(" ") for n in range(256))
 #: Letters that `(?i:basic)` and `(?i:bearer)` take for one of theirs.
 _ODD_LETTERS: Final = re.compile("[\u0130\u0131\u017f]")
+_URL_SIGNATURE: Final = re.compile(rf"(?ai:(?:{'|'.join(_URL_PARTS)})(?:{'|'.join(_URL_NAMES)})=)")
 _URL_PASSWORD: Final = re.compile(r"://[^\s/@\"']+@")
 _ESCAPES: Final = re.compile(r"\\(?:u[0-9a-fA-F]{4}|.)")
 _BOT: Final = re.compile(r"[0-9]{6}:")
@@ -155,9 +168,14 @@ def suspicious(text: str) -> bool:
         or "AIza" in text
         or "Key=" in text
         or ("://" in text and _URL_PASSWORD.search(text) is not None)
+        or _signed(text)
         or _suspicious_run(data.translate(_RUNS).decode("ascii"), text)
         or (not text.isascii() and _ODD_LETTERS.search(text) is not None)
     )
+
+
+def _signed(text: str) -> bool:
+    return "=" in text and _URL_SIGNATURE.search(text) is not None
 
 
 def _suspicious_run(runs: str, text: str) -> bool:
@@ -188,12 +206,13 @@ def redact_text(text: str) -> str:
 
 
 def _possible(text: str) -> list[str]:
-    """The formats that may occur in `text`. Whole headers first, so that their inner part is not left over."""
+    """The formats that may occur in `text`. What is around others first, so that no part of it is left over."""
     if not suspicious(text):
         return []
     lower = text.lower()
-    headers = ["authorization"] if "bearer" in lower or "basic" in lower else []
-    return headers + list(dict.fromkeys([name for sign, name in _EACH_SIGN if sign in text]))
+    around = ["authorization"] if "bearer" in lower or "basic" in lower else []
+    around += ["url-signature"] if _signed(text) else []
+    return around + list(dict.fromkeys([name for sign, name in _EACH_SIGN if sign in text]))
 
 
 def cut_text(text: str, limit: int = MAX_TEXT) -> str:

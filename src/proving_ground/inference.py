@@ -55,6 +55,10 @@ def described(raw: bytes, request: Request, caller: Caller, deployment: Deployme
             ask = describe_embedding(body, context)
         else:
             ask = describe_completion(body, context)
+            if asked_tokens(body) == 0:
+                zero = next(name for name in OUTPUT_TOKENS if body.get(name) == 0)
+                said = "expected a whole number from 1 on: the engine writes one token where none is asked for"
+                raise InvalidField(f"body.{zero}", said)
             if answers(body) > 1:
                 # Its `usage` and its timings are of one of them.
                 problem = "expected one prompt and one answer: the engine counts the tokens of one only"

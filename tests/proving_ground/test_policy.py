@@ -345,7 +345,7 @@ def test_tokens_are_charged_as_the_engine_counts_them(ruled: Ruled) -> None:
         assert settled(ruled) - before == 4
         with pytest.raises(openai.BadRequestError, match="one prompt and one answer"):
             client.completions.create(model="any", prompt=["One,", "two,"], max_tokens=5)
-        with pytest.raises(openai.BadRequestError, match="expected a whole number from 1 on"):
+        with pytest.raises(openai.BadRequestError, match="expected a whole number from 1 on: the engine writes one"):
             client.chat.completions.create(**ask, max_tokens=0)
         # What generates text in another way would not be counted at all.
         before = settled(ruled)

@@ -44,12 +44,17 @@ _Steps: TypeAlias = tuple[tuple[tuple[str, ...], str], ...]
 MAX_SECRET_DEPTH: Final = 8
 MAX_SECRET_NAMES: Final = 64
 
+#: Where a word of a name begins and ends: ``user_auth``, ``user-auth``, ``userAuth``.
+_BEGINS, _ENDS = r"(?:^|[_.-]|(?-i:(?<=[a-z0-9])(?=[A-Z])))", r"(?:$|[_.-]|(?-i:(?=[A-Z])))"
 #: A name of a field that says that it is a credential. ``token_secret_name`` says where one is kept, ``max_tokens`` how
-#: many tokens of another sort.
+#: many tokens of another sort. Keys are those that open something: ``partition_key`` and ``key`` alone name data. Words
+#: that often begin another (``pin_memory``) have to be the last.
 _SECRET_NAME: Final = re.compile(
     r"(?i)^(?!(?:max|min|num|n)_)(?!.*_(?:name|type|arn|count)$).*"
-    r"(?:token|secret|passw|passphrase|credential|authorization|cookie|signature|connection_?string|bearer|jwt"
-    r"|(?:api|access|account|private|shared|signing|encryption)[_-]?key|(?:^|[_-])(?:auth|sas|pwd)(?:$|[_-]))",
+    r"(?:token|secret|passw|passphrase|credential|authorization|cookie|signature|connection_?string|bearer|jwt|keytab"
+    r"|(?:api|access|account|private|shared|signing|encryption|ssh|hmac|master|client|subscription|license|storage"
+    r"|sse[_-]?customer)[_-]?key|service[_-]?account[_-]?json"
+    rf"|{_BEGINS}(?:auth|authz|sas|pwd|dsn){_ENDS}|{_BEGINS}(?:pass|pat|pin|otp)[0-9]*$)",
     re.DOTALL,
 )
 
@@ -111,7 +116,8 @@ class Mapped:
     secret has no place because something else than an object or a list is there, the request is refused.
     `secret_names` lists open objects in which every field is a secret too whose name says so: ``api_key``, ``token``.
     `not_admitted` lists the fields that are not part of admission, so in the digest of the body only: a path stands for
-    all beneath it, one that ends in ``.*`` for those names of an open object that are mapped to nothing.
+    all beneath it, one that ends in ``.*`` for those names of an open object that are mapped to nothing, and ``*`` for
+    those of the body itself.
 
     Raises `InvalidField`: when it is made, naming the part of the declaration that cannot be; when it is called,
     naming the field of the body.
@@ -174,7 +180,7 @@ class Mapped:
         plan = self._plan
         secrets = self.secrets
         for secret in plan.secrets:
-            _check_room(body, secret)
+            check_room(body, secret)
         for open_object in plan.secret_names:
             secrets = [*secrets, *_named_secrets(_look(body, open_object)[0], open_object[0][0])]
         return Ask(
@@ -319,8 +325,11 @@ def _no_object(steps: Sequence[str], value: Any) -> InvalidField:
     return InvalidField(".".join(("body", *steps)), f"expected an object, got `{type(value).__name__}`")
 
 
-def _check_room(body: Any, steps: Sequence[str], done: tuple[str, ...] = ()) -> None:
-    """That a secret can only be where its path leads. What is of another shape could hold it and would keep it."""
+def check_room(body: Any, steps: Sequence[str], done: tuple[str, ...] = ()) -> None:
+    """That a secret can only be where its path leads. What is of another shape could hold it and would keep it.
+
+    `done` leads to `body`, for the name of the field in `InvalidField`.
+    """
     if body is None:
         return
     step, rest = steps[0], steps[1:]
@@ -333,7 +342,7 @@ def _check_room(body: Any, steps: Sequence[str], done: tuple[str, ...] = ()) -> 
         raise _no_object(done, body)
     if rest:
         for name, value in inner:
-            _check_room(value, rest, (*done, name if step != "*" else "*"))
+            check_room(value, rest, (*done, name if step != "*" else "*"))
 
 
 def _named_secrets(value: Any, steps: tuple[str, ...]) -> list[str]:

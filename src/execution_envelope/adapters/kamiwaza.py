@@ -30,7 +30,11 @@ CLIENT_DEFAULTS: Final[Mapping[str, Any]] = {
 }
 
 #: Fields that say how the request is written, not what is asked for.
-NOT_ADMITTED: Final = frozenset({"inferenceResources.schemaVersion"})
+NOT_ADMITTED: Final = frozenset(
+    f"{outer}.{inner}"
+    for outer in ("inferenceResources", "inference_resources")
+    for inner in ("schemaVersion", "schema_version")
+)
 
 #: A Kubernetes quantity of CPU that people rarely write: ``2k``, ``1500000u``, ``5e-1``.
 _CORES: Final = re.compile(r"\+?([0-9]+\.?[0-9]*|\.[0-9]+)(?:([numkMGTPE])|[eE]([+-]?[0-9]{1,2}))?")

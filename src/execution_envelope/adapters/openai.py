@@ -7,16 +7,16 @@ only.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from execution_envelope.adapters import Context
-from execution_envelope.adapters.declared import Always, Mapped
+from execution_envelope.adapters.declared import Always, Mapped, check_room
 from execution_envelope.envelope import Ask, Target
 from execution_envelope.errors import InvalidField
 
-#: The fields that say how many tokens may be written. Of several the first counts, as in llama.cpp's server, whose own
-#: name is the first: one that is overlooked would be a way past a budget.
+#: The fields that say how many tokens may be written, with llama.cpp's own. Which of several an engine goes by differs,
+#: so the largest is what is asked: any other would be a way past a budget.
 OUTPUT_TOKENS: Final = ("n_predict", "max_completion_tokens", "max_tokens")
 
 #: The target of a request that names no model: servers of one model do not ask for it.
@@ -119,6 +119,23 @@ _RESPONSE: Final = Mapped(
     ],
 )
 
+#: Where a tool has credentials: for the server of tools, and for what a container or a shell of the server calls.
+_TOOL_SECRETS: Final = (
+    "authorization",
+    "headers.*",
+    "container.network_policy.domain_secrets.*.value",
+    "environment.network_policy.domain_secrets.*.value",
+)
+_TOOL_STEPS: Final = tuple(name.split(".") for name in _TOOL_SECRETS)
+#: Where tools are in a response: its own, those of a namespace, and those that an item of the input adds.
+_TOOLS: Final = ("tools.*", "tools.*.tools.*", "input.*.tools.*", "input.*.tools.*.tools.*")
+#: The secrets of a response.
+RESPONSE_SECRETS: Final = (
+    *_RESPONSE.secrets,
+    *(f"{tools}.{name}" for tools in _TOOLS for name in _TOOL_SECRETS if f"{tools}.{name}" not in _RESPONSE.secrets),
+    "input.*.action.env.*",
+)
+
 #: Fields of an embedding and of a response that are in the digest only.
 EMBEDDING_NOT_ADMITTED: Final = frozenset(_EMBEDDING.not_admitted)
 RESPONSE_NOT_ADMITTED: Final = frozenset(_RESPONSE.not_admitted)
@@ -180,29 +197,63 @@ def describe_embedding(body: Any, context: Context) -> Ask:
 def describe_response(body: Any, context: Context) -> Ask:
     """The ask of a response; `tools` are those that the server itself is to use, by type. Raises `InvalidField`."""
     ask = _RESPONSE(body, context)
+    ask = dataclasses.replace(ask, secrets=list(dict.fromkeys([*ask.secrets, *_credentials(body)])))
     tools = body.get("tools")
     if tools is None:
         return ask
-    if not isinstance(tools, list):
-        raise InvalidField("body.tools", f"expected a list, got `{type(tools).__name__}`")
-    types = [tool.get("type") for tool in tools if isinstance(tool, Mapping)]
-    if len(types) != len(tools) or not all(isinstance(each, str) for each in types):
+    types = [tool.get("type") for tool in tools]
+    if not all(isinstance(each, str) for each in types):
         raise InvalidField("body.tools", "expected a list of objects, each with a `type`")
     # A function is called by the caller, and so no work of the server's.
     served = sorted({str(each) for each in types} - {"function", "custom"})
     return dataclasses.replace(ask, constraints={**ask.constraints, "tools": served or None})
 
 
+def _credentials(body: Mapping[str, Any]) -> Iterator[str]:
+    """The paths of `RESPONSE_SECRETS` that lead somewhere in this body, which most do not."""
+    given = body.get("input")
+    items = [item for item in given if isinstance(item, Mapping)] if isinstance(given, list) else []
+    for at, holders in (("", [body]), ("input.*.", items)):
+        for path in ("tools", "tools.*.tools"):
+            holders = [tool for holder in holders for tool in _tools(holder, f"{at}{path}")]
+            for name in _TOOL_SECRETS:
+                if any(name.partition(".")[0] in tool for tool in holders):
+                    yield f"{at}{path}.*.{name}"
+    actions = [action for item in items if isinstance(action := item.get("action"), Mapping)]
+    if any("env" in action for action in actions):
+        for action in actions:
+            check_room(action, ("env", "*"), ("input", "*", "action"))
+        yield "input.*.action.env.*"
+
+
+def _tools(holder: Mapping[str, Any], where: str) -> list[Mapping[str, Any]]:
+    """The tools of a body, an item or a namespace. Elsewhere than in a list of objects a secret would stay."""
+    tools = holder.get("tools")
+    if tools is None:
+        return []
+    if not isinstance(tools, list):
+        raise InvalidField(f"body.{where}", f"expected a list, got `{type(tools).__name__}`")
+    for tool in tools:
+        if not isinstance(tool, Mapping):
+            raise InvalidField(f"body.{where}", "expected a list of objects")
+        for name, *steps in _TOOL_STEPS:
+            # A container may be the id of one.
+            if steps and (name != "container" or not isinstance(tool.get(name), str)):
+                check_room(tool.get(name), steps, (*where.split("."), "*", name))
+    return tools
+
+
 def asked_tokens(body: Mapping[str, Any]) -> int | str | None:
-    """The most tokens that one answer may have, as the caller wrote it. Raises `InvalidField`."""
+    """The most tokens that one answer may have: the largest of what the caller wrote. Raises `InvalidField`."""
+    most: int | None = None
     for name in OUTPUT_TOKENS:
         value = body.get(name)
         if value is None:
             continue
-        if type(value) is not int or (value < 1 and value != -1):
-            raise InvalidField(f"body.{name}", "expected a whole number from 1 on, or -1 for no limit")
-        return "unlimited" if value == -1 else value
-    return None
+        if type(value) is not int or value < -1:
+            raise InvalidField(f"body.{name}", "expected a whole number from 0 on, or -1 for no limit")
+        most = value if most is None or value == -1 or (most != -1 and value > most) else most
+    return "unlimited" if most == -1 else most
 
 
 def answers(body: Mapping[str, Any]) -> int:

@@ -15,7 +15,7 @@ from execution_envelope.adapters import Context, Describe
 from execution_envelope.envelope import Ask, Constraint, SealedEnvelope, Subject, canonical, seal
 from execution_envelope.errors import InvalidField
 from execution_envelope.resources import Quantity
-from execution_envelope.testing.fields import EDGES, Fields, planted, seeded, variants
+from execution_envelope.testing.fields import EDGES, LISTS, Fields, planted, schema_of, seeded, variants
 from execution_envelope.testing.kit import START
 
 #: What is put where a secret may stand, to look for it afterwards.
@@ -39,7 +39,9 @@ class AdapterContract:
                 return [{"model": "m", "limit": 10}]
 
     Every field of the schema changes the ask, or is a secret, or is listed as not part of admission. A field is tried
-    on every sample, with the values that other samples have for it and with some of its type.
+    on every sample, with the values that other samples have for it and with some of its type; by each of its names
+    where a model has several; in the first item of a list, and in the last of two. That it changes the ask does not
+    say that the amount is right.
     """
 
     def make_adapter(self) -> Describe:
@@ -60,7 +62,7 @@ class AdapterContract:
 
     def make_not_admitted(self) -> Collection[str]:
         """The fields that are not part of admission: a path with all beneath it, or ``path.*`` for the other names of
-        an open object. Those of an adapter that is declared are known."""
+        an open object, of the body itself ``*``. Those of an adapter that is declared are known."""
         return getattr(self.make_adapter(), "not_admitted", ())
 
     def make_values(self) -> Mapping[str, Sequence[Any]]:
@@ -78,13 +80,17 @@ class AdapterContract:
 
     def test_every_field_is_mapped_or_listed(self) -> None:
         listed = set(self.make_not_admitted())
+        others = self._fields().others if "*" in listed else ()
+        listed.discard("*")
         lost = []
         secrets = self._secrets()
-        for path, changes in self.changes():
-            if changes or _covered(path, listed) or _covered(path, secrets):
+        for path, changes, later in self._changes():
+            if changes and later:
+                continue
+            if _covered(path, listed) or _covered(path, secrets) or path.split(".")[0] in others:
                 continue
             assert changes is not None, f"expected a value for `{path}` that is taken, add some to `make_values`"
-            lost.append(path)
+            lost.append(f"{path} of a later item" if changes else path)
         assert not lost, (
             f"expected every field to be mapped, or listed as not part of admission, these are not: {', '.join(lost)}"
         )
@@ -98,7 +104,7 @@ class AdapterContract:
         }
         stale = sorted(listed - known)
         assert not stale, f"expected only fields of the schema to be listed, these are none: {', '.join(stale)}"
-        exact = {path for path in listed if not path.endswith(".*")}
+        exact = {path for path in listed if path.split(".")[-1] != "*"}
         wrong = [path for path, changes in self.changes() if changes and (path in listed or _covered(path, exact))]
         assert not wrong, f"expected a listed field to change nothing in the ask, these do: {', '.join(wrong)}"
 
@@ -199,7 +205,7 @@ class AdapterContract:
 
     def _fields(self) -> Fields:
         schema = self.make_schema()
-        plain = schema if isinstance(schema, Mapping) else schema.model_json_schema()
+        plain = schema if isinstance(schema, Mapping) else schema_of(schema)
         fields = Fields(plain, self.make_samples(), self.make_not_admitted())
         for path, values in self.make_values().items():
             fields.values.setdefault(path, []).extend(values)
@@ -210,16 +216,36 @@ class AdapterContract:
 
     def changes(self) -> Iterator[tuple[str, bool | None]]:
         """Each field of the schema, and whether it changes the ask; None where no value of it was taken."""
-        samples = self.make_samples()
+        for path, changes, _ in self._changes():
+            yield path, changes
+
+    def _changes(self) -> Iterator[tuple[str, bool | None, bool]]:
+        """The same, and whether more than the first item of a list does, which it may where no list is taken."""
         for path, values in self._fields().values.items():
-            changes, taken = False, 0
-            for sample in samples:
-                if changes:
-                    break
-                said = [(has, self._said(body)) for has, body in variants(sample, path, values, samples)]
-                taken += sum(has and answer is not None for has, answer in said)
-                changes |= len({answer for _, answer in said} - {None}) > 1
-            yield path, changes if changes or taken else None
+            changes, taken = self._tried(path, values)
+            later, of_two = self._tried(path, values, last=True)
+            if any(isinstance(value, list) for value in values):
+                lists = [self._later(sample, path, same) for sample in self.make_samples() for same in LISTS]
+                later |= True in lists
+                of_two += len(set(lists) - {None})
+            yield path, changes if changes or taken else None, later or not of_two
+
+    def _later(self, sample: Any, path: str, lists: Sequence[Any]) -> bool | None:
+        """Whether lists that begin with the same item are different asks; None when no two are taken."""
+        said = [self._said(body) for has, body in variants(sample, path, lists, ()) if has]
+        answers = [each for each in said if each is not None]
+        return len(set(answers)) > 1 if len(answers) > 1 else None
+
+    def _tried(self, path: str, values: Sequence[Any], *, last: bool = False) -> tuple[bool, int]:
+        """Whether one of the samples is another ask with another of the values, and how many were taken."""
+        samples = self.make_samples()
+        taken = 0
+        for sample in samples:
+            said = [(has, self._said(body)) for has, body in variants(sample, path, values, samples, last=last)]
+            taken += sum(has and answer is not None for has, answer in said)
+            if len({answer for _, answer in said} - {None}) > 1:
+                return True, taken
+        return False, taken
 
     def _said(self, body: Any) -> bytes | None:
         """All that is sealed of a request but the digest of its body; None when it is refused."""

@@ -21,10 +21,48 @@ _OTHERS: Final[Mapping[str, Sequence[Any]]] = {
     "array": ([], ["another"], [7], [{"type": "another"}]),
     "object": ({}, {UNFORESEEN: "another"}),
 }
+#: Lists that begin with the same item, of each sort.
+LISTS: Final[Sequence[Sequence[Any]]] = tuple(
+    ([one], [one, one], [one, another]) for one, another in (("another", "other"), (7, 9), ([7], [7, 9]))
+)
 #: How deep a schema is followed; what refers to itself has no end.
 _DEEPEST: Final = 12
 
 _ABSENT: Final = object()
+
+
+def schema_of(model: Any) -> dict[str, Any]:
+    """The JSON schema of a pydantic model, with every name by which its fields are taken: pydantic's own has one."""
+    from pydantic import AliasChoices, AliasPath
+    from pydantic.json_schema import GenerateJsonSchema
+
+    class EveryName(GenerateJsonSchema):
+        def model_schema(self, schema: Any) -> dict[str, Any]:
+            found = super().model_schema(schema)
+            config, properties = schema["cls"].model_config, found.get("properties", {})
+            by_name = config.get("populate_by_name") or config.get("validate_by_name")
+            by_alias = config.get("validate_by_alias", True)
+            for name, field in schema["cls"].model_fields.items():
+                alias = field.validation_alias if by_alias else None
+                choices = alias.choices if isinstance(alias, AliasChoices) else [alias] if alias else []
+                paths = [tuple(one.path) if isinstance(one, AliasPath) else (one,) for one in choices]
+                paths += [(name,)] if by_name or not paths else []
+                own = next((properties[each] for each, *rest in (*paths, (name,)) if each in properties), None)
+                if own is None:
+                    continue
+                if (name,) not in paths:
+                    properties.pop(name, None)
+                for first, *rest in paths:
+                    below = own
+                    for step in reversed(rest):
+                        inside = {"type": "array", "items": below}
+                        below = inside if isinstance(step, int) else {"type": "object", "properties": {step: below}}
+                    known = properties.get(first)
+                    properties[first] = below if known is None or known == below else {"anyOf": [known, below]}
+            return found
+
+    plain: dict[str, Any] = model.model_json_schema(schema_generator=EveryName)
+    return plain
 
 
 class Fields:
@@ -43,6 +81,8 @@ class Fields:
         self.values: dict[str, list[Any]] = {}
         #: Those that the schema says are secret: `format: password` or `writeOnly`.
         self.secret: set[str] = set()
+        #: The names at the root that the schema does not know, with ``*`` for the rest; none where it is closed.
+        self.others: set[str] = set()
         self._walk(schema, (), ())
 
     def _walk(self, node: Any, path: tuple[str, ...], seen: tuple[str, ...]) -> None:
@@ -60,17 +100,22 @@ class Fields:
                 if isinstance(items, Mapping) and any(n.get("properties") for n in self._alternatives(items, seen)[0]):
                     inner = True
                     self._walk(items, (*path, "*"), seen)
-                if path and _is_open(each):
+                if _is_open(each):
                     inner = True
-                    self._open(path, [_at(sample, path) for sample in self._samples])
+                    self._open(path, [_at(sample, path) for sample in self._samples], each.get("properties", ()))
         others = [each for each in nodes if not each.get("properties") and _types(each) != ["null"]]
         if name and (not inner or any(not _is_open(each) and "array" not in _types(each) for each in others)):
             self.values.setdefault(name, []).extend(value for each in others or nodes for value in _values(each))
 
-    def _open(self, path: tuple[str, ...], found: Sequence[Any]) -> None:
-        """The names that the samples have in an object that may hold any."""
+    def _open(self, path: tuple[str, ...], found: Sequence[Any], known: Collection[str] = ()) -> None:
+        """The names that the samples have in an object that may hold any, but those that the schema knows."""
+        names = {step for value in found if isinstance(value, Mapping) for step in value if step not in known}
+        if not path:
+            self.others |= {"*", *map(str, names)}
         for value in found:
             for step, inner in value.items() if isinstance(value, Mapping) else ():
+                if step not in names:
+                    continue
                 below = (*path, str(step))
                 name = ".".join(below)
                 if isinstance(inner, Mapping) and name not in self._listed and len(path) < _DEEPEST:
@@ -122,11 +167,11 @@ def _values(node: Mapping[str, Any]) -> list[Any]:
     return [value for name in _types(node) for value in _OTHERS.get(name, ())]
 
 
-def _at(value: Any, steps: Sequence[str]) -> Any:
-    """What stands at a path, `_ABSENT` where nothing does; of a list the first item."""
+def _at(value: Any, steps: Sequence[str], item: int = 0) -> Any:
+    """What stands at a path, `_ABSENT` where nothing does; of a list the first item, or the last one: -1."""
     for step in steps:
         if step == "*" and isinstance(value, list) and value:
-            value = value[0]
+            value = value[item]
         elif isinstance(value, Mapping) and step in value:
             value = value[step]
         else:
@@ -134,24 +179,30 @@ def _at(value: Any, steps: Sequence[str]) -> Any:
     return value
 
 
-def variants(body: Any, path: str, values: Sequence[Any], samples: Sequence[Any]) -> Iterator[tuple[bool, Any]]:
+def variants(
+    body: Any, path: str, values: Sequence[Any], samples: Sequence[Any], *, last: bool = False
+) -> Iterator[tuple[bool, Any]]:
     """`body` as it is but with all that the field stands in, then without the field, then with each value in it.
 
-    Beside each stands whether it has a value: one of those that the samples have there, or of `values`.
+    Beside each stands whether it has a value: one of those that the samples have there, or of `values`. With `last` it
+    is the field in the last item of lists that have two or more; where no list leads to it there is nothing then.
     """
-    steps = path.split(".")
+    steps, item = path.split("."), -1 if last else 0
     found = [_at(sample, steps) for sample in samples]
     values = [*(value for value in found if value is not _ABSENT), *values]
     for n, value in enumerate((_ABSENT, _ABSENT, *values)):
         changed = copy.deepcopy(body)
         held = _holder(changed, steps)
+        if held is not None and last:
+            held = _holder(changed, steps, item) if _doubled(changed, steps) else None
         if held is None:
             return
         if n == 0:
             yield False, changed
             continue
         if isinstance(held, list):
-            held[:1] = [] if value is _ABSENT else [copy.deepcopy(value)]
+            at = slice(-1, None) if last else slice(1)
+            held[at] = [] if value is _ABSENT else [copy.deepcopy(value)]
         else:
             name = steps[-1] if steps[-1] != "*" else UNFORESEEN
             held.pop(name, None)
@@ -160,10 +211,27 @@ def variants(body: Any, path: str, values: Sequence[Any], samples: Sequence[Any]
         yield value is not _ABSENT, changed
 
 
-def _holder(body: Any, steps: Sequence[str]) -> Any:
+def _doubled(value: Any, steps: Sequence[str]) -> bool:
+    """Whether a list leads to the field; those that do have two items or more afterwards."""
+    found = False
+    for step in steps:
+        if step == "*" and isinstance(value, list):
+            if not value:
+                break
+            if len(value) == 1:
+                value.append(copy.deepcopy(value[0]))
+            found, value = True, value[-1]
+        elif isinstance(value, Mapping) and step in value:
+            value = value[step]
+        else:
+            break
+    return found
+
+
+def _holder(body: Any, steps: Sequence[str], item: int = 0) -> Any:
     """What the field stands in, made where it is not there; None where something else is."""
     for step, following in itertools.pairwise(steps):
-        inside = _at(body, (step,))
+        inside = _at(body, (step,), item)
         if inside is _ABSENT or inside is None:
             # Where a field is in something of any name or index, a list is what most often is meant.
             inside = [{}] if following == "*" and steps[-1] != "*" else {}

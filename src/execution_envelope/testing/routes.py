@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
+from urllib.parse import unquote, urlsplit
 
-from starlette.routing import BaseRoute, Host, Mount, WebSocketRoute
+from starlette.routing import BaseRoute, Host, Match, Mount, WebSocketRoute
 
 from execution_envelope.integrations.asgi import ENVELOPE_HEADER
 from execution_envelope.record import Record
@@ -19,10 +20,11 @@ _OF_ITSELF: Final = ("HEAD", "OPTIONS")
 @dataclass(frozen=True, slots=True)
 class Sample:
     """A request that the route answers by executing something: the path with its parameters filled in, and `options`
-    of ``client.request``, such as ``{"json": {...}}``."""
+    of ``client.request``, such as ``{"json": {...}}``. `method` is for a route that takes any: ``ANY /path``."""
 
     path: str
     options: Mapping[str, Any] = field(default_factory=dict)
+    method: str | None = None
 
 
 class Client(Protocol):
@@ -33,6 +35,9 @@ class Client(Protocol):
 
 class RouteContract:
     """Every route either executes nothing, which is said with the reason, or seals an envelope, which is tried.
+
+    A sample counts for its route only if that is the first one which its method and path lead to. A WebSocket cannot
+    be tried by a request: say in `executes_nothing` what does so.
 
     ::
 
@@ -72,14 +77,15 @@ class RouteContract:
         raise NotImplementedError
 
     def test_every_route_is_spoken_for_and_what_executes_is_sealed(self) -> None:
-        routes = routes_of(self.make_app())
+        app = self.make_app()
+        routes = routes_of(app)
         with self.serve() as client:
             samples = self.samples(client)
             self._check_names(routes, samples)
             unsealed = [
                 f"{route}: {problem}"
                 for route in routes
-                if route in samples and (problem := self._tried(client, route, samples[route])) is not None
+                if route in samples and (problem := self._tried(app, client, route, samples[route])) is not None
             ]
         assert not unsealed, "expected an envelope of each route that executes something:\n" + "\n".join(unsealed)
 
@@ -101,8 +107,16 @@ class RouteContract:
             f"expected a sample of each route, or why it executes nothing, got none of {', '.join(silent)}"
         )
 
-    def _tried(self, client: Client, route: str, sample: Sample) -> str | None:
-        answer = client.request(route.partition(" ")[0], sample.path, **sample.options)
+    def _tried(self, app: Any, client: Client, route: str, sample: Sample) -> str | None:
+        method = sample.method or route.partition(" ")[0]
+        if route.startswith("WEBSOCKET "):
+            return "expected no sample, a request does not open a WebSocket; say in `executes_nothing` what tries it"
+        if method == "ANY":
+            return "expected a sample with a `method`, the route takes any"
+        leads = _route_of(app, method, sample)
+        if leads != route:
+            return f"expected a sample that leads to it, `{method} {sample.path}` leads to {leads or 'no route'}"
+        answer = client.request(method, sample.path, **sample.options)
         id = answer.headers.get(ENVELOPE_HEADER)
         if answer.status_code >= 400:
             return f"expected the sample to be answered, got {answer.status_code}: {answer.text[:200]}"
@@ -121,21 +135,54 @@ def routes_of(app: Any) -> list[str]:
 
 
 def _walk(routes: Sequence[BaseRoute], prefix: str) -> Iterator[str]:
-    for route in routes:
+    for route in _each(routes):
+        path = prefix + getattr(route, "path", "")
         if isinstance(route, Mount | Host):
-            path = prefix + (route.path if isinstance(route, Mount) else "")
             if route.routes:
                 yield from _walk(route.routes, path)
             else:
                 yield f"ANY {path}/*"
-            continue
-        # Newer FastAPI keeps an included router as one route.
-        included = getattr(route, "effective_route_contexts", None)
-        found: Iterable[Any] = [route] if included is None else included()
-        for one in found:
-            if isinstance(getattr(one, "original_route", one), WebSocketRoute):
-                yield f"WEBSOCKET {prefix}{one.path}"
-                continue
-            for method in sorted(getattr(one, "methods", None) or ["ANY"]):
+        elif isinstance(route, WebSocketRoute):
+            yield f"WEBSOCKET {path}"
+        else:
+            for method in sorted(getattr(route, "methods", None) or ["ANY"]):
                 if method not in _OF_ITSELF:
-                    yield f"{method} {prefix}{one.path}"
+                    yield f"{method} {path}"
+
+
+def _each(routes: Sequence[BaseRoute]) -> Iterator[Any]:
+    """The routes in the order in which they are tried; newer FastAPI keeps an included router as one of them."""
+    for route in routes:
+        included = getattr(route, "effective_route_contexts", None)
+        if included is None:
+            yield route
+        else:
+            yield from (getattr(one, "starlette_route", None) or one for one in included())
+
+
+def _route_of(app: Any, method: str, sample: Sample) -> str | None:
+    """The route that answers the sample, as `routes_of` names it; None where none does."""
+    headers = {str(name).lower(): str(value) for name, value in dict(sample.options.get("headers") or {}).items()}
+    url = urlsplit(sample.path)
+    scope = {
+        "type": "http",
+        "method": method,
+        "path": unquote(url.path),
+        "root_path": "",
+        "path_params": {},
+        "headers": [(b"host", (headers.get("host") or url.netloc).encode())],
+    }
+    return _matched(app.routes, scope, "")
+
+
+def _matched(routes: Sequence[BaseRoute], scope: Mapping[str, Any], prefix: str) -> str | None:
+    for route in _each(routes):
+        match, inner = route.matches(dict(scope))
+        if match is not Match.FULL:
+            continue
+        path = prefix + getattr(route, "path", "")
+        if isinstance(route, Mount | Host):
+            # What is below it is not looked for elsewhere.
+            return _matched(route.routes, {**scope, **inner}, path) if route.routes else f"ANY {path}/*"
+        return f"{scope['method'] if getattr(route, 'methods', None) else 'ANY'} {path}"
+    return None
