@@ -31,6 +31,7 @@ from execution_envelope import (
 from execution_envelope import journal as journals
 from execution_envelope.ledger import SqliteLedger, open_ledger, sqlite_database, verify
 from execution_envelope.ledger import spool as spools
+from execution_envelope.ledger import writer as writers
 from execution_envelope.ledger.contract import Conservation
 from execution_envelope.ledger.spool import Spool
 from execution_envelope.ledger.submission import Submission
@@ -717,3 +718,24 @@ def test_a_submission_within_a_window_needs_nobody_who_waits(url: str) -> None:
     ledger.submit(Submission((), lambda outcome: told.set(), window=0.05))
     assert told.wait(DEADLINE)
     ledger.close()
+
+
+@pytest.mark.anyio
+async def test_what_is_relaxed_within_a_long_window_never_fills_the_queue(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writers, "MAX_GROUP", 8)
+    monkeypatch.setattr(writers, "MAX_WAITING", 32)
+    controller = opened(url, write_modes={RELAXED: "relaxed:60000"})
+    await controller.begin(ask())  # the connection stands
+    admission = await controller.begin(ask(kind=RELAXED))
+    for _ in range(4):
+        await admission.used({"requests": 1})
+        await anyio.sleep(0.02)  # the writer gathers by now, and only what is urgent wakes it
+        for _ in range(16):
+            await admission.used({"requests": 1})
+        # Far sooner than the window, or than the lease has to be renewed.
+        await until(lambda: controller.conservation().pending <= 16, 5)
+    await controller.begin(ask())
+    await controller.aclose()
+    assert controller.conservation().pending == controller.conservation().dropped == 0
