@@ -380,6 +380,24 @@ async def test_while_the_ledger_is_away_facts_go_to_the_spool_and_are_drained_in
     assert verify(controller.ledger).findings == ()
 
 
+@pytest.mark.anyio
+async def test_no_clean_end_above_an_open_part_that_is_only_in_the_spool(url: str) -> None:
+    controller = opened(url)
+    parent = await controller.begin(ask(kind=SPOOLED))
+    with locked(url):
+        part = await controller.begin(ask(kind=SPOOLED, part_of=parent.id))
+        assert controller.counters["spooled"] == 1
+        with pytest.raises(OpenChildren, match=part.id):  # the ledger is read all the same: it is only locked
+            await parent.complete()
+        assert [child.record.id for child in (await controller.tree(parent.id)).children] == [part.id]
+    await drained(controller)
+    assert await controller._journal.children(parent.id) == [part.id]
+    await part.complete()
+    await parent.complete()
+    await controller.aclose()
+    assert (parent.state, part.state) == ("completed", "completed")
+
+
 @contextmanager
 def watched(controller: AdmissionController) -> Iterator[None]:
     """Look all the time whether emitted = stored + dropped + pending, and that nothing that was stored goes missing."""
