@@ -232,6 +232,21 @@ async def test_a_relaxed_end_waits_for_no_disk_unless_a_part_was_admitted_here(u
     await controller.aclose()
 
 
+@pytest.mark.anyio
+async def test_one_that_was_resumed_elsewhere_has_no_clean_end_above_an_open_part(url: str) -> None:
+    here, there = opened(url), opened(url)
+    parent = await here.begin(ask(kind=RELAXED))
+    part = await here.begin(ask(kind=RELAXED, part_of=parent.id))
+    await drained(here)
+    resumed = await there.resume(parent.id, by="worker")
+    with pytest.raises(OpenChildren, match=part.id):
+        await resumed.complete()
+    await resumed.leave()
+    assert (resumed.state, resumed.record.events[-1].data.code) == ("rejected", "OpenChildren")  # type: ignore[union-attr]
+    await here.aclose()
+    await there.aclose()
+
+
 @pytest.mark.parametrize("kind", [STRICT, RELAXED, SPOOLED])
 @pytest.mark.anyio
 async def test_a_key_makes_it_strict_whatever_the_mode_says(url: str, kind: str) -> None:

@@ -56,6 +56,7 @@ class Admission:
         check_after: timedelta,
         enforce: bool = True,
         replayed: bool = False,
+        resumed: bool = False,
         prices: Prices | None = None,
     ) -> None:
         self._journal = journal
@@ -65,6 +66,7 @@ class Admission:
         self._by = by
         self._lock: anyio.Lock | None = None
         self._prices = prices
+        self._resumed = resumed
         self.replayed = replayed
 
     @property
@@ -429,9 +431,11 @@ class Admission:
         )
 
     async def _open_children(self, record: Record) -> list[str]:
-        # To look at the ledger would store first what is relaxed. What is not bound belongs to this process alone.
+        # To look at the ledger would store first what is relaxed. What was begun here, and is not bound, belongs to
+        # this process alone.
         relaxed = self._journal.mode(record.envelope, None).window_ms is not None
-        if relaxed and record.bound is None and not self._journal.parts.may_be_of(record.id):
+        alone = record.bound is None and not self._resumed
+        if relaxed and alone and not self._journal.parts.may_be_of(record.id):
             return []
         return await open_children(self._journal, record.id)
 
