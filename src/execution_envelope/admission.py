@@ -198,7 +198,7 @@ class Admission:
                 return _Plan([fact, *violations], siblings=siblings, by=by)
             older = await self._journal.read(record.envelope.correlation.supersedes)
             taken = await self._taken_over(older, record) if take_over else []
-            return _Plan([fact, *violations, *taken], _superseded(older, record), siblings, by)
+            return _Plan([fact, *violations, *taken], await _superseded(self._journal, older, record), siblings, by)
 
         try:
             said = await self._write(plan, by=None)
@@ -542,11 +542,12 @@ def _is_same(fact: Fact, stood: EventData) -> bool:
     return fact == stood
 
 
-def _superseded(older: Record, newer: Record) -> list[tuple[Record, Sequence[EventData]]]:
-    """The end of the older envelope, in the transaction that grants the newer one."""
+async def _superseded(journal: Journal, older: Record, newer: Record) -> list[tuple[Record, Sequence[EventData]]]:
+    """The end of the older envelope, in the transaction that grants the newer one; no clean one where `complete` would
+    raise."""
     if not older.is_open:
         return []
-    if older.state == "held" or older.open_obligations:
+    if older.state == "held" or older.open_obligations or await open_children(journal, older.id):
         return [(older, [lifecycle.Cancelled(f"superseded by {newer.id}")])]
     return [(older, [lifecycle.Completed(None if older.grants else "unknown", f"superseded by {newer.id}")])]
 
