@@ -431,13 +431,10 @@ class Admission:
         )
 
     async def _open_children(self, record: Record) -> list[str]:
-        # To look at the ledger would store first what is relaxed. What was begun here, and is not bound, belongs to
-        # this process alone.
+        # To look would store first what is relaxed. What was begun here and is not bound belongs to this process alone.
         relaxed = self._journal.mode(record.envelope, None).window_ms is not None
-        alone = record.bound is None and not self._resumed
-        if relaxed and alone and not self._journal.parts.may_be_of(record.id):
-            return []
-        return await open_children(self._journal, record.id)
+        alone = record.bound is None and not (self._resumed or self._journal.parts.may_be_of(record.id))
+        return [] if relaxed and alone else await open_children(self._journal, record.id)
 
     async def _taken_over(self, older: Record, newer: Record) -> list[lifecycle.Bound]:
         """The older envelope's references, as far as they still lead to it and the newer one has none of the kind."""
@@ -543,8 +540,7 @@ def _is_same(fact: Fact, stood: EventData) -> bool:
 
 
 async def _superseded(journal: Journal, older: Record, newer: Record) -> list[tuple[Record, Sequence[EventData]]]:
-    """The end of the older envelope, in the transaction that grants the newer one; no clean one where `complete` would
-    raise."""
+    """The end of the older envelope, in the transaction that grants the newer one: clean only where it may be."""
     if not older.is_open:
         return []
     if older.state == "held" or older.open_obligations or await open_children(journal, older.id):
