@@ -33,6 +33,7 @@ from execution_envelope.adapters.declared import (
 from execution_envelope.admission import MAX_CONFLICTS
 from execution_envelope.controller import ATTEMPTED_BURST, ATTEMPTED_PER_SECOND, AdmissionController
 from execution_envelope.decision import CODES
+from execution_envelope.family import MAX_LEVELS, MAX_PARENTS, MAX_TREE
 from execution_envelope.ledger.chain import Entry
 from execution_envelope.ledger.contract import MAX_ATTEMPTED
 from execution_envelope.ledger.postgres_database import TIMEOUT
@@ -182,6 +183,21 @@ def _limits() -> str:
             "`LedgerUnavailable` for the next ones until those are stored",
         ),
         ("writes in a spool", str(MAX_SPOOLED), "as if there were no spool: `LedgerUnavailable`"),
+        (
+            "envelopes of a tree that is read, and its levels",
+            f"{MAX_TREE} and {MAX_LEVELS}",
+            "refused, `part_of` is named; nothing recorded",
+        ),
+        (
+            "envelopes of which a process remembers that it admitted parts",
+            str(MAX_PARENTS),
+            "a relaxed end looks at the ledger, which stores first what is relaxed",
+        ),
+        (
+            "trees of which everything has ended that a process remembers",
+            str(journal.MAX_REMEMBERED),
+            "the oldest are read again",
+        ),
         ("one fact that other writers come before", f"{MAX_CONFLICTS} tries", "`LedgerUnavailable`, nothing recorded"),
         ("calls of a ledger at once in a process", str(journal.MAX_CALLS), "the next ones wait their turn"),
         ("waiting for such a turn", f"{journal.MAX_WAIT:g} s", "`LedgerUnavailable`: 503, nothing started"),

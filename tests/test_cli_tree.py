@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,45 @@ def test_a_tree_of_forty_tool_calls_fits_a_screen(tree: Tree, columns: int) -> N
     assert "44 envelopes, 0 open" in text
     assert columns < 160 or "user:dana > agent:writer > agent:reader" in text
     assert "tool_calls 40 40 39" in text
+
+
+async def grow_observed(url: str) -> str:
+    """A run with three calls that are only known from a log, their use estimated, and one like them that was not."""
+    controller = AdmissionController.open(url)
+    who = Subject(*USER, tenant="acme")
+    root = await controller.begin(Ask(kind="agent.run", operation="run", target=Target("agent", "a"), subject=who))
+    call = Ask(
+        kind="inference",
+        operation="chat",
+        target=Target("model", "m"),
+        subject=who,
+        requested={"output_tokens": 9},
+        part_of=root.id,
+    )
+    for key in "abc":
+        used, ended = {"output_tokens": 5}, datetime.now(UTC)
+        said: dict[str, Any] = {"source": "log", "ended_at": ended, "used": used, "how": "estimated", "by": "collector"}
+        await controller.record(call, key=key, **said)
+    admitted = await controller.begin(call)
+    await admitted.complete(used={"output_tokens": 5})
+    await root.complete()
+    await controller.aclose()
+    return root.id
+
+
+def test_what_was_observed_and_what_is_estimated_is_marked_in_a_tree(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/l.db"
+    root = anyio.run(grow_observed, url)
+    shown = CliRunner().invoke(cli.cli, ["--ledger", url, "show", "--tree", root], env={"COLUMNS": "140"})
+    lines = [" ".join(line.split()) for line in shown.stdout.splitlines()]
+    [many] = [line for line in lines if "3 x chat" in line]
+    assert "observed" in many and many.endswith("output_tokens 27, -, 15 (estimated)")
+    [one] = [line for line in lines if " chat model:m" in line and "3 x" not in line]
+    assert "observed" not in one and one.endswith("completed output_tokens 9, -, 5")
+    # Of a resource that the one above did not name it is a share of nothing, and stands apart all the same.
+    found = CliRunner().invoke(cli.cli, ["--ledger", url, "totals", "--json"]).stdout
+    [tokens] = [one["resources"]["output_tokens"] for one in json.loads(found)["totals"] if one["resources"]]
+    assert tokens["requested_within"]["total"] == 36 and "requested" not in tokens
 
 
 def test_a_tree_as_json_adds_up(tree: Tree) -> None:

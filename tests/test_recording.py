@@ -31,6 +31,7 @@ from execution_envelope import (
     LedgerUnavailable,
     Record,
     Rule,
+    Subject,
     Target,
     Unidentified,
     lifecycle,
@@ -151,6 +152,17 @@ async def test_another_request_under_the_same_entry_is_refused(ledger: Ledger) -
     with pytest.raises(KeyConflict, match="was recorded with first") as conflict:
         await seen(controller, asked=chat(requested={"output_tokens": 1}))
     assert conflict.value.envelope_id == first.id and not conflict.value.retryable
+
+
+async def test_an_entry_belongs_to_one_tenant_and_one_subject(ledger: Ledger) -> None:
+    controller = controller_on(ledger, budgets=Budgets([replace(TOKENS, per=("tenant",))]))
+    acme, umbra = (Subject("user", "dana", tenant=tenant) for tenant in ("acme", "umbra"))
+    first, other = [await seen(controller, asked=chat(subject=one), used={"output_tokens": 5}) for one in (acme, umbra)]
+    assert (first.envelope.identity.tenant, other.envelope.identity.tenant) == ("acme", "umbra")
+    assert sorted(balance.spent for balance in ledger.balances()) == [5, 5]
+    with pytest.raises(KeyConflict, match="expected the subject that") as conflict:
+        await seen(controller, asked=chat(subject=replace(acme, id="eve")), used={"output_tokens": 5})
+    assert conflict.value.envelope_id == first.id
 
 
 async def test_a_callers_own_key_is_no_key_of_the_log(ledger: Ledger) -> None:
@@ -297,6 +309,11 @@ def test_a_balance_is_what_the_entries_of_the_log_add_up_to(uses: list[tuple[int
         ({"outcome": "rejected", "grant": Grant({})}, "expected `failed`, .* - at `record.outcome`"),
         ({"how": "guessed"}, "expected `measured` or `estimated`, got `guessed` - at `record.how`"),
         ({"used": {"gpus": 1}}, "at `record.used.gpus`"),
+        ({"used": [1]}, "expected resources with their amounts, got `list` - at `record.used`"),
+        ({"grant": {"output_tokens": 1}}, "expected a `Grant`, got `dict` - at `record.grant`"),
+        ({"outcome": "failed", "code": None}, "expected text, got `NoneType` - at `record.code`"),
+        ({"message": 5}, "expected text, got `int` - at `record.message`"),
+        ({"by": None}, "expected a name, got `None` - at `record.by`"),
         ({"asked": chat(supersedes="x")}, "expected none, .* - at `correlation.supersedes`"),
     ],
 )
@@ -305,6 +322,20 @@ async def test_what_cannot_be_recorded_is_named(said: dict[str, Any], problem: s
     with pytest.raises(InvalidField, match=problem):
         await seen(controller_on(ledger), **said)
     assert ledger.newest(9) == []
+
+
+@pytest.mark.parametrize("name", ["usage", "begin_at"])
+async def test_a_keyword_that_it_does_not_know_is_named(name: str) -> None:
+    ledger = MemoryLedger()
+    with pytest.raises(TypeError, match=f"expected keywords of source, key, .*, got `{name}`"):
+        await seen(controller_on(ledger), **{name: None})
+    assert ledger.newest(9) == []
+
+
+async def test_who_records_has_to_be_named() -> None:
+    said: dict[str, Any] = {"source": "gateway", "key": "7", "ended_at": START - HOUR}
+    with pytest.raises(InvalidField, match=r"at `record\.by`"):
+        await controller_on(MemoryLedger()).record(chat(), **said)
 
 
 async def test_somebody_has_to_have_asked() -> None:

@@ -459,6 +459,25 @@ async def test_what_was_exported_says_where_it_is(aged: Aged) -> None:
     assert verify(ledger).findings == ()
 
 
+async def test_an_entry_of_a_log_whose_record_was_exported_says_where_it_is(
+    url: str, ledger: Ledger, tmp_path: Path
+) -> None:
+    ended = datetime(2026, 1, 1, tzinfo=UTC)
+    said: dict[str, Any] = {"source": "log", "key": "7", "ended_at": ended, "by": "collector"}
+    controller = AdmissionController.open(url)
+    record = await controller.record(ask(), **said)
+    assert segments.of(ledger).begin() == 2
+    moved(ledger, 2)
+    await run(controller)
+    await controller.aclose()
+    Aged(url, ledger, tmp_path).drop()
+    controller = AdmissionController.open(url)
+    with pytest.raises(KeyConflict, match=r"expected a new entry of the log.*exported") as conflict:
+        await controller.record(ask(), **said)
+    assert not conflict.value.retryable and conflict.value.envelope_id == record.id
+    await controller.aclose()
+
+
 def test_a_plain_reader_sees_the_rows(aged: Aged) -> None:
     path = aged.export()
     table = pyarrow.parquet.read_table(path.with_suffix(".parquet"))

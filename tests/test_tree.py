@@ -159,6 +159,37 @@ async def test_no_clean_end_while_a_part_is_open(controller: AdmissionController
     await parent.complete()
 
 
+async def test_no_clean_end_while_anything_below_is_open(controller: AdmissionController) -> None:
+    root = await run(controller, {"tool_calls": 5})
+    step = await run(controller, {"tool_calls": 1}, part_of=root.id)
+    part = await run(controller, {"tool_calls": 1}, part_of=step.id)
+    low = await run(controller, {"tool_calls": 1}, part_of=part.id)
+    await step.cancel("no longer wanted")
+    for below in (part, low):
+        with pytest.raises(OpenChildren) as refused:
+            await root.complete()
+        assert refused.value.children == (below.id,)
+        with pytest.raises(OpenChildren):
+            await root.observe("completed", rev=1)
+        await below.fail("lost", "its node is gone")
+    await root.complete()
+    assert root.state == "completed"
+
+
+@pytest.mark.parametrize(("is_open", "state"), [(True, "cancelled"), (False, "completed")])
+async def test_what_is_superseded_above_an_open_part_has_no_clean_end(
+    controller: AdmissionController, is_open: bool, state: str
+) -> None:
+    older = await run(controller, {"tool_calls": 5})
+    part = await run(controller, {"tool_calls": 1}, part_of=older.id)
+    if not is_open:
+        await part.complete()
+    newer = await controller.begin(ask(supersedes=older.id))
+    await newer.grant(Grant({"tool_calls": 5}))
+    record = await controller.read(older.id)
+    assert (record.state, record.events[-1].data.message) == (state, f"superseded by {newer.id}")  # type: ignore[union-attr]
+
+
 async def test_leaving_the_block_with_an_open_part_is_no_clean_end(controller: AdmissionController) -> None:
     for granted, state in ((False, "rejected"), (True, "failed")):
         async with controller.admit(ask()) as parent:

@@ -31,6 +31,7 @@ from execution_envelope import (
 from execution_envelope import journal as journals
 from execution_envelope.ledger import SqliteLedger, open_ledger, sqlite_database, verify
 from execution_envelope.ledger import spool as spools
+from execution_envelope.ledger import writer as writers
 from execution_envelope.ledger.contract import Conservation
 from execution_envelope.ledger.spool import Spool
 from execution_envelope.ledger.submission import Submission
@@ -231,6 +232,21 @@ async def test_a_relaxed_end_waits_for_no_disk_unless_a_part_was_admitted_here(u
     await controller.aclose()
 
 
+@pytest.mark.anyio
+async def test_one_that_was_resumed_elsewhere_has_no_clean_end_above_an_open_part(url: str) -> None:
+    here, there = opened(url), opened(url)
+    parent = await here.begin(ask(kind=RELAXED))
+    part = await here.begin(ask(kind=RELAXED, part_of=parent.id))
+    await drained(here)
+    resumed = await there.resume(parent.id, by="worker")
+    with pytest.raises(OpenChildren, match=part.id):
+        await resumed.complete()
+    await resumed.leave()
+    assert (resumed.state, resumed.record.events[-1].data.code) == ("rejected", "OpenChildren")  # type: ignore[union-attr]
+    await here.aclose()
+    await there.aclose()
+
+
 @pytest.mark.parametrize("kind", [STRICT, RELAXED, SPOOLED])
 @pytest.mark.anyio
 async def test_a_key_makes_it_strict_whatever_the_mode_says(url: str, kind: str) -> None:
@@ -377,6 +393,24 @@ async def test_while_the_ledger_is_away_facts_go_to_the_spool_and_are_drained_in
     counts = controller.conservation()
     assert (counts.pending, counts.dropped) == (0, 0)
     assert verify(controller.ledger).findings == ()
+
+
+@pytest.mark.anyio
+async def test_no_clean_end_above_an_open_part_that_is_only_in_the_spool(url: str) -> None:
+    controller = opened(url)
+    parent = await controller.begin(ask(kind=SPOOLED))
+    with locked(url):
+        part = await controller.begin(ask(kind=SPOOLED, part_of=parent.id))
+        assert controller.counters["spooled"] == 1
+        with pytest.raises(OpenChildren, match=part.id):  # the ledger is read all the same: it is only locked
+            await parent.complete()
+        assert [child.record.id for child in (await controller.tree(parent.id)).children] == [part.id]
+    await drained(controller)
+    assert await controller._journal.children(parent.id) == [part.id]
+    await part.complete()
+    await parent.complete()
+    await controller.aclose()
+    assert (parent.state, part.state) == ("completed", "completed")
 
 
 @contextmanager
@@ -717,3 +751,24 @@ def test_a_submission_within_a_window_needs_nobody_who_waits(url: str) -> None:
     ledger.submit(Submission((), lambda outcome: told.set(), window=0.05))
     assert told.wait(DEADLINE)
     ledger.close()
+
+
+@pytest.mark.anyio
+async def test_what_is_relaxed_within_a_long_window_never_fills_the_queue(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writers, "MAX_GROUP", 8)
+    monkeypatch.setattr(writers, "MAX_WAITING", 32)
+    controller = opened(url, write_modes={RELAXED: "relaxed:60000"})
+    await controller.begin(ask())  # the connection stands
+    admission = await controller.begin(ask(kind=RELAXED))
+    for _ in range(4):
+        await admission.used({"requests": 1})
+        await anyio.sleep(0.02)  # the writer gathers by now, and only what is urgent wakes it
+        for _ in range(16):
+            await admission.used({"requests": 1})
+        # Far sooner than the window, or than the lease has to be renewed.
+        await until(lambda: controller.conservation().pending <= 16, 5)
+    await controller.begin(ask())
+    await controller.aclose()
+    assert controller.conservation().pending == controller.conservation().dropped == 0

@@ -57,6 +57,7 @@ class Admission:
         check_after: timedelta,
         enforce: bool = True,
         replayed: bool = False,
+        resumed: bool = False,
         prices: Prices | None = None,
     ) -> None:
         self._journal = journal
@@ -66,6 +67,7 @@ class Admission:
         self._by = by
         self._lock: anyio.Lock | None = None
         self._prices = prices
+        self._resumed = resumed
         self.replayed = replayed
 
     @property
@@ -197,7 +199,7 @@ class Admission:
                 return _Plan([fact, *violations], siblings=siblings, by=by)
             older = await self._journal.read(record.envelope.correlation.supersedes)
             taken = await self._taken_over(older, record) if take_over else []
-            return _Plan([fact, *violations, *taken], _superseded(older, record), siblings, by)
+            return _Plan([fact, *violations, *taken], await _superseded(self._journal, older, record), siblings, by)
 
         try:
             said = await self._write(plan, by=None)
@@ -430,11 +432,10 @@ class Admission:
         )
 
     async def _open_children(self, record: Record) -> list[str]:
-        # To look at the ledger would store first what is relaxed. What is not bound belongs to this process alone.
+        # To look would store first what is relaxed. What was begun here and is not bound belongs to this process alone.
         relaxed = self._journal.mode(record.envelope, None).window_ms is not None
-        if relaxed and record.bound is None and not self._journal.parts.may_be_of(record.id):
-            return []
-        return await open_children(self._journal, record.id)
+        alone = record.bound is None and not (self._resumed or self._journal.parts.may_be_of(record.id))
+        return [] if relaxed and alone else await open_children(self._journal, record.id)
 
     async def _taken_over(self, older: Record, newer: Record) -> list[lifecycle.Bound]:
         """The older envelope's references, as far as they still lead to it and the newer one has none of the kind."""
@@ -539,11 +540,11 @@ def _is_same(fact: Fact, stood: EventData) -> bool:
     return fact == stood
 
 
-def _superseded(older: Record, newer: Record) -> list[tuple[Record, Sequence[EventData]]]:
-    """The end of the older envelope, in the transaction that grants the newer one."""
+async def _superseded(journal: Journal, older: Record, newer: Record) -> list[tuple[Record, Sequence[EventData]]]:
+    """The end of the older envelope, in the transaction that grants the newer one: clean only where it may be."""
     if not older.is_open:
         return []
-    if older.state == "held" or older.open_obligations:
+    if older.state == "held" or older.open_obligations or await open_children(journal, older.id):
         return [(older, [lifecycle.Cancelled(f"superseded by {newer.id}")])]
     return [(older, [lifecycle.Completed(None if older.grants else "unknown", f"superseded by {newer.id}")])]
 

@@ -50,8 +50,9 @@ def totals(
 ) -> None:
     """Add up what was asked for, granted and used: of all kinds, in the same units, by the day of admission.
 
-    What a part of another execution asked for and was granted is within what that one did, and stands apart; what it
-    used is counted once, with itself. Amounts that are unknown or unlimited are counted, and not added.
+    What a part of another execution asked for and was granted stands apart as within, also of a resource that the
+    other one did not name, where it is within nothing; what it used is counted once, with itself. Amounts that are
+    unknown or unlimited are counted, and not added.
     """
     first, last = _day(since, "--since"), _day(until or "0d", "--until")
     if first > last:

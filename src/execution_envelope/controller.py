@@ -255,10 +255,9 @@ class AdmissionController:
     async def resume(self, *reference: str, by: str) -> Admission:
         """Continue an execution as yourself: ``resume(id, by=...)``, ``resume("deployment", id, by=...)``.
 
-        The reference is no proof of a right: whoever calls must be allowed to, and `by` is recorded. Raises
-        `NotFound`.
+        The reference is no proof of a right: whoever calls must be allowed to. `by` is recorded. Raises `NotFound`.
         """
-        return self._handle(await self.read(*reference), by=by)
+        return self._handle(await self.read(*reference), by=by, resumed=True)
 
     async def observe(
         self, *reference: str, state: str, rev: int | str, part: str | None = None, reason: str | None = None, by: str
@@ -566,7 +565,7 @@ class AdmissionController:
                 break
         return self._handle(record, by=self.component)
 
-    def _handle(self, record: Record, *, by: str, replayed: bool = False) -> Admission:
+    def _handle(self, record: Record, *, by: str, replayed: bool = False, resumed: bool = False) -> Admission:
         return Admission(
             self._journal,
             record,
@@ -574,6 +573,7 @@ class AdmissionController:
             check_after=self._check_after,
             enforce=self._mode == "enforce",
             replayed=replayed,
+            resumed=resumed,
             prices=self._judge.budgets.prices,
         )
 

@@ -54,11 +54,17 @@ async def read_tree(journal: Reads, id: str, *, fresh: bool = True) -> Tree:
 
 
 async def open_children(journal: Reads, id: str) -> list[str]:
-    """The envelopes directly below that are open."""
-    found = []
-    for child in await journal.children(id):
-        if child not in journal.ended and (await journal.read(child)).is_open:
-            found.append(child)
+    """The open envelopes below, those directly below first; of one that is open not those below it too."""
+    found, above = [], [id]
+    for parent in above:
+        for child in await journal.children(parent):
+            if child in journal.ended:
+                continue
+            record = await journal.read(child)
+            if record.is_open:
+                found.append(child)
+            elif record.state != "completed":  # nothing was open below a clean end
+                above.append(child)
     return found
 
 

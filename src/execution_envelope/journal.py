@@ -46,10 +46,8 @@ MAX_REMEMBERED: Final = 1000
 
 #: How often it is looked, in seconds, whether a write has ended that nobody may leave alone.
 _LOOK_AGAIN: Final = 0.005
-
 #: The longest window of a relaxed write, in milliseconds.
 MAX_WINDOW_MS: Final = 60_000
-
 #: How often a fact that is recorded beside others is tried again when other writers come first.
 _TRIES: Final = 8
 
@@ -151,13 +149,17 @@ class Journal:
         return stored.record()
 
     async def children(self, id: str) -> Sequence[str]:
-        """The envelopes that are part of this one; while the ledger is away, those that this process knows of."""
+        """The envelopes that are part of this one, also in the spool; while the ledger is away, those known here."""
+        known = [one.id for one in self._known.values() if one.envelope.correlation.part_of == id]
+        # Before the ledger: what is drained meanwhile is found there.
+        kept = [child for child in known if self._spool is not None and self._spool.holds(child)]
         try:
-            return await self.call(self.ledger.children, id)
+            stored = await self.call(self.ledger.children, id)
         except LedgerUnavailable as error:
             if id not in self._known or not error.retryable:
                 raise
-            return [one.id for one in self._known.values() if one.envelope.correlation.part_of == id]
+            return known
+        return [*stored, *(child for child in kept if child not in stored)]
 
     async def write(
         self,

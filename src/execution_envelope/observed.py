@@ -15,7 +15,7 @@ from execution_envelope.admission import MAX_CONFLICTS, Admission
 from execution_envelope.budgets import Key, over_run, standing, unbounded
 from execution_envelope.credentials import scrub, shown
 from execution_envelope.envelope import Ask, Envelope, SealedEnvelope, timestamp
-from execution_envelope.errors import InvalidField, KeyConflict, LedgerUnavailable
+from execution_envelope.errors import Exported, InvalidField, KeyConflict, LedgerUnavailable
 from execution_envelope.grant import Grant, label
 from execution_envelope.journal import Journal
 from execution_envelope.judge import Judge
@@ -34,11 +34,11 @@ MAX_SKEW: Final = timedelta(minutes=5)
 class Seen(TypedDict, total=False):
     """What a log says of an execution.
 
-    `source` names the log and `key` the entry in it, as the log itself counts: the same two are one envelope, however
-    often and by whomever they are recorded. `ended_at` and `began_at` are times with a zone. `outcome` is one of
-    `OUTCOMES`, `completed` unless it is said, `code` and `message` say why it failed or was rejected. `grant` is what
-    was granted and `used` what was used (resource -> amount), as far as that is known; `how` is `measured` or
-    `estimated`. `by` is the component that records.
+    `source` names the log and `key` the entry in it, as the log itself counts: of one tenant the same two are one
+    envelope, however often and by whomever they are recorded. `ended_at` and `began_at` are times with a zone.
+    `outcome` is one of `OUTCOMES`, `completed` unless it is said, `code` and `message` say why it failed or was
+    rejected. `grant` is what was granted and `used` what was used (resource -> amount), as far as that is known; `how`
+    is `measured` or `estimated`. `by` is the component that records.
     """
 
     source: Required[str]
@@ -86,9 +86,13 @@ class Recorder:
 
         What goes beyond a parent or a budget is a violation on the record, and not raised. A day or month of a budget
         is that in which it began. Recorded once more, it is the record that there is. Raises `InvalidField`,
-        `Unidentified`, `KeyConflict` when entry `key` of `source` was recorded with another request, and
-        `LedgerUnavailable` (then it may be tried again, under the same key).
+        `Unidentified`, `TypeError` for a keyword that is none of `Seen`, `KeyConflict` when entry `key` of `source` was
+        recorded with another request or of another subject, or was exported since, and `LedgerUnavailable` (then it
+        may be tried again, under the same key).
         """
+        for name in seen:
+            if name not in Seen.__annotations__:
+                raise TypeError(f"expected keywords of {', '.join(Seen.__annotations__)}, got {shown(name)}")
         if ask.supersedes is not None:
             problem = "expected none, what is recorded after the fact takes nothing over"
             raise InvalidField("correlation.supersedes", problem)
@@ -96,7 +100,9 @@ class Recorder:
         if sealed.removed:
             self._journal.remember(sealed)
         checked = await self._checked(sealed, seen)
-        key = sha256(canonical(["observed", checked.observed.source, checked.observed.key]))
+        # What one tenant recorded is no answer to another.
+        tenant = sealed.envelope.identity.tenant
+        key = sha256(canonical(["observed", tenant, checked.observed.source, checked.observed.key]))
         opening = lifecycle.Sealed(sealed.digest, sealed.request_digest, key, sealed.redacted)
         over: dict[str, Violation] = {}
         for _ in range(MAX_CONFLICTS):
@@ -129,8 +135,23 @@ class Recorder:
                 "expected the request that this entry of the log was recorded with first, got another one",
                 envelope_id=first.envelope,
             )
+        try:
+            record = await self._journal.read(first.envelope)
+        except Exported as exported:
+            self._journal.counters["key_conflicts"] += 1
+            raise KeyConflict(
+                f"expected a new entry of the log, this one was recorded of old: {exported}",
+                envelope_id=first.envelope,
+            ) from exported
+        now, before = sealed.envelope.identity.subject, record.envelope.identity.subject
+        if (now.type, now.id) != (before.type, before.id):
+            self._journal.counters["key_conflicts"] += 1
+            raise KeyConflict(
+                "expected the subject that this entry of the log was recorded with first, got another one",
+                envelope_id=first.envelope,
+            )
         self._journal.counters["recorded_again"] += 1
-        return await self._journal.read(first.envelope)
+        return record
 
     async def _facts(
         self, envelope: Envelope, checked: _Checked, seen: Seen
@@ -168,6 +189,10 @@ class Recorder:
     async def _checked(self, sealed: SealedEnvelope, seen: Seen) -> _Checked:
         """What was seen, as it is recorded. Raises `InvalidField`."""
         source, key = _named(seen, "source"), _named(seen, "key")
+        _named(seen, "by")
+        grant: Any = seen.get("grant")
+        if grant is not None and not isinstance(grant, Grant):
+            raise InvalidField("record.grant", f"expected a `Grant`, got `{type(grant).__name__}`")
         ended, began = _moment(seen, "ended_at"), _moment(seen, "began_at")
         if ended is None:
             raise InvalidField("record.ended_at", "expected when it ended, got none")
@@ -184,7 +209,11 @@ class Recorder:
         how = seen.get("how", "measured")
         if how not in ("measured", "estimated"):
             raise InvalidField("record.how", f"expected `measured` or `estimated`, got {shown(how)}")
-        used = seen.get("used") or {}
+        used: Any = seen.get("used")
+        if used is None:
+            return None
+        if not isinstance(used, Mapping):
+            raise InvalidField("record.used", f"expected resources with their amounts, got `{type(used).__name__}`")
         amounts = {name: parse_amount(name, value, field=f"record.used.{name}") for name, value in used.items()}
         if not amounts:
             return None
@@ -198,19 +227,19 @@ class Recorder:
 
 def _end(sealed: SealedEnvelope, seen: Seen) -> Outcome:
     outcome, message = seen.get("outcome", "completed"), seen.get("message")
-    said = None if message is None else scrub(message, removed=sealed.removed)
+    said = None if message is None else scrub(message, removed=sealed.removed, field="record.message")
     if outcome == "completed":
         return lifecycle.Completed(None if seen.get("grant") is not None else "unknown", said)
     if outcome == "cancelled":
         return lifecycle.Cancelled(said)
-    code = scrub(seen.get("code", str(outcome)))
+    if outcome not in OUTCOMES:
+        raise InvalidField("record.outcome", f"expected one of {', '.join(OUTCOMES)}, got {shown(outcome)}")
+    code = scrub(seen.get("code", outcome), field="record.code")
     if outcome == "failed":
         return lifecycle.Failed(code, said or "the log does not say why")
-    if outcome == "rejected":
-        if seen.get("grant") is not None:
-            raise InvalidField("record.outcome", "expected `failed`, what was granted something was not rejected")
-        return lifecycle.Rejected(code, said or "the log does not say why")
-    raise InvalidField("record.outcome", f"expected one of {', '.join(OUTCOMES)}, got {shown(outcome)}")
+    if seen.get("grant") is not None:
+        raise InvalidField("record.outcome", "expected `failed`, what was granted something was not rejected")
+    return lifecycle.Rejected(code, said or "the log does not say why")
 
 
 def _named(seen: Seen, name: str) -> str:

@@ -68,7 +68,8 @@ class Writer:
         their window: nothing more is acknowledged on credit then."""
         if self._queue.qsize() >= MAX_WAITING:
             raise LedgerUnavailable(f"expected the ledger to keep up, {MAX_WAITING} submissions wait for it")
-        urgent = submission.window is None or submission.due < self._due
+        # A thread that only gathers has to be woken for a group's worth too, or the queue fills while nothing is done.
+        urgent = submission.window is None or submission.due < self._due or self._queue.qsize() >= MAX_GROUP
         if submission.window is not None:
             if self._due < time.monotonic():
                 raise LedgerUnavailable("expected the ledger to keep up, relaxed writes wait beyond their window")

@@ -110,7 +110,7 @@ def _grouped(children: Sequence[Tree]) -> list[list[Tree]]:
                 execution.kind,
                 execution.operation,
                 execution.target,
-                record.state,
+                *facts.states(record),
                 facts.who(record),
                 _why(record),
             )
@@ -126,7 +126,7 @@ def _cells(line: _Line) -> tuple[Text, ...]:
     what = Text(line.guide, style="dim")
     what.append_text(Text(f"{several} x " if several > 1 else f"{record.id[-12:]} ", style="bold"))
     what.append_text(safe(f"{execution.operation} {facts.target(record)}"))
-    state = styled(record.state)
+    state = Text("\n").join(styled(word) for word in facts.states(record))
     for text in filter(None, (_why(record), *(violation.text for violation in record.violations))):
         state.append_text(Text("\n")).append_text(safe(text, STYLES["violation"] if record.violations else "dim"))
     return what, safe(_acting(record)), state, _amounts([node.record for node in line.nodes])
@@ -150,12 +150,14 @@ def _amounts(records: Sequence[Record]) -> Text:
     """``output_tokens 64, 32, 30; requests 1, 1, 1``: asked, granted and used, of all those that are alike."""
     sides = [_side([asked(r) for r in records]), _side([r.granted for r in records])]
     sides.append(_side([{name: usage.amount for name, usage in r.used.items()} for r in records]))
+    estimated = {name for r in records for name, usage in r.used.items() if usage.how == "estimated"}
     found = Text()
     for name in dict.fromkeys(name for side in sides for name in side):
         if name in ("duration", "context", "cpu_time") and name not in sides[0]:
             continue  # there is room for what was bounded
         found.append("; " if found else "").append(name, style="dim")
         found.append(" " + ", ".join(human(name, side.get(name)) for side in sides))
+        found.append(" (estimated)" if name in estimated else "")
     return found
 
 
