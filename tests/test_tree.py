@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Coroutine
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import anyio
 import pytest
@@ -30,6 +31,7 @@ from execution_envelope.ledger.memory import MemoryLedger
 from execution_envelope.resources import Amount
 
 pytestmark = pytest.mark.anyio
+T = TypeVar("T")
 NOW = datetime(2026, 5, 1, 12, tzinfo=UTC)
 
 
@@ -124,6 +126,70 @@ async def test_the_nearest_above_that_was_granted_it_bounds(controller: Admissio
     three = await controller.begin(ask(part_of=outer.id))
     with pytest.raises(Violation, match="output_tokens 141"):
         await three.grant(Grant({"output_tokens": 1}))
+
+
+async def test_a_grant_below_what_parts_hold_already_is_a_violation(controller: AdmissionController) -> None:
+    parent = await run(controller, {"output_tokens": 100, "tool_calls": 3})
+    child = await run(controller, {"output_tokens": 90}, part_of=parent.id)
+    with pytest.raises(Violation, match=f"output_tokens 90 that children of {parent.id} take is beyond the 10 granted"):
+        await parent.grant(Grant({"output_tokens": 10, "tool_calls": 3}))
+    [violation] = parent.record.violations
+    assert (violation.bound, violation.granted, violation.source) == (10, 90, f"children of {parent.id}")
+    await parent.grant(Grant({"tool_calls": 4, "output_tokens": 10}))  # what stood so before is not said again
+    assert len(parent.record.violations) == 1
+    await child.used({"output_tokens": 5})
+    await child.complete()
+    await parent.grant(Grant({"output_tokens": 5}))  # what was not used went back
+    late = await controller.begin(ask())
+    await run(controller, {"output_tokens": 100}, part_of=late.id)
+    with pytest.raises(Violation, match="output_tokens 100 that children of"):
+        await late.grant(Grant({"output_tokens": 10}))
+    assert late.record.granted == {"output_tokens": 10} and controller.counters["violations"] == 2
+
+
+async def test_what_nobody_knows_of_one_part_is_no_room_for_another(controller: AdmissionController) -> None:
+    parent = await run(controller, {"output_tokens": 100})
+    await run(controller, {"output_tokens": "unknown"}, part_of=parent.id)
+    await run(controller, {"output_tokens": 60}, part_of=parent.id)
+    other = await controller.begin(ask(part_of=parent.id))
+    with pytest.raises(Violation, match="output_tokens 110 is beyond the 100"):
+        await other.grant(Grant({"output_tokens": 50}))
+    await other.grant(Grant({"output_tokens": 40}))
+
+
+def at_once(call: Coroutine[Any, Any, T]) -> T:
+    """What a call comes to that waits for nothing: with a ledger in memory, in the middle of another."""
+    with pytest.raises(StopIteration) as ended:
+        call.send(None)
+    return cast("T", ended.value.value)
+
+
+@pytest.mark.parametrize("what", ["a part of an open part", "a late report deep below"])
+async def test_what_changes_below_after_the_look_is_looked_at_again(what: str) -> None:
+    ledger = MemoryLedger()
+    one, other = AdmissionController(ledger), AdmissionController(ledger)
+    root = await run(one, {"output_tokens": 100})
+    middle = await run(one, {"tool_calls": 1}, part_of=root.id)
+    if what.startswith("a late"):
+        below = await run(one, {"output_tokens": 100}, part_of=middle.id)
+        await below.used({"output_tokens": 0})
+        await below.complete()
+        await middle.complete()
+    await run(one, {"output_tokens": 1}, part_of=root.id)  # who has looked knows what has ended
+    seen: list[Amount] = []
+
+    def within(left: Any) -> Grant:
+        seen.append(left["output_tokens"])
+        if len(seen) == 1 and what.startswith("a late"):
+            at_once(at_once(other.resume(below.id, by="other")).used({"output_tokens": 90}))
+        elif len(seen) == 1:
+            at_once(run(other, {"output_tokens": 90}, part_of=middle.id))
+        return Grant({"output_tokens": left["output_tokens"]})
+
+    last = await one.begin(ask(part_of=root.id))
+    await last.grant(within)
+    assert seen[0] == 99 and seen[-1] == 9 and last.record.granted == {"output_tokens": 9}
+    assert one.counters["violations"] == 0
 
 
 async def test_grants_at_once_over_two_processes_never_come_to_more(tmp_path: Path) -> None:

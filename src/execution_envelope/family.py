@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Final, Protocol
 
 from execution_envelope.errors import InvalidField
@@ -41,8 +41,8 @@ async def read_tree(journal: Reads, id: str, *, fresh: bool = True) -> Tree:
         if not fresh and (known := journal.ended.get(id)) is not None:
             return known
         count += 1
-        if count > MAX_TREE or level > MAX_LEVELS:
-            raise InvalidField("part_of", f"expected a tree of up to {MAX_TREE} envelopes and {MAX_LEVELS} levels")
+        if count > MAX_TREE or level >= MAX_LEVELS:
+            raise _too_large()
         record = await journal.read(id)
         below = [await read(child, level + 1) for child in await journal.children(record.id)]
         tree = Tree(record, tuple(below))
@@ -79,26 +79,33 @@ class Parts:
 
 
 class Family:
-    """Those above one child, the nearest first, each with all that are part of it, as they were at one look."""
+    """Those above one envelope, the nearest first, each with all that are part of it, and it with its own parts, as
+    they were at one look. `own` is None where it is not known of any."""
 
-    def __init__(self, child: Record, above: tuple[Tree, ...]) -> None:
+    def __init__(self, child: Record, above: tuple[Tree, ...], own: Tree | None) -> None:
         self._child = child
         self._above = above
+        self._own = own
 
     @classmethod
     async def of(cls, journal: Reads, child: Record, *, fresh: bool) -> Family:
-        """The family of an envelope that is part of another."""
+        """The family of an envelope. Raises `InvalidField` for one that is beyond the limits of a tree."""
         path: list[str] = []
         parent = child.envelope.correlation.part_of
-        while parent is not None and len(path) < MAX_LEVELS:
+        while parent is not None:
+            if len(path) + 1 >= MAX_LEVELS:
+                raise _too_large()
             path.append(parent)
             parent = (await journal.read(parent)).envelope.correlation.part_of
+        if not path:
+            return cls(child, (), await read_tree(journal, child.id, fresh=fresh))
         tree = await read_tree(journal, path[-1], fresh=fresh)
         above = [tree]
         for id in reversed(path[:-1]):
             tree = next((one for one in tree.children if one.record.id == id), None) or await read_tree(journal, id)
             above.append(tree)
-        return cls(child, tuple(reversed(above)))
+        own = next((one for one in tree.children if one.record.id == child.id), None)
+        return cls(child, tuple(reversed(above)), own)
 
     def left(self) -> dict[str, Amount]:
         """Resource -> what may be granted to the child, of all that any above it was granted."""
@@ -119,22 +126,42 @@ class Family:
             if tree is None:
                 continue
             bound = tree.bound(name)
-            total = add([given, tree.shared(name, without=self._child.id, ends=ends)])
+            # What nobody knows of one of them is no room for another.
+            total = add([given, tree.shared(name, without=self._child.id, ends=ends, known=True)])
             if given and exceeds(total, bound):  # nothing more is never too much
                 parent = f"parent {tree.record.id}"
                 text = f"{name} {human(name, total)} is beyond the {human(name, bound)} that {parent} was granted"
                 found.append(Violation(name, bound, total, parent, text))
+        return [*found, *self._below(held)]
+
+    def _below(self, held: Mapping[str, Amount]) -> list[Violation]:
+        """Where those below take more than it would hold, of what this changes."""
+        found, before = [], self._child.held
+        for name, bound in held.items():
+            if self._own is None or not self._own.children or before.get(name) == bound:
+                continue
+            total = self._own.shared(name, without=None, known=True)
+            if exceeds(total, bound):
+                children = f"children of {self._child.id}"
+                text = f"{name} {human(name, total)} that {children} take is beyond the {human(name, bound)} granted"
+                found.append(Violation(name, bound, total, children, text))
         return found
 
     def siblings(self) -> tuple[Siblings, ...]:
-        """What was read: the ledger refuses the write when any of it has changed meanwhile."""
-        outermost = self._above[-1]
-        nearest = self._above[0].record.id
+        """What was read: the ledger refuses the write when any of it has changed meanwhile.
+
+        Where something is open, a part may be added; where something has ended, a report may come late.
+        """
+        outermost = self._above[-1] if self._above else self._own
         return tuple(
             Siblings(node.record.id, {one.id: one.next_sequence for one in _members(node) if one.id != self._child.id})
-            for node in _nodes(outermost)
-            if node.record.id == nearest or (node.children and node.record.is_open)
+            for node in ([] if outermost is None else _nodes(outermost))
+            if node.children or node.record.is_open
         )
+
+
+def _too_large() -> InvalidField:
+    return InvalidField("part_of", f"expected a tree of up to {MAX_TREE} envelopes and {MAX_LEVELS} levels")
 
 
 def _members(node: Tree) -> Iterator[Record]:
