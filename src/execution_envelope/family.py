@@ -22,8 +22,8 @@ MAX_PARENTS: Final = 100_000
 class Reads(Protocol):
     """What trees are read with: `ended` are trees of which everything has ended, as they were last read."""
 
-    ended: dict[str, Tree]
-
+    @property
+    def ended(self) -> Mapping[str, Tree]: ...
     async def read(self, *reference: str) -> Record: ...
     async def children(self, id: str) -> Sequence[str]: ...
     def remember_ended(self, tree: Tree) -> None: ...
@@ -35,10 +35,12 @@ async def read_tree(journal: Reads, id: str, *, fresh: bool = True) -> Tree:
     Unless it has to be `fresh`, what has ended with all below may be as it was when last read.
     """
     count = 0
+    ended: set[str] = set()
 
     async def read(id: str, level: int) -> Tree:
         nonlocal count
         if not fresh and (known := journal.ended.get(id)) is not None:
+            ended.add(id)
             return known
         count += 1
         if count > MAX_TREE or level >= MAX_LEVELS:
@@ -46,7 +48,8 @@ async def read_tree(journal: Reads, id: str, *, fresh: bool = True) -> Tree:
         record = await journal.read(id)
         below = [await read(child, level + 1) for child in await journal.children(record.id)]
         tree = Tree(record, tuple(below))
-        if all(not one.is_open for _, one in tree.walk()):
+        if not record.is_open and all(child.record.id in ended for child in below):
+            ended.add(record.id)
             journal.remember_ended(tree)
         return tree
 
@@ -60,6 +63,74 @@ async def open_children(journal: Reads, id: str) -> list[str]:
         if child not in journal.ended and (await journal.read(child)).is_open:
             found.append(child)
     return found
+
+
+class Past(Record):
+    """What a tree needs of a record that has ended, without its request and its events. Nothing is added to it."""
+
+    def __init__(self, record: Record) -> None:
+        self._id, self._next_sequence, self._granted = record.id, record.next_sequence, record.granted
+        self.state, self.budgets, self.reserved = record.state, record.budgets, record.reserved
+        self._reckoning = record.reckoning
+
+    @property
+    def id(self) -> str:
+        return self._id
+
+    @property
+    def next_sequence(self) -> int:
+        return self._next_sequence
+
+    @property
+    def granted(self) -> dict[str, Amount]:
+        return self._granted
+
+
+class Ended(Mapping[str, Tree]):
+    """Trees of which everything has ended, of up to `MAX_TREE` envelopes together: those looked at last.
+
+    In them only what was used can change. Looked up by the id of the root.
+    """
+
+    def __init__(self) -> None:
+        self._trees: dict[str, Tree] = {}
+        #: Envelope -> the root that it is kept with.
+        self._roots: dict[str, str] = {}
+
+    def __getitem__(self, id: str) -> Tree:
+        tree = self._trees[id] = self._trees.pop(id)  # last looked at, last forgotten
+        return tree
+
+    def __contains__(self, id: object) -> bool:
+        return id in self._trees
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._trees)
+
+    def __len__(self) -> int:
+        return len(self._trees)
+
+    def add(self, tree: Tree) -> None:
+        """Keep a tree, and none of those below it beside it."""
+        for child in tree.children:
+            self.forget(child.record.id)
+        self.forget(tree.record.id)
+        kept = _past(tree)
+        self._trees[kept.record.id] = kept
+        self._roots |= {record.id: kept.record.id for _, record in kept.walk()}
+        while len(self._roots) > MAX_TREE:
+            self.forget(next(iter(self._trees)))
+
+    def forget(self, id: str) -> None:
+        """Of this envelope something was recorded: the tree that it is in is no longer known."""
+        tree = self._trees.pop(self._roots.get(id, id), None)
+        for _, record in () if tree is None else tree.walk():
+            del self._roots[record.id]
+
+
+def _past(tree: Tree) -> Tree:
+    record = tree.record if isinstance(tree.record, Past) else Past(tree.record)
+    return Tree(record, tuple(_past(child) for child in tree.children))
 
 
 class Parts:
