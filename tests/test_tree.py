@@ -24,6 +24,7 @@ from execution_envelope import (
     Target,
     Tree,
     Violation,
+    family,
 )
 from execution_envelope.budgets import Budget, Budgets
 from execution_envelope.ledger import verify
@@ -262,6 +263,30 @@ async def test_a_last_report_goes_with_the_end_in_one_write() -> None:
     assert balance(controller) == (0, 25)
     with pytest.raises(InvalidField, match=r"used\.how"):
         await admission.complete(used={}, how="guessed")
+
+
+async def test_a_tree_beyond_the_limits_takes_no_grant_and_can_be_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(family, "MAX_TREE", 70)
+    controller = AdmissionController(MemoryLedger(), budgets=budgets(), clock=lambda: NOW)
+    deep, wide = [await run(controller, {"output_tokens": 50}, requested={"output_tokens": 50}) for _ in range(2)]
+    line = [deep]
+    for level in range(2, 66):
+        line.append(await controller.begin(ask(part_of=line[-1].id)))
+        if level <= 64:
+            await line[-1].grant(Grant({"output_tokens": 1}))
+    with pytest.raises(InvalidField, match="up to 70 envelopes and 64 levels") as refused:
+        await line[-1].grant(Grant({"output_tokens": 100}))
+    assert refused.value.field == "part_of" and line[-1].state == "admitted"
+    many = [await controller.begin(ask(part_of=wide.id)) for _ in range(70)]
+    with pytest.raises(InvalidField, match="up to 70 envelopes"):
+        await many[-1].grant(Grant({"output_tokens": 1}))
+    assert balance(controller) == (100, 0)
+    for admission in reversed([wide, *many, *line]):
+        await admission.cancel()
+    # Nobody knows what was used of it: all that was given may have been.
+    assert balance(controller) == (0, 100)
+    assert not (await controller.read(deep.id)).is_open and not (await controller.read(wide.id)).is_open
+    assert verify(controller.ledger).findings == ()
 
 
 # Budgets

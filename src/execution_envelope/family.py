@@ -9,7 +9,7 @@ from execution_envelope.errors import InvalidField
 from execution_envelope.ledger.commit import Siblings
 from execution_envelope.lifecycle import Granted, Violation
 from execution_envelope.record import Record
-from execution_envelope.resources import Amount, add, exceeds, human
+from execution_envelope.resources import UNKNOWN, Amount, add, exceeds, human
 from execution_envelope.tree import Tree, minus
 
 #: How many envelopes a tree may have that is read, and how many levels.
@@ -17,6 +17,14 @@ MAX_TREE: Final = 20_000
 MAX_LEVELS: Final = 64
 #: Of how many envelopes a process remembers that it admitted parts of them.
 MAX_PARENTS: Final = 100_000
+
+
+class Cut(Tree):
+    """A tree of which not all was read, because it is beyond the limits."""
+
+    def covered(self, key: tuple[str, str, str]) -> Amount | None:
+        """Nobody knows what those came to that were left out."""
+        return UNKNOWN
 
 
 class Reads(Protocol):
@@ -29,31 +37,39 @@ class Reads(Protocol):
     def remember_ended(self, tree: Tree) -> None: ...
 
 
-async def read_tree(journal: Reads, id: str, *, fresh: bool = True) -> Tree:
-    """An envelope with all that are part of it. Raises `NotFound`, and `InvalidField` for a tree beyond the limits.
+async def read_tree(journal: Reads, id: str, *, fresh: bool = True, whole: bool = True) -> Tree:
+    """An envelope with all that are part of it. Raises `NotFound`, and `InvalidField` for a tree beyond the limits;
+    unless it has to be the `whole`: what is beyond them is left out then, and what it came to is unknown.
 
     Unless it has to be `fresh`, what has ended with all below may be as it was when last read.
     """
-    count = 0
+    count, cut = 0, False
     ended: set[str] = set()
 
     async def read(id: str, level: int) -> Tree:
-        nonlocal count
+        nonlocal count, cut
         if not fresh and (known := journal.ended.get(id)) is not None:
             ended.add(id)
             return known
         count += 1
-        if count > MAX_TREE or level >= MAX_LEVELS:
-            raise _too_large()
         record = await journal.read(id)
-        below = [await read(child, level + 1) for child in await journal.children(record.id)]
+        below = []
+        for child in await journal.children(record.id):
+            if count < MAX_TREE and level + 1 < MAX_LEVELS:
+                below.append(await read(child, level + 1))
+            elif whole:
+                raise _too_large()
+            else:
+                cut = True
+                break
         tree = Tree(record, tuple(below))
-        if not record.is_open and all(child.record.id in ended for child in below):
+        if not (cut or record.is_open) and all(child.record.id in ended for child in below):
             ended.add(record.id)
             journal.remember_ended(tree)
         return tree
 
-    return await read(id, 0)
+    tree = await read(id, 0)
+    return Cut(tree.record, tree.children) if cut else tree
 
 
 async def open_children(journal: Reads, id: str) -> list[str]:
