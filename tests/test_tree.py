@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import anyio
+import anyio.to_thread
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -30,6 +31,7 @@ from execution_envelope.budgets import Budget, Budgets
 from execution_envelope.ledger import verify
 from execution_envelope.ledger.memory import MemoryLedger
 from execution_envelope.resources import Amount
+from tests.children import FORKS, share
 
 pytestmark = pytest.mark.anyio
 T = TypeVar("T")
@@ -193,22 +195,29 @@ async def test_what_changes_below_after_the_look_is_looked_at_again(what: str) -
     assert one.counters["violations"] == 0
 
 
-async def test_grants_at_once_over_two_processes_never_come_to_more(tmp_path: Path) -> None:
+async def test_grants_at_once_in_several_processes_never_come_to_more(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/l.db"
-    one, two = AdmissionController.open(url), AdmissionController.open(url)
-    parent = await run(one, {"tool_calls": 10})
-    children = [await controller.begin(ask(part_of=parent.id)) for controller in (one, two) for _ in range(8)]
-
-    async def grant(child: Admission) -> None:
-        await child.grant(lambda left: Grant({"tool_calls": min(1, int(left["tool_calls"]))}))
-
-    async with anyio.create_task_group() as group:
-        for child in children:
-            group.start_soon(grant, child)
-    assert sum(child.record.granted["tool_calls"] == 1 for child in children) == 10
-    assert one.counters["violations"] == two.counters["violations"] == 0
-    await one.aclose()
-    await two.aclose()
+    controller = AdmissionController.open(url)
+    parent = await run(controller, {"tool_calls": 10})
+    start, pipes, processes = FORKS.Barrier(3), [], []
+    for _ in range(3):
+        reading, writing = FORKS.Pipe(duplex=False)
+        process = FORKS.Process(target=share, args=(writing, url, parent.id, 8, start), daemon=True)
+        process.start()
+        writing.close()
+        pipes.append(reading)
+        processes.append(process)
+    for pipe in pipes:
+        assert await anyio.to_thread.run_sync(pipe.poll, 30)
+    told = [pipe.recv() for pipe in pipes]
+    for process in processes:
+        await anyio.to_thread.run_sync(process.join, 10)
+        assert process.exitcode == 0
+    assert sum(sum(granted) for granted, _ in told) == 10
+    assert [violations for _, violations in told] == [0, 0, 0]
+    tree = await controller.tree(parent.id)
+    assert len(tree.children) == 24 and tree.shared("tool_calls", without=None) == 10
+    await controller.aclose()
 
 
 # Ends
