@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Coroutine
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -30,6 +31,7 @@ from execution_envelope import (
 from execution_envelope.budgets import Budget, Budgets
 from execution_envelope.ledger import verify
 from execution_envelope.ledger.memory import MemoryLedger
+from execution_envelope.lifecycle import Granted
 from execution_envelope.resources import Amount
 from tests.children import FORKS, share
 
@@ -355,95 +357,153 @@ async def test_what_is_open_below_a_cancelled_parent_counts_as_all_that_it_may_u
 # Any tree
 
 
+@dataclass(frozen=True)
 class Spec:
-    """One node: what it wants and uses of two counters and a level, whether it reports, whether it goes too far."""
+    """One node: what it wants and uses of a counter, whether it reports, whether it goes too far, whether it is granted
+    any; what it is granted once its parts have ended or, without `ends`, while they go on; what it reports late."""
 
-    def __init__(self, wants: int, uses: int, reports: bool, beyond: bool, given: bool, below: list[Spec]) -> None:
-        self.wants, self.uses, self.reports, self.beyond, self.given = wants, uses, reports, beyond, given
-        self.below = below
-
-    def __repr__(self) -> str:
-        return f"Spec({self.wants}, {self.uses}, {self.reports}, {self.beyond}, {self.given}, {self.below})"
+    wants: int
+    uses: int
+    reports: bool
+    beyond: bool
+    given: bool
+    again: int | None
+    late: int | None
+    ends: bool
+    below: tuple[Spec, ...] = ()
 
 
 def specs() -> st.SearchStrategy[Spec]:
-    numbers = st.integers(0, 60)
-    node = st.builds(Spec, numbers, numbers, st.booleans(), st.booleans(), st.booleans(), st.just([]))
+    some, flag = st.integers(0, 60), st.booleans()
+    fields = (some, some, flag, flag, flag, st.none() | some, st.none() | some, flag)
+    return st.recursive(
+        st.builds(Spec, *fields),
+        lambda children: st.builds(Spec, *fields, st.lists(children, max_size=3).map(tuple)),
+        max_leaves=8,
+    )
 
-    def extend(children: st.SearchStrategy[Spec]) -> st.SearchStrategy[Spec]:
-        below = st.lists(children, max_size=3)
-        return st.builds(Spec, numbers, numbers, st.booleans(), st.booleans(), st.booleans(), below)
 
-    return st.recursive(node, extend, max_leaves=8)
+NAME = "output_tokens"
 
 
-async def grow(controller: AdmissionController, spec: Spec, parent: Admission | None) -> None:
-    link = None if parent is None else parent.id
-    admission = await controller.begin(ask(part_of=link, requested={"output_tokens": spec.wants}))
-    if spec.given or parent is None:
+async def grant(controller: AdmissionController, path: tuple[Admission, ...], amount: int, beyond: bool) -> None:
+    """Grant to the last of a path from the root. What it goes beyond is on the record, and nothing else."""
+    mine, before = path[-1], await controller.read(path[-1].id)
+    fits = True
+    tree = await controller.tree(path[0].id)
+    above = next((one for one in reversed(path[:-1]) if NAME in one.record.granted), None)
+    room = 0
+    if above is not None:
+        node = find(tree, above.id)
+        room = most_now(node) - used(node) - sum(taken(child, without=mine.id) for child in node.children)
+        fits = not amount or amount <= room or not beyond
+    below = find(tree, mine.id)
+    least = used(below) + sum(taken(child) for child in below.children)
+    if not beyond and above is not None:
+        amount = min(amount, max(0, room))
+    if before.held.get(NAME) == amount:
+        return  # no news
+    if below.children and least > amount:
+        fits = False
 
-        def within(left: Any) -> Grant:
-            most = left.get("output_tokens", spec.wants)
-            return Grant({"output_tokens": spec.wants if spec.beyond else min(spec.wants, most)})
+    def within(left: Any) -> Grant:
+        assert above is None or left[NAME] == max(0, room)
+        return Grant({NAME: amount})
 
-        try:
-            await admission.grant(within)
-        except Violation:
-            assert spec.beyond
-    for below in spec.below:
-        await grow(controller, below, admission)
+    try:
+        await mine.grant(within)
+    except Violation:
+        assert not fits
+    assert (len(mine.record.violations) == len(before.violations)) == fits
+
+
+async def grow(controller: AdmissionController, spec: Spec, path: tuple[Admission, ...] = ()) -> list[Admission]:
+    """Run a node with all below, and return those that are still open, the innermost first."""
+    link = path[-1].id if path else None
+    admission = await controller.begin(ask(part_of=link, requested={NAME: spec.wants}))
+    path = (*path, admission)
+    if spec.given or link is None:
+        await grant(controller, path, spec.wants, spec.beyond)
+    still_open = [one for below in spec.below for one in await grow(controller, below, path)]
+    if spec.ends:
+        for one in still_open:
+            await one.complete()
+        still_open = []
+    if spec.again is not None:
+        await grant(controller, path, spec.again, spec.beyond)
     if spec.reports:
-        # Nobody reports more than it was given of what is left to it: what goes beyond a grant is the backend's doing.
-        await admission.used({"output_tokens": spec.uses})
+        await admission.used({NAME: spec.uses})
+    if still_open or not spec.ends:
+        return [*still_open, admission]
     await admission.complete()
-
-
-def granted_of(tree: Tree) -> int:
-    amount = tree.record.granted.get("output_tokens", 0)
-    assert isinstance(amount, int)
-    return amount
-
-
-def check_bounds(tree: Tree) -> None:
-    """Children that were given more than their parent, at any moment, stand with a violation."""
-    if "output_tokens" in tree.record.granted:
-        for child in tree.children:
-            if granted_of(child) > granted_of(tree):
-                assert child.record.violations
-    for child in tree.children:
-        check_bounds(child)
+    if spec.late is not None:
+        await admission.used({NAME: spec.late})
+    return []
 
 
 @settings(max_examples=150, deadline=None)
 @given(spec=specs())
 async def test_children_never_exceed_parents_unseen_and_roll_ups_are_sums(spec: Spec) -> None:
     controller = AdmissionController(MemoryLedger(), budgets=budgets(10**6), clock=lambda: NOW)
-    await grow(controller, spec, None)
+    for admission in await grow(controller, spec):
+        await admission.complete()
     [root] = [
         id for id in controller.ledger.newest(100) if (await controller.read(id)).envelope.correlation.part_of is None
     ]
     tree = await controller.tree(root)
-    check_bounds(tree)
-    reports = [record.used["output_tokens"].amount for _, record in tree.walk() if "output_tokens" in record.used]
-    total = sum(amount for amount in reports if isinstance(amount, int))
-    assert tree.used["output_tokens"].amount == total if reports else "output_tokens" not in tree.used
+    reports = [used(node) for node in nodes(tree) if NAME in node.record.used]
+    assert tree.used[NAME].amount == sum(reports) if reports else NAME not in tree.used
     for depth, record in tree.walk():
         assert not record.is_open and (depth or record.envelope.correlation.part_of is None)
+    # What comes late below is in the balances once those above are written to.
+    for node in reversed(nodes(tree)):
+        await (await controller.resume(node.record.id, by="test")).used({"steps": 1})
     reserved, spent = balance(controller)
-    assert reserved == 0 and spent >= total
+    assert reserved == 0 and spent >= sum(reports)
     if spec.wants:  # the root has reserved for all of them
         assert spent == sum(came_to(node) for node in nodes(tree))
     assert verify(controller.ledger).findings == ()
+
+
+# The same, reckoned from the records alone
 
 
 def nodes(tree: Tree) -> list[Tree]:
     return [tree, *(node for child in tree.children for node in nodes(child))]
 
 
+def find(tree: Tree, id: str) -> Tree:
+    return next(node for node in nodes(tree) if node.record.id == id)
+
+
+def number(amount: Amount) -> int:
+    assert isinstance(amount, int)
+    return amount
+
+
+def used(node: Tree) -> int:
+    return number(node.record.used[NAME].amount) if NAME in node.record.used else 0
+
+
+def most_ever(node: Tree) -> int:
+    grants = [event.data for event in node.record.events if isinstance(event.data, Granted)]
+    return max((number(one.resources[NAME].amount) for one in grants if NAME in one.resources), default=0)
+
+
+def most_now(node: Tree) -> int:
+    return number(node.record.granted.get(NAME, 0))
+
+
 def came_to(node: Tree) -> int:
-    """What it reported; where nobody below or itself says anything, all that it was given."""
-    used = node.record.used.get("output_tokens")
-    if used is not None:
-        assert isinstance(used.amount, int)
-        return used.amount
-    return 0 if node.children else granted_of(node)
+    """What it reported; where nobody below or itself says anything, all that it was ever given."""
+    return used(node) if node.children or NAME in node.record.used else most_ever(node)
+
+
+def taken(node: Tree, *, without: str | None = None) -> int:
+    """What it and all below take of the one above: what it was granted, as long as it is open."""
+    if node.record.id == without:
+        return 0
+    below = sum(taken(child, without=without) for child in node.children)
+    if node.record.is_open:
+        return max(most_now(node), used(node) + below)
+    return came_to(node) + below
