@@ -10,7 +10,7 @@ from execution_envelope.ledger.commit import Siblings
 from execution_envelope.lifecycle import Granted, Violation
 from execution_envelope.record import Record
 from execution_envelope.resources import UNKNOWN, Amount, add, exceeds, human
-from execution_envelope.tree import Tree, minus
+from execution_envelope.tree import Past, Tree, minus
 
 #: How many envelopes a tree may have that is read, and how many levels.
 MAX_TREE: Final = 20_000
@@ -79,27 +79,6 @@ async def open_children(journal: Reads, id: str) -> list[str]:
         if child not in journal.ended and (await journal.read(child)).is_open:
             found.append(child)
     return found
-
-
-class Past(Record):
-    """What a tree needs of a record that has ended, without its request and its events. Nothing is added to it."""
-
-    def __init__(self, record: Record) -> None:
-        self._id, self._next_sequence, self._granted = record.id, record.next_sequence, record.granted
-        self.state, self.budgets, self.reserved = record.state, record.budgets, record.reserved
-        self._reckoning = record.reckoning
-
-    @property
-    def id(self) -> str:
-        return self._id
-
-    @property
-    def next_sequence(self) -> int:
-        return self._next_sequence
-
-    @property
-    def granted(self) -> dict[str, Amount]:
-        return self._granted
 
 
 class Ended(Mapping[str, Tree]):

@@ -14,6 +14,29 @@ from execution_envelope.record import Record, Usage
 from execution_envelope.resources import UNKNOWN, VOCABULARY, Amount, add, largest
 
 
+class Past(Record):
+    """What a tree needs of a record that has ended, without its request and its events. Nothing is added to it."""
+
+    def __init__(self, record: Record) -> None:
+        self._id, self._next_sequence, self._granted = record.id, record.next_sequence, record.granted
+        self.state, self.budgets, self.reserved = record.state, record.budgets, record.reserved
+        self._reckoning = record.reckoning
+        #: (resource, whether what is not known is left out) -> what it took, as far as that was asked before.
+        self.taken: dict[tuple[str, bool], Amount] = {}
+
+    @property
+    def id(self) -> str:
+        return self._id
+
+    @property
+    def next_sequence(self) -> int:
+        return self._next_sequence
+
+    @property
+    def granted(self) -> dict[str, Amount]:
+        return self._granted
+
+
 @dataclass(frozen=True, slots=True)
 class Tree:
     """`record`, and the trees of the envelopes that are part of it, oldest first."""
@@ -63,6 +86,14 @@ class Tree:
         record = self.record
         if record.id == without:
             return 0
+        if isinstance(record, Past) and not self.children:  # there are many of them, and nothing changes
+            if (name, known) not in record.taken:
+                record.taken[name, known] = self._taken(name, None, None, known)
+            return record.taken[name, known]
+        return self._taken(name, without, ends, known)
+
+    def _taken(self, name: str, without: str | None, ends: str | None, known: bool) -> Amount:
+        record = self.record
         given, is_open = name in record.granted, record.is_open and record.id != ends
         below = [child.taken(name, without=without, ends=ends, known=known) for child in self.children]
         if VOCABULARY[name].across_reports != "sum":
