@@ -217,5 +217,28 @@ async def _keep_in_spool(out: Any, url: str, count: int) -> None:
     await anyio.sleep_forever()
 
 
+def share(out: Any, url: str, parent: str, count: int, start: Any) -> None:
+    """Admit so many parts of one envelope; then, with the others, grant each one unit if one is left, and end every
+    third as if it had used it. Say what each was granted, and how many violations there were."""
+    anyio.run(_share, out, url, parent, count, start)
+
+
+async def _share(out: Any, url: str, parent: str, count: int, start: Any) -> None:
+    controller = AdmissionController.open(url)
+    parts = [await controller.begin(ask(part_of=parent)) for _ in range(count)]
+    await anyio.to_thread.run_sync(start.wait, 30)
+
+    def one(left: Any) -> Grant:
+        time.sleep(0.002)  # so that others come between the look and the write
+        return Grant({"tool_calls": min(1, left["tool_calls"])})
+
+    for number, part in enumerate(parts):
+        await part.grant(one)
+        if number % 3 == 0:
+            await part.complete(used={"tool_calls": part.record.granted["tool_calls"]})
+    out.send(([part.record.granted["tool_calls"] for part in parts], controller.counters["violations"]))
+    await controller.aclose()
+
+
 if __name__ == "__main__":
     anyio.run({"write": write, "race": race}[sys.argv[1]], *sys.argv[2:])

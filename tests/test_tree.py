@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Coroutine
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import anyio
+import anyio.to_thread
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -25,13 +28,17 @@ from execution_envelope import (
     Target,
     Tree,
     Violation,
+    family,
 )
 from execution_envelope.budgets import Budget, Budgets
 from execution_envelope.ledger import verify
 from execution_envelope.ledger.memory import MemoryLedger
+from execution_envelope.lifecycle import Granted
 from execution_envelope.resources import Amount
+from tests.children import FORKS, share
 
 pytestmark = pytest.mark.anyio
+T = TypeVar("T")
 NOW = datetime(2026, 5, 1, 12, tzinfo=UTC)
 
 
@@ -128,22 +135,93 @@ async def test_the_nearest_above_that_was_granted_it_bounds(controller: Admissio
         await three.grant(Grant({"output_tokens": 1}))
 
 
-async def test_grants_at_once_over_two_processes_never_come_to_more(tmp_path: Path) -> None:
+async def test_a_grant_below_what_parts_hold_already_is_a_violation(controller: AdmissionController) -> None:
+    parent = await run(controller, {"output_tokens": 100, "tool_calls": 3})
+    child = await run(controller, {"output_tokens": 90}, part_of=parent.id)
+    with pytest.raises(Violation, match=f"output_tokens 90 that children of {parent.id} take is beyond the 10 granted"):
+        await parent.grant(Grant({"output_tokens": 10, "tool_calls": 3}))
+    [violation] = parent.record.violations
+    assert (violation.bound, violation.granted, violation.source) == (10, 90, f"children of {parent.id}")
+    await parent.grant(Grant({"tool_calls": 4, "output_tokens": 10}))  # what stood so before is not said again
+    assert len(parent.record.violations) == 1
+    await child.used({"output_tokens": 5})
+    await child.complete()
+    await parent.grant(Grant({"output_tokens": 5}))  # what was not used went back
+    late = await controller.begin(ask())
+    await run(controller, {"output_tokens": 100}, part_of=late.id)
+    with pytest.raises(Violation, match="output_tokens 100 that children of"):
+        await late.grant(Grant({"output_tokens": 10}))
+    assert late.record.granted == {"output_tokens": 10} and controller.counters["violations"] == 2
+
+
+async def test_what_nobody_knows_of_one_part_is_no_room_for_another(controller: AdmissionController) -> None:
+    parent = await run(controller, {"output_tokens": 100})
+    await run(controller, {"output_tokens": "unknown"}, part_of=parent.id)
+    await run(controller, {"output_tokens": 60}, part_of=parent.id)
+    other = await controller.begin(ask(part_of=parent.id))
+    with pytest.raises(Violation, match="output_tokens 110 is beyond the 100"):
+        await other.grant(Grant({"output_tokens": 50}))
+    await other.grant(Grant({"output_tokens": 40}))
+
+
+def at_once(call: Coroutine[Any, Any, T]) -> T:
+    """What a call comes to that waits for nothing: with a ledger in memory, in the middle of another."""
+    with pytest.raises(StopIteration) as ended:
+        call.send(None)
+    return cast("T", ended.value.value)
+
+
+@pytest.mark.parametrize("what", ["a part of an open part", "a late report deep below"])
+async def test_what_changes_below_after_the_look_is_looked_at_again(what: str) -> None:
+    ledger = MemoryLedger()
+    one, other = AdmissionController(ledger), AdmissionController(ledger)
+    root = await run(one, {"output_tokens": 100})
+    middle = await run(one, {"tool_calls": 1}, part_of=root.id)
+    if what.startswith("a late"):
+        below = await run(one, {"output_tokens": 100}, part_of=middle.id)
+        await below.used({"output_tokens": 0})
+        await below.complete()
+        await middle.complete()
+    await run(one, {"output_tokens": 1}, part_of=root.id)  # who has looked knows what has ended
+    seen: list[Amount] = []
+
+    def within(left: Any) -> Grant:
+        seen.append(left["output_tokens"])
+        if len(seen) == 1 and what.startswith("a late"):
+            at_once(at_once(other.resume(below.id, by="other")).used({"output_tokens": 90}))
+        elif len(seen) == 1:
+            at_once(run(other, {"output_tokens": 90}, part_of=middle.id))
+        return Grant({"output_tokens": left["output_tokens"]})
+
+    last = await one.begin(ask(part_of=root.id))
+    await last.grant(within)
+    assert seen[0] == 99 and seen[-1] == 9 and last.record.granted == {"output_tokens": 9}
+    assert one.counters["violations"] == 0
+
+
+async def test_grants_at_once_in_several_processes_never_come_to_more(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/l.db"
-    one, two = AdmissionController.open(url), AdmissionController.open(url)
-    parent = await run(one, {"tool_calls": 10})
-    children = [await controller.begin(ask(part_of=parent.id)) for controller in (one, two) for _ in range(8)]
-
-    async def grant(child: Admission) -> None:
-        await child.grant(lambda left: Grant({"tool_calls": min(1, int(left["tool_calls"]))}))
-
-    async with anyio.create_task_group() as group:
-        for child in children:
-            group.start_soon(grant, child)
-    assert sum(child.record.granted["tool_calls"] == 1 for child in children) == 10
-    assert one.counters["violations"] == two.counters["violations"] == 0
-    await one.aclose()
-    await two.aclose()
+    controller = AdmissionController.open(url)
+    parent = await run(controller, {"tool_calls": 10})
+    start, pipes, processes = FORKS.Barrier(3), [], []
+    for _ in range(3):
+        reading, writing = FORKS.Pipe(duplex=False)
+        process = FORKS.Process(target=share, args=(writing, url, parent.id, 8, start), daemon=True)
+        process.start()
+        writing.close()
+        pipes.append(reading)
+        processes.append(process)
+    for pipe in pipes:
+        assert await anyio.to_thread.run_sync(pipe.poll, 30)
+    told = [pipe.recv() for pipe in pipes]
+    for process in processes:
+        await anyio.to_thread.run_sync(process.join, 10)
+        assert process.exitcode == 0
+    assert sum(sum(granted) for granted, _ in told) == 10
+    assert [violations for _, violations in told] == [0, 0, 0]
+    tree = await controller.tree(parent.id)
+    assert len(tree.children) == 24 and tree.shared("tool_calls", without=None) == 10
+    await controller.aclose()
 
 
 # Ends
@@ -229,6 +307,30 @@ async def test_a_last_report_goes_with_the_end_in_one_write() -> None:
     assert balance(controller) == (0, 25)
     with pytest.raises(InvalidField, match=r"used\.how"):
         await admission.complete(used={}, how="guessed")
+
+
+async def test_a_tree_beyond_the_limits_takes_no_grant_and_can_be_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(family, "MAX_TREE", 70)
+    controller = AdmissionController(MemoryLedger(), budgets=budgets(), clock=lambda: NOW)
+    deep, wide = [await run(controller, {"output_tokens": 50}, requested={"output_tokens": 50}) for _ in range(2)]
+    line = [deep]
+    for level in range(2, 66):
+        line.append(await controller.begin(ask(part_of=line[-1].id)))
+        if level <= 64:
+            await line[-1].grant(Grant({"output_tokens": 1}))
+    with pytest.raises(InvalidField, match="up to 70 envelopes and 64 levels") as refused:
+        await line[-1].grant(Grant({"output_tokens": 100}))
+    assert refused.value.field == "part_of" and line[-1].state == "admitted"
+    many = [await controller.begin(ask(part_of=wide.id)) for _ in range(70)]
+    with pytest.raises(InvalidField, match="up to 70 envelopes"):
+        await many[-1].grant(Grant({"output_tokens": 1}))
+    assert balance(controller) == (100, 0)
+    for admission in reversed([wide, *many, *line]):
+        await admission.cancel()
+    # Nobody knows what was used of it: all that was given may have been.
+    assert balance(controller) == (0, 100)
+    assert not (await controller.read(deep.id)).is_open and not (await controller.read(wide.id)).is_open
+    assert verify(controller.ledger).findings == ()
 
 
 # Budgets
@@ -378,103 +480,173 @@ async def test_a_part_is_replayed_after_its_parent_has_ended(controller: Admissi
 # Any tree
 
 
+@dataclass(frozen=True)
 class Spec:
-    """One node: what it wants and uses of two counters and a level, whether it reports, whether it goes too far."""
+    """One node: what it wants and uses of a counter, whether it reports, whether it goes too far, whether it is granted
+    any; what it is granted once its parts have ended or, without `ends`, while they go on; what it reports late.
+    Who reports nothing late reports before its parts begin."""
 
-    def __init__(self, wants: int, uses: int, reports: bool, beyond: bool, given: bool, below: list[Spec]) -> None:
-        self.wants, self.uses, self.reports, self.beyond, self.given = wants, uses, reports, beyond, given
-        self.below = below
+    wants: int
+    uses: int
+    reports: bool
+    beyond: bool
+    given: bool
+    again: int | None
+    late: int | None
+    ends: bool
+    below: tuple[Spec, ...] = ()
 
-    def __repr__(self) -> str:
-        return f"Spec({self.wants}, {self.uses}, {self.reports}, {self.beyond}, {self.given}, {self.below})"
+    @property
+    def early(self) -> bool:
+        return self.reports and self.late is None
 
 
 def specs() -> st.SearchStrategy[Spec]:
-    numbers = st.integers(0, 60)
-    node = st.builds(Spec, numbers, numbers, st.booleans(), st.booleans(), st.booleans(), st.just([]))
+    some, flag = st.integers(0, 60), st.booleans()
+    fields = (some, some, flag, flag, flag, st.none() | some, st.none() | some, flag)
+    return st.recursive(
+        st.builds(Spec, *fields),
+        lambda children: st.builds(Spec, *fields, st.lists(children, max_size=3).map(tuple)),
+        max_leaves=8,
+    )
 
-    def extend(children: st.SearchStrategy[Spec]) -> st.SearchStrategy[Spec]:
-        below = st.lists(children, max_size=3)
-        return st.builds(Spec, numbers, numbers, st.booleans(), st.booleans(), st.booleans(), below)
 
-    return st.recursive(node, extend, max_leaves=8)
+NAME = "output_tokens"
 
 
-async def grow(controller: AdmissionController, spec: Spec, parent: Admission | None) -> None:
-    link = None if parent is None else parent.id
-    admission = await controller.begin(ask(part_of=link, requested={"output_tokens": spec.wants}))
-    if spec.given or parent is None:
+async def grant(controller: AdmissionController, path: tuple[Admission, ...], amount: int, beyond: bool) -> None:
+    """Grant to the last of a path from the root. What it goes beyond is on the record, and nothing else."""
+    mine, before = path[-1], await controller.read(path[-1].id)
+    fits = True
+    tree = await controller.tree(path[0].id)
+    above = next((one for one in reversed(path[:-1]) if NAME in one.record.granted), None)
+    room = 0
+    if above is not None:
+        node = find(tree, above.id)
+        room = most_now(node) - used(node) - sum(taken(child, without=mine.id) for child in node.children)
+        fits = not amount or amount <= room or not beyond
+    below = find(tree, mine.id)
+    least = used(below) + sum(taken(child) for child in below.children)
+    if not beyond and above is not None:
+        amount = min(amount, max(0, room))
+    if before.held.get(NAME) == amount:
+        return  # no news
+    if below.children and least > amount:
+        fits = False
 
-        def within(left: Any) -> Grant:
-            most = left.get("output_tokens", spec.wants)
-            return Grant({"output_tokens": spec.wants if spec.beyond else min(spec.wants, most)})
+    def within(left: Any) -> Grant:
+        assert above is None or left[NAME] == max(0, room)
+        return Grant({NAME: amount})
 
-        try:
-            await admission.grant(within)
-        except Violation:
-            assert spec.beyond
-    for below in spec.below:
-        await grow(controller, below, admission)
-    if spec.reports:
-        # Nobody reports more than it was given of what is left to it: what goes beyond a grant is the backend's doing.
-        await admission.used({"output_tokens": spec.uses})
+    try:
+        await mine.grant(within)
+    except Violation:
+        assert not fits
+    assert (len(mine.record.violations) == len(before.violations)) == fits
+
+
+async def grow(controller: AdmissionController, spec: Spec, path: tuple[Admission, ...] = ()) -> list[Admission]:
+    """Run a node with all below, and return those that are still open, the innermost first."""
+    link = path[-1].id if path else None
+    admission = await controller.begin(ask(part_of=link, requested={NAME: spec.wants}))
+    path = (*path, admission)
+    if spec.given or link is None:
+        await grant(controller, path, spec.wants, spec.beyond)
+    if spec.early:
+        await admission.used({NAME: spec.uses})
+    still_open = [one for below in spec.below for one in await grow(controller, below, path)]
+    if spec.ends:
+        for one in still_open:
+            await one.complete()
+        still_open = []
+    if spec.again is not None:
+        await grant(controller, path, spec.again, spec.beyond)
+    if spec.reports and not spec.early:
+        await admission.used({NAME: spec.uses})
+    if still_open or not spec.ends:
+        return [*still_open, admission]
     await admission.complete()
-
-
-def granted_of(tree: Tree) -> int:
-    amount = tree.record.granted.get("output_tokens", 0)
-    assert isinstance(amount, int)
-    return amount
-
-
-def check_bounds(tree: Tree) -> None:
-    """Children that were given more than their parent, at any moment, stand with a violation."""
-    if "output_tokens" in tree.record.granted:
-        for child in tree.children:
-            if granted_of(child) > granted_of(tree):
-                assert child.record.violations
-    for child in tree.children:
-        check_bounds(child)
+    if spec.late is not None:
+        await admission.used({NAME: spec.late})
+    return []
 
 
 @settings(max_examples=150, deadline=None)
 @given(spec=specs())
 async def test_children_never_exceed_parents_unseen_and_roll_ups_are_sums(spec: Spec) -> None:
     controller = AdmissionController(MemoryLedger(), budgets=budgets(10**6), clock=lambda: NOW)
-    await grow(controller, spec, None)
+    for admission in await grow(controller, spec):
+        await admission.complete()
     [root] = [
         id for id in controller.ledger.newest(100) if (await controller.read(id)).envelope.correlation.part_of is None
     ]
     tree = await controller.tree(root)
-    check_bounds(tree)
-    reports = [record.used["output_tokens"].amount for _, record in tree.walk() if "output_tokens" in record.used]
-    total = sum(amount for amount in reports if isinstance(amount, int))
-    assert tree.used["output_tokens"].amount == total if reports else "output_tokens" not in tree.used
+    reports = [used(node) for node in nodes(tree) if NAME in node.record.used]
+    assert tree.used[NAME].amount == sum(reports) if reports else NAME not in tree.used
     for depth, record in tree.walk():
         assert not record.is_open and (depth or record.envelope.correlation.part_of is None)
+    # What comes late below is in the balances once those above are written to.
+    for node in reversed(nodes(tree)):
+        await (await controller.resume(node.record.id, by="test")).used({"steps": 1})
     reserved, spent = balance(controller)
-    assert reserved == 0 and spent >= total
-    if spec.wants:  # the root has reserved for all of them
-        below = [came_to(node) for node in nodes(tree)[1:]]
-        own = tree.record.used["output_tokens"].amount if "output_tokens" in tree.record.used else 0
-        assert spent == (own + sum(below) if reports else granted_of(tree))
+    assert reserved == 0 and spent >= sum(reports)
+    others = [record for depth, record in tree.walk() if depth and record.budgets]
+    # The root has reserved for all of them, unless it had used that itself when they came.
+    if spec.wants and not (others and spec.early):
+        charged = used(tree) + sum(settled(node) for node in nodes(tree)[1:])
+        assert spent == (charged if reports else most_ever(tree))
     assert verify(controller.ledger).findings == ()
+
+
+# The same, reckoned from the records alone
 
 
 def nodes(tree: Tree) -> list[Tree]:
     return [tree, *(node for child in tree.children for node in nodes(child))]
 
 
+def find(tree: Tree, id: str) -> Tree:
+    return next(node for node in nodes(tree) if node.record.id == id)
+
+
+def number(amount: Amount) -> int:
+    assert isinstance(amount, int)
+    return amount
+
+
+def used(node: Tree) -> int:
+    return number(node.record.used[NAME].amount) if NAME in node.record.used else 0
+
+
+def most_ever(node: Tree) -> int:
+    grants = [event.data for event in node.record.events if isinstance(event.data, Granted)]
+    return max((number(one.resources[NAME].amount) for one in grants if NAME in one.resources), default=0)
+
+
+def most_now(node: Tree) -> int:
+    return number(node.record.granted.get(NAME, 0))
+
+
 def came_to(node: Tree) -> int:
-    """What a part reported. Where it did not, what those below reported is its own, else it may have been all that it
-    was granted, or asked for where nobody granted."""
-    used = node.record.used.get("output_tokens")
-    if used is not None:
-        assert isinstance(used.amount, int)
-        return used.amount
-    if "output_tokens" in node.record.granted:
-        said = any("output_tokens" in below.record.used for below in nodes(node)[1:])
-        return 0 if said else granted_of(node)
-    asked = node.record.envelope.requested.resources["output_tokens"].amount
-    assert isinstance(asked, int)
-    return asked
+    """What it reported; where nobody below or itself says anything, all that it was ever given."""
+    return used(node) if node.children or NAME in node.record.used else most_ever(node)
+
+
+def taken(node: Tree, *, without: str | None = None) -> int:
+    """What it and all below take of the one above: what it was granted, as long as it is open."""
+    if node.record.id == without:
+        return 0
+    below = sum(taken(child, without=without) for child in node.children)
+    if node.record.is_open:
+        return max(most_now(node), used(node) + below)
+    return came_to(node) + below
+
+
+def settled(node: Tree) -> int:
+    """What a part is charged. Where nobody says what it used, what those below said is its own, else it may have been
+    all that it was ever granted, or asked for where nobody granted."""
+    if NAME in node.record.used:
+        return used(node)
+    if NAME in node.record.granted:
+        return 0 if any(NAME in below.record.used for below in nodes(node)[1:]) else most_ever(node)
+    return number(node.record.envelope.requested.resources[NAME].amount)

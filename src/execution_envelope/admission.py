@@ -37,6 +37,8 @@ from execution_envelope.lifecycle import Candidate, EventData, Fact
 from execution_envelope.record import WHOLE, Record
 from execution_envelope.resources import Amount, parse_amount, parse_quantity
 
+#: Every how many looks at a family those that have ended are read anew too.
+FRESH: Final = 3
 #: How often a write is tried again when other writers of the same envelope come first.
 MAX_CONFLICTS: Final = 32
 
@@ -183,8 +185,9 @@ class Admission:
             nonlocal looks
             looks += 1
             family, by, fact = None, None if callable(grant) else grant.by, given
-            if record.envelope.correlation.part_of is not None:
-                family = await Family.of(self._journal, record, fresh=looks > 1)
+            if record.envelope.correlation.part_of is not None or await self._has_parts(record):
+                # What has ended changes seldom, and reading all of it takes long: others would come first again.
+                family = await Family.of(self._journal, record, fresh=looks % FRESH == 0)
             if callable(grant):
                 said = self._without_secrets(grant({} if family is None else family.left()))
                 by, fact = said.by, said.fact()
@@ -436,6 +439,13 @@ class Admission:
         relaxed = self._journal.mode(record.envelope, None).window_ms is not None
         alone = record.bound is None and not (self._resumed or self._journal.parts.may_be_of(record.id))
         return [] if relaxed and alone else await open_children(self._journal, record.id)
+
+    async def _has_parts(self, record: Record) -> bool:
+        # As with those that are open: to look at the ledger would store first what is relaxed.
+        relaxed = self._journal.mode(record.envelope, None).window_ms is not None
+        if self._journal.parts.may_be_of(record.id):
+            return True
+        return not (relaxed and record.bound is None) and bool(await self._journal.children(record.id))
 
     async def _taken_over(self, older: Record, newer: Record) -> list[lifecycle.Bound]:
         """The older envelope's references, as far as they still lead to it and the newer one has none of the kind."""

@@ -428,8 +428,10 @@ class AdmissionController:
         for _ in range(MAX_CONFLICTS):
             outcome = judgement.outcome
             covered = outcome.covered if isinstance(outcome, lifecycle.Admitted) else {}
+            # What may go to the spool is not held against a ledger that may be away.
+            spooled = not covered and self._journal.mode(sealed.envelope, first.key).spooled
             try:
-                return await self._record(record, judgement, sealed, first, above.seen(covered))
+                return await self._record(record, judgement, sealed, first, () if spooled else above.seen(covered))
             except SequenceConflict:
                 above = await Above.of(self._journal, sealed.envelope)
                 if covered:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Final, Protocol
 
 from execution_envelope.errors import InvalidField
@@ -10,7 +10,7 @@ from execution_envelope.ledger.commit import Siblings
 from execution_envelope.lifecycle import Granted, Violation
 from execution_envelope.record import Record
 from execution_envelope.resources import Amount, add, exceeds, human
-from execution_envelope.tree import Tree, minus
+from execution_envelope.tree import Covered, Past, Tree, minus
 
 #: How many envelopes a tree may have that is read, and how many levels.
 MAX_TREE: Final = 20_000
@@ -19,38 +19,58 @@ MAX_LEVELS: Final = 64
 MAX_PARENTS: Final = 100_000
 
 
+class Cut(Tree):
+    """A tree of which not all was read, because it is beyond the limits."""
+
+    def covered(self, account: str, name: str) -> Covered:
+        """Nobody knows what those came to that were left out."""
+        found = Tree.covered(self, account, name)
+        return found._replace(parts=found.parts + 1, unknown=found.unknown + 1)
+
+
 class Reads(Protocol):
     """What trees are read with: `ended` are trees of which everything has ended, as they were last read."""
 
-    ended: dict[str, Tree]
-
+    @property
+    def ended(self) -> Mapping[str, Tree]: ...
     async def read(self, *reference: str) -> Record: ...
     async def children(self, id: str) -> Sequence[str]: ...
     def remember_ended(self, tree: Tree) -> None: ...
 
 
-async def read_tree(journal: Reads, id: str, *, fresh: bool = True) -> Tree:
-    """An envelope with all that are part of it. Raises `NotFound`, and `InvalidField` for a tree beyond the limits.
+async def read_tree(journal: Reads, id: str, *, fresh: bool = True, whole: bool = True) -> Tree:
+    """An envelope with all that are part of it. Raises `NotFound`, and `InvalidField` for a tree beyond the limits;
+    unless it has to be the `whole`: what is beyond them is left out then, and what it came to is unknown.
 
     Unless it has to be `fresh`, what has ended with all below may be as it was when last read.
     """
-    count = 0
+    count, cut = 0, False
+    ended: set[str] = set()
 
     async def read(id: str, level: int) -> Tree:
-        nonlocal count
+        nonlocal count, cut
         if not fresh and (known := journal.ended.get(id)) is not None:
+            ended.add(id)
             return known
         count += 1
-        if count > MAX_TREE or level > MAX_LEVELS:
-            raise InvalidField("part_of", f"expected a tree of up to {MAX_TREE} envelopes and {MAX_LEVELS} levels")
         record = await journal.read(id)
-        below = [await read(child, level + 1) for child in await journal.children(record.id)]
+        below = []
+        for child in await journal.children(record.id):
+            if count < MAX_TREE and level + 1 < MAX_LEVELS:
+                below.append(await read(child, level + 1))
+            elif whole:
+                raise _too_large()
+            else:
+                cut = True
+                break
         tree = Tree(record, tuple(below))
-        if all(not one.is_open for _, one in tree.walk()):
+        if not (cut or record.is_open) and all(child.record.id in ended for child in below):
+            ended.add(record.id)
             journal.remember_ended(tree)
         return tree
 
-    return await read(id, 0)
+    tree = await read(id, 0)
+    return Cut(tree.record, tree.children) if cut else tree
 
 
 async def open_children(journal: Reads, id: str) -> list[str]:
@@ -66,6 +86,53 @@ async def open_children(journal: Reads, id: str) -> list[str]:
             elif record.state != "completed":  # nothing was open below a clean end
                 above.append(child)
     return found
+
+
+class Ended(Mapping[str, Tree]):
+    """Trees of which everything has ended, of up to `MAX_TREE` envelopes together: those looked at last.
+
+    In them only what was used can change. Looked up by the id of the root.
+    """
+
+    def __init__(self) -> None:
+        self._trees: dict[str, Tree] = {}
+        #: Envelope -> the root that it is kept with.
+        self._roots: dict[str, str] = {}
+
+    def __getitem__(self, id: str) -> Tree:
+        tree = self._trees[id] = self._trees.pop(id)  # last looked at, last forgotten
+        return tree
+
+    def __contains__(self, id: object) -> bool:
+        return id in self._trees
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._trees)
+
+    def __len__(self) -> int:
+        return len(self._trees)
+
+    def add(self, tree: Tree) -> None:
+        """Keep a tree, and none of those below it beside it."""
+        for child in tree.children:
+            self.forget(child.record.id)
+        self.forget(tree.record.id)
+        kept = _past(tree)
+        self._trees[kept.record.id] = kept
+        self._roots |= {record.id: kept.record.id for _, record in kept.walk()}
+        while len(self._roots) > MAX_TREE:
+            self.forget(next(iter(self._trees)))
+
+    def forget(self, id: str) -> None:
+        """Of this envelope something was recorded: the tree that it is in is no longer known."""
+        tree = self._trees.pop(self._roots.get(id, id), None)
+        for _, record in () if tree is None else tree.walk():
+            del self._roots[record.id]
+
+
+def _past(tree: Tree) -> Tree:
+    record = tree.record if isinstance(tree.record, Past) else Past(tree.record)
+    return Tree(record, tuple(_past(child) for child in tree.children))
 
 
 class Parts:
@@ -85,26 +152,33 @@ class Parts:
 
 
 class Family:
-    """Those above one child, the nearest first, each with all that are part of it, as they were at one look."""
+    """Those above one envelope, the nearest first, each with all that are part of it, and it with its own parts, as
+    they were at one look. `own` is None where it is not known of any."""
 
-    def __init__(self, child: Record, above: tuple[Tree, ...]) -> None:
+    def __init__(self, child: Record, above: tuple[Tree, ...], own: Tree | None) -> None:
         self._child = child
         self._above = above
+        self._own = own
 
     @classmethod
     async def of(cls, journal: Reads, child: Record, *, fresh: bool) -> Family:
-        """The family of an envelope that is part of another."""
+        """The family of an envelope. Raises `InvalidField` for one that is beyond the limits of a tree."""
         path: list[str] = []
         parent = child.envelope.correlation.part_of
-        while parent is not None and len(path) < MAX_LEVELS:
+        while parent is not None:
+            if len(path) + 1 >= MAX_LEVELS:
+                raise _too_large()
             path.append(parent)
             parent = (await journal.read(parent)).envelope.correlation.part_of
+        if not path:
+            return cls(child, (), await read_tree(journal, child.id, fresh=fresh))
         tree = await read_tree(journal, path[-1], fresh=fresh)
         above = [tree]
         for id in reversed(path[:-1]):
             tree = next((one for one in tree.children if one.record.id == id), None) or await read_tree(journal, id)
             above.append(tree)
-        return cls(child, tuple(reversed(above)))
+        own = next((one for one in tree.children if one.record.id == child.id), None)
+        return cls(child, tuple(reversed(above)), own)
 
     def left(self) -> dict[str, Amount]:
         """Resource -> what may be granted to the child, of all that any above it was granted."""
@@ -125,22 +199,42 @@ class Family:
             if tree is None:
                 continue
             bound = tree.bound(name)
-            total = add([given, tree.shared(name, without=self._child.id, ends=ends)])
+            # What nobody knows of one of them is no room for another.
+            total = add([given, tree.shared(name, without=self._child.id, ends=ends, known=True)])
             if given and exceeds(total, bound):  # nothing more is never too much
                 parent = f"parent {tree.record.id}"
                 text = f"{name} {human(name, total)} is beyond the {human(name, bound)} that {parent} was granted"
                 found.append(Violation(name, bound, total, parent, text))
+        return [*found, *self._below(held)]
+
+    def _below(self, held: Mapping[str, Amount]) -> list[Violation]:
+        """Where those below take more than it would hold, of what this changes."""
+        found, before = [], self._child.held
+        for name, bound in held.items():
+            if self._own is None or not self._own.children or before.get(name) == bound:
+                continue
+            total = self._own.shared(name, without=None, known=True)
+            if exceeds(total, bound):
+                children = f"children of {self._child.id}"
+                text = f"{name} {human(name, total)} that {children} take is beyond the {human(name, bound)} granted"
+                found.append(Violation(name, bound, total, children, text))
         return found
 
     def siblings(self) -> tuple[Siblings, ...]:
-        """What was read: the ledger refuses the write when any of it has changed meanwhile."""
-        outermost = self._above[-1]
-        nearest = self._above[0].record.id
+        """What was read: the ledger refuses the write when any of it has changed meanwhile.
+
+        Where something is open, a part may be added; where something has ended, a report may come late.
+        """
+        outermost = self._above[-1] if self._above else self._own
         return tuple(
             Siblings(node.record.id, {one.id: one.next_sequence for one in _members(node) if one.id != self._child.id})
-            for node in _nodes(outermost)
-            if node.record.id == nearest or (node.children and node.record.is_open)
+            for node in ([] if outermost is None else _nodes(outermost))
+            if node.children or node.record.is_open
         )
+
+
+def _too_large() -> InvalidField:
+    return InvalidField("part_of", f"expected a tree of up to {MAX_TREE} envelopes and {MAX_LEVELS} levels")
 
 
 def _members(node: Tree) -> Iterator[Record]:

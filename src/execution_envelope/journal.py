@@ -21,7 +21,7 @@ from execution_envelope.credentials import shown
 from execution_envelope.decision import Observation
 from execution_envelope.envelope import KINDS, Envelope, SealedEnvelope, timestamp
 from execution_envelope.errors import InvalidField, LedgerUnavailable, NotFound
-from execution_envelope.family import Parts, read_tree
+from execution_envelope.family import Ended, Parts, read_tree
 from execution_envelope.grant import label
 from execution_envelope.ledger import Ledger
 from execution_envelope.ledger.commit import BudgetExhausted, Commit, SequenceConflict, Siblings
@@ -120,8 +120,8 @@ class Journal:
         self._currency: str | None = None
         self._removed: dict[str, frozenset[str]] = {}
         self.parts = Parts()
-        #: Trees of which everything has ended, as they were last read: only what was used can change in them.
-        self.ended: dict[str, Tree] = {}
+        #: Trees of which everything has ended, as they were last read.
+        self.ended = Ended()
 
     @property
     def inline(self) -> bool:
@@ -208,7 +208,8 @@ class Journal:
         for record, facts in writes:
             check(record.state, facts)
             if record.budgets:
-                tree = await read_tree(self, record.id) if counts_below(record, facts) else None
+                # An end is never refused: what a tree is too large to tell is unknown.
+                tree = await read_tree(self, record.id, whole=False) if counts_below(record, facts) else None
                 facts, within = _with_budgets(record, facts, over, tree)
             commits.append(
                 Commit(
@@ -239,6 +240,7 @@ class Journal:
             # Also when the caller was cancelled meanwhile: the records at hand say what was recorded.
             for groups in landed:
                 for (record, _), events in zip(writes, groups, strict=True):
+                    self.ended.forget(record.id)
                     for event in events:
                         record.apply(event)
                     if stored is not None and events:
@@ -278,12 +280,8 @@ class Journal:
         )
 
     def remember_ended(self, tree: Tree) -> None:
-        """Keep a tree of which everything has ended, and not those below it beside it."""
-        for child in tree.children:
-            self.ended.pop(child.record.id, None)
-        self.ended[tree.record.id] = tree
-        while len(self.ended) > MAX_REMEMBERED:
-            del self.ended[next(iter(self.ended))]
+        """Keep a tree of which everything has ended."""
+        self.ended.add(tree)
 
     def close(self) -> None:
         """Store what is pending, and let go of ledger and spool."""

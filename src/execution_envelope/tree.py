@@ -36,6 +36,29 @@ class Covered(NamedTuple):
         )
 
 
+class Past(Record):
+    """What a tree needs of a record that has ended, without its request and its events. Nothing is added to it."""
+
+    def __init__(self, record: Record) -> None:
+        self._id, self._next_sequence, self._granted = record.id, record.next_sequence, record.granted
+        self.state, self.budgets, self.reserved = record.state, record.budgets, record.reserved
+        self._reckoning = record.reckoning
+        #: (resource, whether what is not known is left out) -> what it took, as far as that was asked before.
+        self.taken: dict[tuple[str, bool], Amount] = {}
+
+    @property
+    def id(self) -> str:
+        return self._id
+
+    @property
+    def next_sequence(self) -> int:
+        return self._next_sequence
+
+    @property
+    def granted(self) -> dict[str, Amount]:
+        return self._granted
+
+
 @dataclass(frozen=True, slots=True)
 class Tree:
     """`record`, and the trees of the envelopes that are part of it, oldest first."""
@@ -74,26 +97,36 @@ class Tree:
             for name, each in found.items()
         }
 
-    def taken(self, name: str, *, without: str | None = None, ends: str | None = None) -> Amount:
+    def taken(self, name: str, *, without: str | None = None, ends: str | None = None, known: bool = False) -> Amount:
         """What this takes of the nearest envelope above that was granted `name`; nothing for the one called `without`.
 
         Of a counter what is granted to it as long as it is open, and what it came to with all below once it has ended:
         what was not used goes back. Where nobody said what was used, it may have been all that was granted. Of a level
-        what it holds now. The one called `ends` counts as ended.
+        what it holds now. The one called `ends` counts as ended. With `known` what is not known is left out, so that
+        it is the least that is taken.
         """
         record = self.record
         if record.id == without:
             return 0
+        if isinstance(record, Past) and not self.children:  # there are many of them, and nothing changes
+            if (name, known) not in record.taken:
+                record.taken[name, known] = self._taken(name, None, None, known)
+            return record.taken[name, known]
+        return self._taken(name, without, ends, known)
+
+    def _taken(self, name: str, without: str | None, ends: str | None, known: bool) -> Amount:
+        record = self.record
         given, is_open = name in record.granted, record.is_open and record.id != ends
-        below = [child.taken(name, without=without, ends=ends) for child in self.children]
+        below = [child.taken(name, without=without, ends=ends, known=known) for child in self.children]
         if VOCABULARY[name].across_reports != "sum":
             if not given:
                 return together(name, below)
-            return record.held.get(name, 0) if is_open else 0  # what those below hold is within it
+            # What those below hold is within it.
+            return _least(record.held.get(name, 0), known) if is_open else 0
         if given and not is_open and not below:
-            return record.reckoning.taken(name, ended=True)
-        came_to = add([_reported(record, name), *below])
-        return largest((record.held.get(name, 0), came_to)) if is_open else came_to
+            return _least(record.reckoning.taken(name, ended=True), known)
+        came_to = add([_least(_reported(record, name), known), *below])
+        return largest((_least(record.held.get(name, 0), known), came_to)) if is_open else came_to
 
     def covered(self, account: str, name: str) -> Covered:
         """What those below came to of which the root had reserved in this account, for them too.
@@ -129,15 +162,16 @@ class Tree:
         """What the root may share with those below: what it holds, or once it has ended what it was granted."""
         return self.record.held.get(name, 0) if self.record.is_open else self.record.granted.get(name, 0)
 
-    def shared(self, name: str, *, without: str, ends: str | None = None) -> Amount:
-        """How much of that is taken by others than `without`, the root itself among them.
+    def shared(self, name: str, *, without: str | None, ends: str | None = None, known: bool = False) -> Amount:
+        """How much of that is taken by others than `without`, the root itself among them; with `known` at least.
 
         What does not add up is there for each of them in full.
         """
         if VOCABULARY[name].across_parts != "sum":
             return 0
-        taken = [child.taken(name, without=without, ends=ends) for child in self.children]
-        return add([*taken, _reported(self.record, name)]) if VOCABULARY[name].across_reports == "sum" else add(taken)
+        taken = [child.taken(name, without=without, ends=ends, known=known) for child in self.children]
+        own = _least(_reported(self.record, name), known) if VOCABULARY[name].across_reports == "sum" else 0
+        return add([*taken, own])
 
     def _outermost(self, family: str) -> dict[str, Amount]:
         mine: Mapping[str, Amount] = self.record.granted if family == "granted" else asked(self.record)
@@ -152,6 +186,10 @@ class Tree:
 def _reported(record: Record, name: str) -> Amount:
     used = record.reckoning.used(name)
     return 0 if used is None else used
+
+
+def _least(amount: Amount, known: bool) -> Amount:
+    return 0 if known and amount == UNKNOWN else amount
 
 
 def asked(record: Record) -> dict[str, Amount]:
