@@ -107,9 +107,9 @@ async def get_run(run_id: UUID, caller: CurrentCaller, backend: BackendState) ->
 
 @router.delete("/runs/{run_id}")
 async def cancel_run(run_id: UUID, caller: CurrentCaller, backend: BackendState) -> WholeRunOut:
-    """End a run with all that is part of it; answers when it has ended. Harmless when it has."""
+    """End a run with all that is part of it, for its owner and operators; answers when it has ended."""
     job = backend.job_of(caller, AGENT, run_id)
-    await backend.jobs.cancel(job, f"{caller.type}:{caller.subject}")
+    await backend.cancelled(caller, job)
     return await _whole(job, backend)
 
 

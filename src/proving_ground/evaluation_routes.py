@@ -108,9 +108,10 @@ async def get_evaluation(evaluation_id: UUID, caller: CurrentCaller, backend: Ba
 
 @router.delete("/{evaluation_id}")
 async def cancel_evaluation(evaluation_id: UUID, caller: CurrentCaller, backend: BackendState) -> EvaluationOut:
-    """End it and answer when its process and what it asked for have ended. One that has ended stays as it is."""
+    """End it, for its owner and operators, and answer when its process and what it asked for have ended. One that has
+    ended stays as it is."""
     job = backend.job_of(caller, EVALUATION, evaluation_id)
-    await backend.jobs.cancel(job, f"{caller.type}:{caller.subject}")
+    await backend.cancelled(caller, job)
     return _out(job)
 
 

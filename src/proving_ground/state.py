@@ -8,7 +8,7 @@ import httpx
 from fastapi import Depends, HTTPException, Request
 
 from proving_ground.agents import AgentRuns
-from proving_ground.auth import Caller
+from proving_ground.auth import OPERATOR, Caller, require_role
 from proving_ground.catalog import Catalog
 from proving_ground.deployment import Deployment
 from proving_ground.jobs import Job, Jobs
@@ -50,6 +50,18 @@ class Backend:
         for found in self.jobs.of(caller, kind, job_id):
             return found
         raise HTTPException(404, f"no {kind} `{job_id}`")
+
+    async def cancelled(self, caller: Caller, job: Job) -> bool:
+        """End a job, and return when it has ended: whether it had not before.
+
+        403 for anybody but its owner, which is type and subject, and operators of the tenant.
+        """
+        if (caller.type, caller.subject) != (job.owner.type, job.owner.subject):
+            require_role(caller, OPERATOR)
+        if job.ended:
+            return False
+        await self.jobs.cancel(job, f"{caller.type}:{caller.subject}")
+        return True
 
 
 def _backend(request: Request) -> Backend:

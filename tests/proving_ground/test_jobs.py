@@ -2,15 +2,20 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
 
+import pytest
+from fastapi import HTTPException
+
 from execution_envelope import AdmissionController, Ask, Grant, Record, Subject, Target
 from execution_envelope.ledger.memory import MemoryLedger
 from proving_ground.auth import Caller, RunTokens
 from proving_ground.jobs import JOBS, MAX_RUNNING, Job, JobFailed, Jobs, JobStore, Run, Work, prober
+from proving_ground.state import Backend
 
 DANA = Caller("dana", "acme", ("operator",), ("support-bot",), "support-bot")
 
@@ -150,6 +155,35 @@ def test_cancelled_by_two_at_once_it_says_what_it_used_and_ends_once(tmp_path: P
         record = await house.record(job)
         assert (job.status, record.state, record.used["samples"].amount) == ("CANCELLED", "cancelled", 1)
         assert record.events[-1].by == job.stopped_by == "user:dana"
+        await house.jobs.close()
+
+    running(body)
+
+
+@pytest.mark.parametrize(
+    ("caller", "may"),
+    [
+        (Caller("sam", "acme", ("viewer",), ()), True),
+        (Caller("dana", "acme", ("operator",), ()), True),
+        (Caller("kim", "acme", ("viewer",), ()), False),
+        (Caller("sam", "acme", ("viewer",), (), type="agent"), False),
+    ],
+)
+def test_a_job_is_ended_by_its_owner_and_by_operators(tmp_path: Path, caller: Caller, may: bool) -> None:
+    async def body() -> None:
+        house = House(tmp_path, forever)
+        owner = Caller("sam", "acme", ("viewer",), ("support-bot",), "support-bot")
+        job = await house.submit(owner)
+        await until(lambda: job.status == "RUNNING")
+        parts: Any = dict.fromkeys(field.name for field in fields(Backend))
+        backend = Backend(**{**parts, "jobs": house.jobs})
+        if may:
+            assert await backend.cancelled(caller, job) and job.status == "CANCELLED"
+            assert not await backend.cancelled(caller, job)
+        else:
+            with pytest.raises(HTTPException, match="needs the role `operator`"):
+                await backend.cancelled(caller, job)
+            assert job.status == "RUNNING" and job.stopped_by is None
         await house.jobs.close()
 
     running(body)
