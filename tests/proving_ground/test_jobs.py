@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import fields
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from uuid import UUID, uuid4
 
 import pytest
@@ -14,8 +14,10 @@ from fastapi import HTTPException
 from execution_envelope import AdmissionController, Ask, Grant, Record, Subject, Target
 from execution_envelope.ledger.memory import MemoryLedger
 from proving_ground.auth import Caller, RunTokens
-from proving_ground.jobs import JOBS, MAX_RUNNING, Job, JobFailed, Jobs, JobStore, Run, Work, prober
+from proving_ground.jobs import JOBS, KEPT_ENDED, MAX_RUNNING, Job, JobFailed, Jobs, JobStore, Run, Work, prober
+from proving_ground.maintenance import MAX_ROWS, Maintenance
 from proving_ground.state import Backend
+from proving_ground.supervisor import Supervisor
 
 DANA = Caller("dana", "acme", ("operator",), ("support-bot",), "support-bot")
 
@@ -292,6 +294,57 @@ def test_a_running_job_is_alive_and_an_unknown_one_gone(tmp_path: Path) -> None:
         await house.jobs.close()
 
     running(body)
+
+
+class NoDeployments:
+    """Stands in for a supervisor without deployments; one that is broken cannot forget even those."""
+
+    def __init__(self, *, broken: bool = False) -> None:
+        self.broken = broken
+        self.asked = 0
+
+    def forget_old(self, most: int) -> int:
+        self.asked += 1
+        if self.broken:
+            raise PermissionError("no log of that name may be deleted")
+        return 0
+
+
+def maintenance_of(house: House, supervisor: NoDeployments) -> Maintenance:
+    return Maintenance(house.controller, {}, cast(Supervisor, supervisor), house.jobs)
+
+
+def test_all_that_is_old_is_forgotten_an_envelope_for_each_round(tmp_path: Path) -> None:
+    async def body() -> None:
+        house = House(tmp_path, forever)
+        for number in range(KEPT_ENDED + 2 * MAX_ROWS + 3):
+            job = Job(UUID(int=number), "evaluation", DANA, {}, datetime.now(UTC), "COMPLETED")
+            house.jobs.jobs[job.id] = job
+        await maintenance_of(house, NoDeployments()).clean_up()
+        assert len(house.jobs.jobs) == KEPT_ENDED and UUID(int=2 * MAX_ROWS + 2) not in house.jobs.jobs
+        records = [await house.controller.read(id) for id in house.controller.ledger.newest(9)]
+        assert sorted(record.used["rows"].amount for record in records) == [3, MAX_ROWS, MAX_ROWS]
+        assert {record.state for record in records} == {"completed"}
+        await house.jobs.close()
+
+    running(body)
+
+
+def test_whatever_goes_wrong_maintenance_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async def body() -> None:
+        house = House(tmp_path, forever)
+        supervisor = NoDeployments(broken=True)
+        task = asyncio.create_task(maintenance_of(house, supervisor).run())
+        await until(lambda: supervisor.asked >= 3)
+        assert not task.done()
+        task.cancel()
+        await asyncio.wait([task])
+        await house.jobs.close()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("proving_ground.maintenance.EVERY_SECONDS", 0.01)
+        running(body)
+    assert "PermissionError: no log of that name" in caplog.text and "nothing could be cleaned up" in caplog.text
 
 
 def test_a_token_is_good_from_the_start_of_a_run_to_its_end(tmp_path: Path) -> None:
