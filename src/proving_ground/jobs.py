@@ -9,6 +9,7 @@ import contextlib
 import json
 import logging
 import sqlite3
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -54,6 +55,13 @@ CREATE TABLE IF NOT EXISTS jobs (
     checkpoint TEXT NOT NULL, error_code TEXT, error_message TEXT, stopped_by TEXT
 ) STRICT;
 """
+
+
+class Full(Exception):
+    """The tenant has as many open jobs as it may."""
+
+    def __init__(self) -> None:
+        super().__init__(f"your tenant has {MAX_OPEN} open jobs, wait for one to end")
 
 
 class JobFailed(Exception):
@@ -155,6 +163,8 @@ class Jobs:
         self._stopping: set[UUID] = set()
         self._turns = asyncio.Semaphore(MAX_RUNNING)
         self._closing = False
+        self._reserved = Counter[str]()
+        """Tenant -> places kept for jobs that are not submitted yet."""
         self.jobs: dict[UUID, Job] = {job.id: job for job in store.load()}
 
     def offer(self, kind: str, run: Run, *, resumable: bool = False) -> None:
@@ -168,9 +178,20 @@ class Jobs:
                 yield job
 
     def is_full(self, caller: Caller) -> bool:
-        """Whether the caller's tenant has as many open jobs as it may."""
+        """Whether the caller's tenant has as many open jobs as it may, with those to be submitted soon."""
         mine = [job for job in self.jobs.values() if job.owner.tenant == caller.tenant and not job.ended]
-        return len(mine) >= MAX_OPEN
+        return len(mine) + self._reserved[caller.tenant] >= MAX_OPEN
+
+    @contextlib.contextmanager
+    def place(self, caller: Caller) -> Iterator[None]:
+        """Keep a place of the caller's tenant for the job that is bound and submitted within. Raises `Full`."""
+        if self.is_full(caller):
+            raise Full
+        self._reserved[caller.tenant] += 1
+        try:
+            yield
+        finally:
+            self._reserved[caller.tenant] -= 1
 
     async def recover(self) -> None:
         """Take up what an earlier backend left: resumable jobs go on, what became of others is said."""

@@ -1,6 +1,7 @@
 """Jobs: each ends once, on the record and in the store, whenever it is cancelled; and the tokens of runs."""
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable
 from dataclasses import fields
 from datetime import UTC, datetime
@@ -14,7 +15,19 @@ from fastapi import HTTPException
 from execution_envelope import AdmissionController, Ask, Grant, Record, Subject, Target
 from execution_envelope.ledger.memory import MemoryLedger
 from proving_ground.auth import Caller, RunTokens
-from proving_ground.jobs import JOBS, KEPT_ENDED, MAX_RUNNING, Job, JobFailed, Jobs, JobStore, Run, Work, prober
+from proving_ground.jobs import (
+    JOBS,
+    KEPT_ENDED,
+    MAX_OPEN,
+    MAX_RUNNING,
+    Job,
+    JobFailed,
+    Jobs,
+    JobStore,
+    Run,
+    Work,
+    prober,
+)
 from proving_ground.maintenance import MAX_ROWS, Maintenance
 from proving_ground.state import Backend
 from proving_ground.supervisor import Supervisor
@@ -162,6 +175,40 @@ def test_cancelled_by_two_at_once_it_says_what_it_used_and_ends_once(tmp_path: P
     running(body)
 
 
+def backend_of(house: House) -> Backend:
+    """With jobs, and with nothing else."""
+    parts: Any = dict.fromkeys(field.name for field in fields(Backend))
+    return Backend(**{**parts, "jobs": house.jobs})
+
+
+def test_of_many_at_once_no_more_start_than_may_be_open(tmp_path: Path) -> None:
+    async def body() -> None:
+        house = House(tmp_path, forever)
+        backend = backend_of(house)
+        ask = Ask(kind="evaluation", operation="e", target=Target("deployment", "d"), subject=Subject("user", "dana"))
+
+        async def started() -> str:
+            async with house.controller.admit(ask) as admission:
+                await backend.start(admission, Job(uuid4(), "evaluation", DANA, {}, datetime.now(UTC)))
+            return "started"
+
+        found = await asyncio.gather(*[started() for _ in range(MAX_OPEN + 6)], return_exceptions=True)
+        refused = [one for one in found if isinstance(one, HTTPException)]
+        assert (found.count("started"), len(refused), len(house.jobs.jobs)) == (MAX_OPEN, 6, MAX_OPEN)
+        assert (refused[0].status_code, refused[0].detail) == (429, "your tenant has 64 open jobs, wait for one to end")
+        first = next(iter(house.jobs.jobs.values()))
+        await house.jobs.cancel(first, "user:dana")
+        assert not house.jobs.is_full(DANA)
+        # A place that comes to nothing is free again.
+        with contextlib.suppress(ZeroDivisionError), house.jobs.place(DANA):
+            assert house.jobs.is_full(DANA)
+            raise ZeroDivisionError
+        assert not house.jobs.is_full(DANA)
+        await house.jobs.close()
+
+    running(body)
+
+
 @pytest.mark.parametrize(
     ("caller", "may"),
     [
@@ -177,8 +224,7 @@ def test_a_job_is_ended_by_its_owner_and_by_operators(tmp_path: Path, caller: Ca
         owner = Caller("sam", "acme", ("viewer",), ("support-bot",), "support-bot")
         job = await house.submit(owner)
         await until(lambda: job.status == "RUNNING")
-        parts: Any = dict.fromkeys(field.name for field in fields(Backend))
-        backend = Backend(**{**parts, "jobs": house.jobs})
+        backend = backend_of(house)
         if may:
             assert await backend.cancelled(caller, job) and job.status == "CANCELLED"
             assert not await backend.cancelled(caller, job)
