@@ -28,6 +28,7 @@ from execution_envelope import (
     Record,
     Tree,
 )
+from execution_envelope.lifecycle import Cancelled, Completed, ended
 from execution_envelope.reconciliation import Liveness, Prober
 from proving_ground.auth import Caller, RunTokens
 
@@ -202,7 +203,11 @@ class Jobs:
             if resumable:
                 self._start(job)
                 continue
-            self._end(job, "FAILED", "BACKEND_RESTARTED", "the backend ended while it ran; ask again")
+            end: _End = ("FAILED", "BACKEND_RESTARTED", "the backend ended while it ran; ask again")
+            with contextlib.suppress(EnvelopeError):
+                record = await self._controller.read(job.kind, str(job.id))
+                end = end if record.is_open else _recorded(record)
+            self._end(job, *end)
 
     def submit(self, job: Job) -> None:
         """Run a job whose envelope is bound to it."""
@@ -261,6 +266,9 @@ class Jobs:
             admission = await self._controller.resume(job.kind, str(job.id), by=JOBS)
         except EnvelopeError as error:
             self._end(job, "FAILED", "RECORD_MISSING", str(error))
+            return
+        if not admission.record.is_open:
+            self._end(job, *_recorded(admission.record))
             return
         acting = job.owner.acting_as(job.kind, str(job.id), admission.id)
         token = self._tokens.issue(acting)
@@ -366,6 +374,18 @@ class Jobs:
             del self.jobs[old.id]
             self._store.forget(old.id)
         return len(gone)
+
+
+def _recorded(record: Record) -> _End:
+    """How a job ended by its envelope, which an earlier backend closed before it was killed: it does not run again."""
+    data = next(event.data for event in reversed(record.events) if ended(event.data))
+    status: Status = "FAILED"
+    if isinstance(data, Completed):
+        return "COMPLETED", None, ""
+    if isinstance(data, Cancelled):
+        status = "CANCELLED"
+    said = getattr(data, "message", None) or getattr(data, "evidence", None)
+    return status, getattr(data, "code", record.state.upper()), said or f"it is {record.state} on the record"
 
 
 async def _badly(admission: Admission, code: str, sentence: str) -> None:

@@ -326,6 +326,45 @@ def test_what_a_killed_backend_left_is_abandoned_with_the_evidence(tmp_path: Pat
     running(body)
 
 
+@pytest.mark.parametrize("resumable", [True, False])
+def test_what_has_ended_on_the_record_does_not_run_again(tmp_path: Path, resumable: bool) -> None:
+    async def body() -> None:
+        house = House(tmp_path, at_once)
+        store, jobs = JobStore(tmp_path), []
+        for end in ("complete", "fail", "cancel", "reject"):
+            job = await house.ask()
+            admission = await house.controller.resume("evaluation", str(job.id), by=JOBS)
+            if end != "reject":
+                await admission.grant(Grant({"samples": 2}))
+            if end in ("fail", "reject"):
+                await getattr(admission, end)("NO_ROOM", "there is none")
+            else:
+                await getattr(admission, end)("stopped by user:dana")
+            job.status = "RUNNING"  # killed before the end was in the store
+            store.save(job)
+            jobs.append(job.id)
+        store.close()
+        ran: list[Job] = []
+
+        async def again(work: Work) -> None:
+            ran.append(work.job)
+
+        house.jobs = house.opened(again, resumable)
+        await house.jobs.recover()
+        found = [house.jobs.jobs[id] for id in jobs]
+        await until(lambda: all(job.ended for job in found))
+        assert [(job.status, job.error_code, job.error_message) for job in found] == [
+            ("COMPLETED", None, None),
+            ("FAILED", "NO_ROOM", "there is none"),
+            ("CANCELLED", "CANCELLED", "stopped by user:dana"),
+            ("FAILED", "NO_ROOM", "there is none"),
+        ]
+        assert ran == []
+        await house.jobs.close()
+
+    running(body)
+
+
 def test_a_running_job_is_alive_and_an_unknown_one_gone(tmp_path: Path) -> None:
     async def body() -> None:
         house = House(tmp_path, forever)
