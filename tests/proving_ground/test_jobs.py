@@ -13,7 +13,6 @@ import pytest
 from fastapi import HTTPException
 
 from execution_envelope import AdmissionController, Ask, Grant, Record, Subject, Target
-from execution_envelope.ledger.memory import MemoryLedger
 from proving_ground.auth import Caller, RunTokens
 from proving_ground.jobs import (
     JOBS,
@@ -36,10 +35,10 @@ DANA = Caller("dana", "acme", ("operator",), ("support-bot",), "support-bot")
 
 
 class House:
-    """Jobs with a ledger in memory, as long as a test runs."""
+    """Jobs with a ledger, as long as a test runs."""
 
-    def __init__(self, directory: Path, run: Run, *, resumable: bool = False) -> None:
-        self.controller = AdmissionController(MemoryLedger(), component="test")
+    def __init__(self, directory: Path, run: Run, *, resumable: bool = False, ledger: str = "memory://") -> None:
+        self.controller = AdmissionController.open(ledger, component="test")
         self.tokens = RunTokens()
         self.directory = directory
         self.jobs = self.opened(run, resumable)
@@ -183,7 +182,7 @@ def backend_of(house: House) -> Backend:
 
 def test_of_many_at_once_no_more_start_than_may_be_open(tmp_path: Path) -> None:
     async def body() -> None:
-        house = House(tmp_path, forever)
+        house = House(tmp_path, forever, ledger=f"sqlite:///{tmp_path}/envelopes.db")  # where to bind takes a while
         backend = backend_of(house)
         ask = Ask(kind="evaluation", operation="e", target=Target("deployment", "d"), subject=Subject("user", "dana"))
 
@@ -205,6 +204,7 @@ def test_of_many_at_once_no_more_start_than_may_be_open(tmp_path: Path) -> None:
             raise ZeroDivisionError
         assert not house.jobs.is_full(DANA)
         await house.jobs.close()
+        await house.controller.aclose()
 
     running(body)
 
