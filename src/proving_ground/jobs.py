@@ -28,7 +28,6 @@ from execution_envelope import (
     Record,
     Tree,
 )
-from execution_envelope.lifecycle import Cancelled, Completed, ended
 from execution_envelope.reconciliation import Liveness, Prober
 from proving_ground.auth import Caller, RunTokens
 
@@ -378,14 +377,13 @@ class Jobs:
 
 def _recorded(record: Record) -> _End:
     """How a job ended by its envelope, which an earlier backend closed before it was killed: it does not run again."""
-    data = next(event.data for event in reversed(record.events) if ended(event.data))
-    status: Status = "FAILED"
-    if isinstance(data, Completed):
+    state = record.state
+    if state == "completed":
         return "COMPLETED", None, ""
-    if isinstance(data, Cancelled):
-        status = "CANCELLED"
+    status: Status = "CANCELLED" if state == "cancelled" else "FAILED"
+    data = next(event.data for event in reversed(record.events) if event.data.type == state)
     said = getattr(data, "message", None) or getattr(data, "evidence", None)
-    return status, getattr(data, "code", record.state.upper()), said or f"it is {record.state} on the record"
+    return status, getattr(data, "code", state.upper()), said or f"it is {state} on the record"
 
 
 async def _badly(admission: Admission, code: str, sentence: str) -> None:
