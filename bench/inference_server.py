@@ -34,7 +34,7 @@ from proving_ground.auth import CurrentCaller, RunTokens, TokenFile, demo_tokens
 from proving_ground.catalog import Catalog, smollm2
 from proving_ground.deployment import Deployment, Instance, new_deployment
 from proving_ground.engine import ChildEngine
-from proving_ground.proxy import engine_client, least_busy, occupied, pass_on, whole_body
+from proving_ground.proxy import engine_client, least_busy, occupied, pass_on
 from proving_ground.resolver import InstanceGrant
 from proving_ground.schemas import CreateModelDeployment
 from proving_ground.settings import EXAMPLE, Settings
@@ -80,7 +80,7 @@ def bare_app(settings: Settings) -> FastAPI:
     @app.post(f"/runtime/models/{{deployment_id}}/v1/{PATH}")
     async def infer(deployment_id: UUID, request: Request, caller: CurrentCaller, backend: BackendState) -> Response:
         deployment = backend.deployment_of(caller, deployment_id)
-        body = await whole_body(request)
+        body = await request.body()
         _, engine = least_busy(deployment)
         async with contextlib.AsyncExitStack() as entered:
             release = await entered.enter_async_context(occupied(engine))

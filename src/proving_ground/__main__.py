@@ -1,10 +1,13 @@
 """`python -m proving_ground`: serve on 127.0.0.1 until Ctrl-C."""
 
 import contextlib
+import os
 import socket
+import stat
 import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from pathlib import Path
 
 import uvicorn
 
@@ -43,7 +46,7 @@ def main(catalog: Catalog | None = None) -> None:
     """Read the settings, say where everything is, and serve. `catalog` replaces the built-in one."""
     try:
         settings = Settings.from_env()
-        settings.data.mkdir(parents=True, exist_ok=True, mode=0o700)
+        _own(settings.data)
         if not settings.tokens.exists():
             write_demo(settings.tokens)
         tokens = demo_tokens(settings.tokens)
@@ -95,6 +98,17 @@ def _greeting(settings: Settings, url: str, tokens: dict[str, str]) -> str:
         )
     ]
     return "\n".join([*lines, f"serving on {url}"]) + "\n"
+
+
+def _own(data: Path) -> None:
+    """The data directory with what is in it is readable by its owner only, whatever it was before this start."""
+    os.umask(0o077)  # for what this process and its children write from now on
+    data.mkdir(parents=True, exist_ok=True)
+    data.chmod(0o700)
+    for path in data.iterdir():
+        found = path.lstat()
+        if (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)) and found.st_uid == os.getuid():
+            path.chmod(stat.S_IMODE(found.st_mode) & 0o700)
 
 
 def _listen(port: int) -> socket.socket:

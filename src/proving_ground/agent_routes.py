@@ -19,7 +19,7 @@ from proving_ground.admission import envelope_caller
 from proving_ground.agent_schemas import Agent, CreateAgentRun, describe_run
 from proving_ground.agents import AGENT
 from proving_ground.auth import Caller, CurrentCaller
-from proving_ground.jobs import JOBS, MAX_OPEN, Job
+from proving_ground.jobs import Job
 from proving_ground.state import Backend, BackendState
 
 router = APIRouter(prefix="/agents", tags=["agents"])
@@ -79,8 +79,7 @@ async def start_run(
     else:
         _check(body, caller, backend)
         job = Job(uuid4(), AGENT, caller, body.public_body(), datetime.now(UTC))
-        await admission.bind(AGENT, str(job.id), owner=JOBS)
-        backend.jobs.submit(job)
+        await backend.start(admission, job)
     # Another request with the same key does not end what the first one started.
     left_by = None if admission.replayed else "client gone" if caller.envelope is None else "its parent"
     if body.stream:
@@ -107,22 +106,20 @@ async def get_run(run_id: UUID, caller: CurrentCaller, backend: BackendState) ->
 
 @router.delete("/runs/{run_id}")
 async def cancel_run(run_id: UUID, caller: CurrentCaller, backend: BackendState) -> WholeRunOut:
-    """End a run with all that is part of it; answers when it has ended. Harmless when it has."""
+    """End a run with all that is part of it, for its owner and operators; answers when it has ended."""
     job = backend.job_of(caller, AGENT, run_id)
-    await backend.jobs.cancel(job, f"{caller.type}:{caller.subject}")
+    await backend.cancelled(caller, job)
     return await _whole(job, backend)
 
 
 def _check(body: CreateAgentRun, caller: Caller, backend: Backend) -> None:
-    """404 for a deployment or a tool server that is not there, 429 when too many runs are open, before one starts."""
+    """404 for a deployment or a tool server that is not there, before a run starts."""
     backend.deployment_of(caller, body.deployment_id)
     for path, tools in _named("", body.tools, body.agents):
         for name in tools:
             if name not in backend.agents.servers:
                 names = ", ".join(backend.agents.servers) or "there are none"
                 raise HTTPException(404, f"no tool server `{name}` ({names}) - at {path}tools")
-    if backend.jobs.is_full(caller):
-        raise HTTPException(429, f"{MAX_OPEN} jobs of the tenant are open; wait for one to end")
 
 
 def _named(path: str, tools: list[str], agents: list[Agent]) -> list[tuple[str, list[str]]]:

@@ -124,10 +124,10 @@ def describe_run(body: Any, context: Context) -> Ask:
         target=Target("agent", body.get("name") or "agent"),
         requested={name: limits.get(name) for name in DEFAULTS},
         constraints={
+            **unknown,  # first: a key of the caller's own never takes the place of what is known here
             "deployment": body["deployment_id"],
             "tools": body.get("tools") or None,
             "agents": agents or None,
-            **unknown,
         },
         schema="proving-ground.CreateAgentRun/1",
         body=body,

@@ -16,6 +16,7 @@ from proving_ground.admission import SUPERVISOR, EnvelopeRecorder, open_seam, pr
 from proving_ground.agent_tools import load_servers
 from proving_ground.agents import AgentRuns
 from proving_ground.auth import RunTokens, TokenFile
+from proving_ground.body_limit import BodyLimit
 from proving_ground.catalog import Catalog
 from proving_ground.cluster import Cluster
 from proving_ground.evaluation import EVALUATION, Evaluations
@@ -98,6 +99,7 @@ def create_app(settings: Settings, *, catalog: Catalog | None = None) -> FastAPI
     app.state.tokens, app.state.runs = TokenFile.load(settings.tokens), RunTokens()
     app.add_exception_handler(RequestValidationError, _unprocessable)
     install(app, controller, guard=[f"POST {prefix}{path}" for prefix in ("", "/api") for path in _SEALED])
+    app.add_middleware(BodyLimit)  # the last one added is the first to see a request
     routers = (catalog_routes, serving, runtime, evaluation_routes, data_routes, agent_routes)
     for router in (module.router for module in routers):
         app.include_router(router, prefix="/api")

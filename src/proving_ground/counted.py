@@ -62,8 +62,8 @@ class Counted:
         first = True
         try:
             async for part in parts:
-                if first:
-                    self._head = part[:_HEAD]
+                if len(self._head) < _HEAD:
+                    self._head = (self._head + part)[:_HEAD]
                 self._tail = (self._tail + part)[-_TAIL:]
                 yield part
                 if first and streamed:
@@ -132,6 +132,9 @@ class Counted:
         tokens = self._tokens()
         if tokens is None:
             refused = self._status is not None and 400 <= self._status < 500
+            if self._status == 200 and not self._asked.writes:
+                # It was done, and how much that was nobody said.
+                return [(sure, "measured"), ({"input_tokens": "unknown", "output_tokens": 0}, "estimated")]
             if self._begun is None or refused or not self._asked.writes:
                 return [({**sure, "output_tokens": 0}, "measured")]
             # Cut off, or failed. Nobody knows how far it came: it may have been all.

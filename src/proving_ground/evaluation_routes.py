@@ -15,7 +15,7 @@ from execution_envelope.integrations.fastapi import admit
 from proving_ground.admission import envelope_caller, environment_of
 from proving_ground.auth import Caller, CurrentCaller
 from proving_ground.evaluation import EVALUATION, EvaluationRequest, describe_evaluation
-from proving_ground.jobs import JOBS, MAX_OPEN, Job, Status
+from proving_ground.jobs import Job, Status
 from proving_ground.state import Backend, BackendState
 
 router = APIRouter(prefix="/evaluations", tags=["evaluations"])
@@ -81,16 +81,13 @@ async def create_evaluation(
             raise HTTPException(409, text)
         return _out(backend.job_of(caller, EVALUATION, UUID(reference)))
     backend.deployment_of(caller, body.deployment_id)
-    if backend.jobs.is_full(caller):
-        raise HTTPException(429, f"your tenant has {MAX_OPEN} open jobs, wait for one to end")
     # Only what is known here: nobody can tell what else there may be in a key that is not.
     kept = body.model_dump(mode="json", include=set(EvaluationRequest.model_fields), exclude_none=True)
     job = Job(uuid4(), EVALUATION, caller, kept, datetime.now(UTC))
     # Where this very request was answered, not what its `Host` says: the run's token is sent there.
     host, port = request.scope["server"]
     job.checkpoint["backend"] = f"http://{host}:{port}"
-    await admission.bind(EVALUATION, str(job.id), owner=JOBS)
-    backend.jobs.submit(job)
+    await backend.start(admission, job)
     return _out(job)
 
 
@@ -108,9 +105,10 @@ async def get_evaluation(evaluation_id: UUID, caller: CurrentCaller, backend: Ba
 
 @router.delete("/{evaluation_id}")
 async def cancel_evaluation(evaluation_id: UUID, caller: CurrentCaller, backend: BackendState) -> EvaluationOut:
-    """End it and answer when its process and what it asked for have ended. One that has ended stays as it is."""
+    """End it, for its owner and operators, and answer when its process and what it asked for have ended. One that has
+    ended stays as it is."""
     job = backend.job_of(caller, EVALUATION, evaluation_id)
-    await backend.jobs.cancel(job, f"{caller.type}:{caller.subject}")
+    await backend.cancelled(caller, job)
     return _out(job)
 
 

@@ -25,6 +25,8 @@ from proving_ground.deployment import Deployment, Instance
 EMBEDDINGS: Final = "embeddings"
 #: What engines do for callers here, below /v1.
 PATHS: Final = ("chat/completions", "completions", EMBEDDINGS)
+#: Characters of the name of a model: engines say it again before they say what they counted.
+MAX_MODEL: Final = 1024
 #: Tiers of service that every answer has.
 _ANY_TIER: Final = ("auto", "default")
 
@@ -63,6 +65,9 @@ def described(raw: bytes, request: Request, caller: Caller, deployment: Deployme
                 # Its `usage` and its timings are of one of them.
                 problem = "expected one prompt and one answer: the engine counts the tokens of one only"
                 raise InvalidField("body", problem)
+        named = body.get("model")
+        if isinstance(named, str) and len(named) > MAX_MODEL:
+            raise InvalidField("body.model", f"expected up to {MAX_MODEL} characters, got {len(named)}")
         requested = {**ask.requested, **_stated(body)}
     except (ValueError, RecursionError) as error:
         said = str(error) if isinstance(error, InvalidField) else "expected a body in JSON - at `body`"

@@ -9,6 +9,7 @@ import contextlib
 import json
 import logging
 import sqlite3
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -54,6 +55,13 @@ CREATE TABLE IF NOT EXISTS jobs (
     checkpoint TEXT NOT NULL, error_code TEXT, error_message TEXT, stopped_by TEXT
 ) STRICT;
 """
+
+
+class Full(Exception):
+    """The tenant has as many open jobs as it may."""
+
+    def __init__(self) -> None:
+        super().__init__(f"your tenant has {MAX_OPEN} open jobs, wait for one to end")
 
 
 class JobFailed(Exception):
@@ -155,6 +163,8 @@ class Jobs:
         self._stopping: set[UUID] = set()
         self._turns = asyncio.Semaphore(MAX_RUNNING)
         self._closing = False
+        self._reserved = Counter[str]()
+        """Tenant -> places kept for jobs that are not submitted yet."""
         self.jobs: dict[UUID, Job] = {job.id: job for job in store.load()}
 
     def offer(self, kind: str, run: Run, *, resumable: bool = False) -> None:
@@ -168,9 +178,20 @@ class Jobs:
                 yield job
 
     def is_full(self, caller: Caller) -> bool:
-        """Whether the caller's tenant has as many open jobs as it may."""
+        """Whether the caller's tenant has as many open jobs as it may, with those to be submitted soon."""
         mine = [job for job in self.jobs.values() if job.owner.tenant == caller.tenant and not job.ended]
-        return len(mine) >= MAX_OPEN
+        return len(mine) + self._reserved[caller.tenant] >= MAX_OPEN
+
+    @contextlib.contextmanager
+    def place(self, caller: Caller) -> Iterator[None]:
+        """Keep a place of the caller's tenant for the job that is bound and submitted within. Raises `Full`."""
+        if self.is_full(caller):
+            raise Full
+        self._reserved[caller.tenant] += 1
+        try:
+            yield
+        finally:
+            self._reserved[caller.tenant] -= 1
 
     async def recover(self) -> None:
         """Take up what an earlier backend left: resumable jobs go on, what became of others is said."""
@@ -181,7 +202,11 @@ class Jobs:
             if resumable:
                 self._start(job)
                 continue
-            self._end(job, "FAILED", "BACKEND_RESTARTED", "the backend ended while it ran; ask again")
+            end: _End = ("FAILED", "BACKEND_RESTARTED", "the backend ended while it ran; ask again")
+            with contextlib.suppress(EnvelopeError):
+                record = await self._controller.read(job.kind, str(job.id))
+                end = end if record.is_open else _recorded(record)
+            self._end(job, *end)
 
     def submit(self, job: Job) -> None:
         """Run a job whose envelope is bound to it."""
@@ -240,6 +265,9 @@ class Jobs:
             admission = await self._controller.resume(job.kind, str(job.id), by=JOBS)
         except EnvelopeError as error:
             self._end(job, "FAILED", "RECORD_MISSING", str(error))
+            return
+        if not admission.record.is_open:
+            self._end(job, *_recorded(admission.record))
             return
         acting = job.owner.acting_as(job.kind, str(job.id), admission.id)
         token = self._tokens.issue(acting)
@@ -345,6 +373,17 @@ class Jobs:
             del self.jobs[old.id]
             self._store.forget(old.id)
         return len(gone)
+
+
+def _recorded(record: Record) -> _End:
+    """How a job ended by its envelope, which an earlier backend closed before it was killed: it does not run again."""
+    state = record.state
+    if state == "completed":
+        return "COMPLETED", None, ""
+    status: Status = "CANCELLED" if state == "cancelled" else "FAILED"
+    data = next(event.data for event in reversed(record.events) if event.data.type == state)
+    said = getattr(data, "message", None) or getattr(data, "evidence", None)
+    return status, getattr(data, "code", state.upper()), said or f"it is {state} on the record"
 
 
 async def _badly(admission: Admission, code: str, sentence: str) -> None:

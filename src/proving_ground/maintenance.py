@@ -13,7 +13,6 @@ from execution_envelope import (
     Decision,
     Envelope,
     Grant,
-    LedgerUnavailable,
     Refused,
     Rule,
     Subject,
@@ -25,10 +24,9 @@ from proving_ground.supervisor import Supervisor
 
 log = logging.getLogger(__name__)
 
-#: How often each is done, in seconds, beside once at start.
-RECONCILE_SECONDS: Final = 300.0
-CLEAN_UP_SECONDS: Final = 3600.0
-#: The most that one clean-up takes away.
+#: How often both are done, in seconds, beside once at start.
+EVERY_SECONDS: Final = 300.0
+#: The most that one envelope of a clean-up takes away.
 MAX_ROWS: Final = 1000
 #: Who asks: this backend, for nobody else.
 ITSELF: Final = Subject("service", "proving-ground", method="internal")
@@ -68,7 +66,16 @@ class Maintenance:
             log.warning("open envelopes are not looked after: %s", refused)
 
     async def clean_up(self) -> None:
-        """Forget deployments and jobs that ended long ago, as many as are granted. Policy may refuse it."""
+        """Forget all deployments and jobs that ended long ago, in rounds of `MAX_ROWS`, each with an envelope.
+
+        Policy may refuse it; a lower limit of its is kept to: then there is one round.
+        """
+        while await self._forget() == MAX_ROWS:
+            continue
+
+    async def _forget(self) -> int:
+        """One round; how many are gone."""
+        gone = 0
         try:
             async with self._controller.admit(_ask(_OPERATIONS[1], MAX_ROWS)) as admission:
                 begun, limit = time.monotonic(), admission.limits.get("rows")
@@ -79,12 +86,13 @@ class Maintenance:
                 await _used(admission, gone, begun)
         except Refused as refused:
             log.warning("nothing is cleaned up: %s", refused)
+        return gone
 
     async def run(self) -> None:
         """Both again and again, for ever."""
         await asyncio.gather(
-            _every(RECONCILE_SECONDS, self.reconcile, "open envelopes could not be looked after"),
-            _every(CLEAN_UP_SECONDS, self.clean_up, "nothing could be cleaned up"),
+            _every(EVERY_SECONDS, self.reconcile, "open envelopes could not be looked after"),
+            _every(EVERY_SECONDS, self.clean_up, "nothing could be cleaned up"),
         )
 
 
@@ -107,5 +115,6 @@ async def _every(seconds: float, work: Callable[[], Awaitable[None]], problem: s
         await asyncio.sleep(seconds)
         try:
             await work()
-        except LedgerUnavailable:
+        except Exception:
+            # Whatever it is: what is not done now is done the next time, and the other work goes on.
             log.exception(problem)

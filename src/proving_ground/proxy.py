@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
-from typing import Final, Protocol
+from typing import Protocol
 
 import httpx
 from fastapi import Request
@@ -13,9 +13,6 @@ from starlette.types import Receive, Scope, Send
 
 from proving_ground.deployment import Deployment, Instance
 from proving_ground.engine import Engine
-
-MAX_BODY: Final = 1024**2
-"""Bytes of a request body."""
 
 _HOP_BY_HOP = {
     "connection",
@@ -30,10 +27,6 @@ _HOP_BY_HOP = {
 # The caller's credentials are for the backend; the engine has a key of its own.
 _NOT_FORWARDED = _HOP_BY_HOP | {"host", "authorization", "cookie", "x-workroom-id"}
 _OF_A_BODY = {"content-length", "content-type", "accept-encoding"}
-
-
-class TooLong(ValueError):
-    """A body of more than `MAX_BODY` bytes."""
 
 
 class Unavailable(Exception):
@@ -68,16 +61,6 @@ def engine_client() -> httpx.AsyncClient:
     """
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
     return httpx.AsyncClient(timeout=httpx.Timeout(None, connect=5.0), limits=limits, trust_env=False)
-
-
-async def whole_body(request: Request) -> bytes:
-    """The whole body, for it has to be read before it is decided of. Raises `TooLong`."""
-    body = b""
-    async for part in request.stream():
-        body += part
-        if len(body) > MAX_BODY:
-            raise TooLong(f"expected a body of up to {MAX_BODY} bytes - at `body`")
-    return body
 
 
 def least_busy(deployment: Deployment) -> tuple[Instance, Engine]:

@@ -16,7 +16,7 @@ from proving_ground import inference
 from proving_ground.auth import CurrentCaller
 from proving_ground.counted import Counted
 from proving_ground.deployment import Deployment
-from proving_ground.proxy import TooLong, Unavailable, least_busy, occupied, pass_on, whole_body
+from proving_ground.proxy import Unavailable, least_busy, occupied, pass_on
 from proving_ground.state import Backend, BackendState
 
 router = APIRouter(tags=["runtime"])
@@ -34,7 +34,7 @@ async def infer(deployment_id: UUID, request: Request, caller: CurrentCaller, ba
     """Seal a request, and pass it to the least busy engine within what is granted. Errors have OpenAI's shape."""
     deployment = backend.deployment_of(caller, deployment_id)
     try:
-        asked = inference.described(await whole_body(request), request, caller, deployment, backend.catalog)
+        asked = inference.described(await request.body(), request, caller, deployment, backend.catalog)
         admission = await admit(request, asked.ask)
         if admission.replayed:
             return inference.problem("answers are not kept: use a new Idempotency-Key", 409)
@@ -42,7 +42,7 @@ async def infer(deployment_id: UUID, request: Request, caller: CurrentCaller, ba
         return await _answered(request, asked, admission, deployment, backend)
     except ClientDisconnect:
         return Response(status_code=499)
-    except (inference.BadRequest, TooLong) as error:
+    except inference.BadRequest as error:
         return inference.problem(str(error))
     except Refused as refused:
         return inference.refusal(refused)

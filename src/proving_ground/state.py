@@ -7,11 +7,12 @@ from uuid import UUID
 import httpx
 from fastapi import Depends, HTTPException, Request
 
+from execution_envelope import Admission
 from proving_ground.agents import AgentRuns
-from proving_ground.auth import Caller
+from proving_ground.auth import OPERATOR, Caller, require_role
 from proving_ground.catalog import Catalog
 from proving_ground.deployment import Deployment
-from proving_ground.jobs import Job, Jobs
+from proving_ground.jobs import JOBS, Full, Job, Jobs
 from proving_ground.movement import Ingestions
 from proving_ground.retrieval import Retrievals
 from proving_ground.settings import Settings
@@ -50,6 +51,27 @@ class Backend:
         for found in self.jobs.of(caller, kind, job_id):
             return found
         raise HTTPException(404, f"no {kind} `{job_id}`")
+
+    async def start(self, admission: Admission, job: Job) -> None:
+        """Bind a job to its envelope and run it; 429 when as many jobs of its tenant are open as there may be."""
+        try:
+            with self.jobs.place(job.owner):
+                await admission.bind(job.kind, str(job.id), owner=JOBS)
+                self.jobs.submit(job)
+        except Full as full:
+            raise HTTPException(429, str(full)) from full
+
+    async def cancelled(self, caller: Caller, job: Job) -> bool:
+        """End a job, and return when it has ended: whether it had not before.
+
+        403 for anybody but its owner, which is type and subject, and operators of the tenant.
+        """
+        if (caller.type, caller.subject) != (job.owner.type, job.owner.subject):
+            require_role(caller, OPERATOR)
+        if job.ended:
+            return False
+        await self.jobs.cancel(job, f"{caller.type}:{caller.subject}")
+        return True
 
 
 def _backend(request: Request) -> Backend:

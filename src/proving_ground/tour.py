@@ -1,6 +1,7 @@
 """`python -m proving_ground.tour`: all five kinds against the running backend, with the clients that people have.
 
 It asks as dana of the demo tokens, in her workroom, and ends with the trees of envelopes and what they come to by kind.
+What policy refuses is said, and left out.
 """
 
 import contextlib
@@ -17,7 +18,9 @@ from typing import Any, Final
 
 import click
 import httpx
+import openai
 from kamiwaza_sdk.client import KamiwazaClient
+from kamiwaza_sdk.exceptions import KamiwazaError
 from kamiwaza_sdk.schemas.retrieval import RetrievalRequest
 from openai import OpenAI
 from rich.console import Console
@@ -62,38 +65,50 @@ class Tour:
     def __init__(self, url: str, data: Path, token: str) -> None:
         self._url, self._data, self._token = url, data, token
         self._console = Console(highlight=False, markup=False, emoji=False)
+        self._ran: dict[str, str] = {}
+        """What ran, and how its envelope is found."""
         self._client = KamiwazaClient(f"{url}/api", api_key=token).workroom_scope(WORKROOM)
         headers = {"Authorization": f"Bearer {token}", "X-Workroom-Id": WORKROOM}
         self._http = httpx.Client(base_url=url, headers=headers, timeout=SECONDS, trust_env=False)
 
     def go(self) -> None:
-        """All five, then what they come to."""
+        """All five, then what they come to. One that is refused says so, and the others go on."""
         with contextlib.closing(self._client.session), self._http:
-            deployment = self._deploy()
+            deployment = None
             try:
-                self._infer(deployment)
-                evaluation = self._evaluate(deployment)
-                self._move()
-                run = self._run_agent(deployment)
+                deployment = self._tried(self._deploy)
+                for stage in (self._infer, self._evaluate):
+                    self._tried(stage, deployment)
+                self._tried(self._move)
+                self._tried(self._run_agent, deployment)
             finally:
-                self._client.serving.stop_deployment(deployment_id=deployment)
-                self._say("stopped the deployment")
+                if deployment is not None:
+                    self._client.serving.stop_deployment(deployment_id=deployment)
+                    self._say("stopped the deployment")
         self._say("maintenance: the backend looks after open envelopes by itself, at its start and now and then")
-        for name, reference in (
-            ("the deployment", f"deployment:{deployment}"),
-            ("the evaluation, with each sample", f"evaluation:{evaluation}"),
-            ("the agent's run, with each call", f"agent:{run}"),
-        ):
+        for name, reference in self._ran.items():
             self._head(name)
             self._envelope("show", "--tree", reference)
         self._head(f"what workroom {WORKROOM} asked for, was granted and used today, by kind")
         self._envelope("totals", "--since", datetime.now(UTC).date().isoformat(), "--project", WORKROOM)
+
+    def _tried(self, stage: Callable[..., Any], *needs: Any) -> Any:
+        """What the stage gives; None when the backend refuses it, or when what it needs is not there."""
+        if None in needs:
+            self._say(f"left out {stage.__name__.lstrip('_').replace('_', ' ')}: there is no deployment")
+            return None
+        try:
+            return stage(*needs)
+        except (KamiwazaError, openai.APIError, httpx.HTTPError, click.ClickException) as error:
+            self._say(f"refused: {error}"[:500])
+            return None
 
     def _deploy(self) -> Any:
         self._head("1. a deployment, by kamiwaza-sdk: three replicas are asked for, policy allows two")
         deployment = self._client.serving.deploy_model(
             repo_id=SMOLLM2, starting_copies=3, min_copies=1, poll_interval_seconds=0.2
         )
+        self._ran["the deployment"] = f"deployment:{deployment}"
         self._say(f"deployed: {deployment}")
         return deployment
 
@@ -111,13 +126,13 @@ class Tour:
             vector = client.embeddings.create(model=SMOLLM2, input="to be or not to be").data[0].embedding
             self._say(f"an embedding of {len(vector)} numbers")
 
-    def _evaluate(self, deployment: Any) -> str:
+    def _evaluate(self, deployment: Any) -> None:
         self._head("3. an evaluation, by inspect-ai: four samples, each a request that is part of it")
         body = {"deployment_id": str(deployment), "dataset": "popularity", "limit": 4, "output_tokens": 64}
         started = self._posted("/evaluations", body)
+        self._ran["the evaluation, with each sample"] = f"evaluation:{started['id']}"
         ended = self._watched(f"/evaluations/{started['id']}", "samples", _progress)
         self._say(f"{ended['status']}: {json.dumps(ended['scores'])}")
-        return str(started["id"])
 
     def _move(self) -> None:
         self._head("4. data, by kamiwaza-sdk: a file is ingested, and rows of it are retrieved")
@@ -133,7 +148,7 @@ class Tour:
         found = self._client.retrieval.materialize(RetrievalRequest(dataset_urn=urn, limit_rows=50))
         self._say(f"retrieved {found.inline.row_count} rows by {found.job.transport.value}")
 
-    def _run_agent(self, deployment: Any) -> str:
+    def _run_agent(self, deployment: Any) -> None:
         self._head("5. an agent with MCP tools and another agent: each call is part of the run")
         body = {
             "deployment_id": str(deployment),
@@ -144,12 +159,12 @@ class Tour:
             "limits": {"steps": 3, "tool_calls": 4, "output_tokens": 256, "duration": "2m"},
         }
         started = self._posted("/agents/runs", body)
+        self._ran["the agent's run, with each call"] = f"agent:{started['id']}"
         ended = self._watched(f"/agents/runs/{started['id']}", "steps", lambda now: (len(now["steps"]), 3))
         for step in ended["steps"]:
             for call in step.get("calls", []):
                 self._say(f"called {call['tool']}: {call.get('text') or call.get('error') or ''}"[:100])
         self._say(f"{ended['status']}: {ended['answer'] or ended['error_message'] or 'no answer'}"[:200])
-        return str(started["id"])
 
     def _posted(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         answer = self._http.post(path, json=body)

@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from execution_envelope.adapters import Context
 from proving_ground.agent_protocol import MAX_CALLS, Call, answer_format, begun_answer, introduction, read_answer
-from proving_ground.agent_schemas import DEFAULTS, CreateAgentRun, millis
+from proving_ground.agent_schemas import DEFAULTS, CreateAgentRun, describe_run, millis
 from proving_ground.agent_tools import BUILT_IN, Tool, load_servers
 
 ID = "00000000-0000-0000-0000-000000000000"
@@ -107,6 +108,16 @@ def test_a_request_is_bounded(changes: dict[str, Any], problem: str) -> None:
     with pytest.raises(ValidationError) as raised:
         CreateAgentRun.model_validate({"deployment_id": ID, "task": "t", **changes})
     assert problem in str(raised.value)
+
+
+def test_a_key_of_the_callers_own_takes_the_place_of_nothing_that_is_known() -> None:
+    body = {"deployment_id": ID, "task": "t", "tools": ["desk"], "agents": [{"name": "reader"}]}
+    context = Context("POST /agents/runs", {}, {}, {}, None)
+    known = dict(describe_run(body, context).constraints)
+    assert known == {"deployment": ID, "tools": ["desk"], "agents": ["reader"]}
+    for name in known:
+        forged = describe_run({**body, **({} if name in body else {name: "forged"}), "other": 1}, context)
+        assert dict(forged.constraints) == {**known, "other": 1}
 
 
 def test_the_limits_of_the_reference_are_the_defaults() -> None:

@@ -45,6 +45,23 @@ def _chat(backend: Backend, deployment: Any, subject: str = "dana") -> str:
         return str(openai.chat.completions.create(model=MODEL.name, messages=messages, max_tokens=8).choices[0].message)
 
 
+def test_the_data_directory_is_its_owners_only_also_when_it_was_there_before(tmp_path: Path, start: Start) -> None:
+    data, elsewhere = tmp_path / "data", tmp_path / "elsewhere"
+    data.mkdir(mode=0o755)
+    for path in (data / "envelopes.db", data / "log.jsonl", elsewhere):
+        path.touch(mode=0o644)
+    (data / "files").mkdir(mode=0o755)
+    (data / "link").symlink_to(elsewhere)
+    backend = start(data)
+    with backend.http() as http:
+        body = {"deployment_id": str(uuid4()), "dataset": "popularity"}
+        assert http.post("/evaluations", json=body).status_code == 404
+    found = {path.name: path.lstat().st_mode for path in (data, *data.rglob("*")) if not path.is_symlink()}
+    assert {name: oct(mode) for name, mode in found.items() if mode & 0o077} == {}
+    assert {"data", "files", "envelopes.db", "backend.db", "jobs.db", "log.jsonl", "tokens.json"} <= found.keys()
+    assert elsewhere.stat().st_mode & 0o777 == 0o644
+
+
 def _body(**changes: Any) -> dict[str, Any]:
     return {"m_id": str(MODEL.id), "m_config_id": str(MODEL.config_id), **changes}
 

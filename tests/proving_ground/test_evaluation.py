@@ -302,6 +302,20 @@ def test_a_wrong_value_is_refused_by_name(evaluated: Evaluated, field: str, valu
     assert field in problem["loc"] or field in problem["msg"]
 
 
+def test_a_key_of_the_callers_own_takes_the_place_of_nothing_that_is_known() -> None:
+    values = {"dataset": "popularity", "scorer": "exact", "temperature": 0.5, "seed": 7, "epochs": 2}
+    body = {"deployment_id": "d", **values}
+    context = Context("POST /evaluations", {}, {}, {}, None)
+    known = describe_evaluation(body, context)
+    assert dict(known.constraints) == values
+    unknown = {name: "forged" for name in ("deployment", "target", "samples", "duration") if name not in body}
+    forged = describe_evaluation({**body, **unknown}, context)
+    assert dict(forged.constraints) == {**unknown, **values}
+    assert (forged.target, forged.requested) == (known.target, known.requested)
+    # What is left out is nobody's: an unknown key cannot be named as a known one.
+    assert set(values) <= set(EvaluationRequest.model_fields)
+
+
 def test_evaluations_of_another_tenant_are_not_there(evaluated: Evaluated) -> None:
     backend, deployment = evaluated
     evaluation = ask(backend, deployment, limit=1, time_limit=1)
@@ -309,6 +323,9 @@ def test_evaluations_of_another_tenant_are_not_there(evaluated: Evaluated) -> No
         for answer in (http.get(f"/evaluations/{evaluation}"), http.delete(f"/evaluations/{evaluation}")):
             assert (answer.status_code, answer.json()) == (404, {"detail": f"no evaluation `{evaluation}`"})
         assert http.get("/evaluations").json() == []
+    with backend.http("sam") as http:  # of the tenant, but neither the owner nor an operator
+        answer = http.delete(f"/evaluations/{evaluation}")
+        assert (answer.status_code, answer.json()) == (403, {"detail": "`sam` needs the role `operator` for this"})
     assert ended(backend, evaluation)["error_code"] == "TIME_LIMIT"
 
 

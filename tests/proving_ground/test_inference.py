@@ -5,21 +5,27 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
 from uuid import UUID
 
+import httpx
 import openai
 import pytest
 from backend import Backend, until
 
-from execution_envelope import AdmissionController
+from execution_envelope import AdmissionController, Ask, Grant, Subject, Target
+from execution_envelope.budgets import Budgets, Prices
 from execution_envelope.integrations.asgi import ENVELOPE_HEADER
+from execution_envelope.ledger.memory import MemoryLedger
 from execution_envelope.lifecycle import Abandoned, Cancelled, Failed, Rejected, Sealed
 from execution_envelope.record import Record
+from proving_ground.body_limit import MAX_BODY
+from proving_ground.counted import Counted
+from proving_ground.inference import EMBEDDINGS, Inference
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 POLICY = Path(__file__).parent / "inference.yaml"
@@ -186,6 +192,65 @@ def test_what_is_not_counted_is_not_done(served: Served) -> None:
     for prompt in (["One,", "two,"], [[504], [506]]):
         with pytest.raises(openai.BadRequestError, match="one prompt and one answer"):
             served.client.completions.create(model="any", prompt=prompt, max_tokens=2)
+
+
+def test_a_body_that_is_too_large_is_refused_before_it_is_known_who_sends_it(served: Served) -> None:
+    large = b'{"dataset": "' + b"x" * MAX_BODY
+    said = f"expected a body of up to {MAX_BODY} bytes - at `body`"
+    with httpx.Client(base_url=served.backend.url, timeout=60, trust_env=False) as http:
+        for path in ("/evaluations", "/api/agents/runs", "/ingestion/ingest/run", "/serving/deploy_model", "/nothing"):
+            for content in (large, iter([large[:-1000], large[-1000:]])):  # of a declared size, and in chunks
+                answer = http.post(path, content=content)
+                assert (answer.status_code, answer.json()) == (413, {"detail": said}), path
+                assert ENVELOPE_HEADER not in answer.headers
+        for content in (large[:MAX_BODY], iter([large[:1000], large[1000:MAX_BODY]])):
+            assert http.post("/evaluations", content=content).status_code == 401
+    with pytest.raises(openai.APIStatusError) as caught:
+        served.client.completions.create(model="any", prompt="x" * MAX_BODY, max_tokens=2)
+    assert caught.value.status_code == 413
+    body: Any = caught.value.body
+    assert (body["message"], body["type"]) == (said, "invalid_request_error")
+
+
+def test_of_embeddings_the_tokens_are_counted_whatever_the_model_is_called(served: Served) -> None:
+    # The engine says it again before it says what it counted; the longest name, in its longest form.
+    answer = served.client.embeddings.with_raw_response.create(model="\x01" * 1024, input="a color")
+    assert used(served.record(answer))["input_tokens"] == (answer.parse().usage.prompt_tokens, "measured")
+    for client in (served.client.embeddings, served.client.completions):
+        asked: Any = {"input": "a color"} if client is served.client.embeddings else {"prompt": "a", "max_tokens": 1}
+        with pytest.raises(openai.BadRequestError, match=r"up to 1024 characters, got 1025 - at `body\.model`"):
+            client.create(model="x" * 1025, **asked)
+
+
+def test_of_embeddings_without_a_count_nobody_says_that_they_cost_nothing() -> None:
+    async def reported(*parts: bytes) -> Record:
+        prices = Prices("2026-11", "EUR", {"m": {"input_tokens": 1, "output_tokens": 1}})
+        controller = AdmissionController(MemoryLedger(), budgets=Budgets(prices=prices))
+        ask = Ask(
+            kind="inference", operation="embeddings", target=Target("model", "m"), subject=Subject("user", "dana")
+        )
+
+        async def answer() -> AsyncIterator[bytes]:
+            for part in parts:
+                yield part
+
+        async with controller.admit(ask) as admission:
+            grant = Grant({"requests": 1})
+            await admission.grant(grant)
+            counted = Counted(admission, Inference(EMBEDDINGS, {"input": "x"}, ask), grant)
+            counted.asking()
+            async for _ in counted.answering(200, answer()):
+                pass
+            await counted.settle()
+        return await controller.read(admission.id)
+
+    silent = asyncio.run(reported(b'{"data": []}'))
+    assert silent.state == "completed"
+    assert used(silent)["input_tokens"] == ("unknown", "estimated")
+    assert used(silent)["cost"] == ("unknown", "estimated")
+    # Where the network cuts an answer into parts means nothing.
+    counted = asyncio.run(reported(b'{"usa', b'ge":{"prompt_tokens":3,"total_tokens":3}, "data": []}'))
+    assert used(counted)["input_tokens"] == (3, "measured")
 
 
 # Less than was asked

@@ -1,25 +1,44 @@
 """Jobs: each ends once, on the record and in the store, whenever it is cancelled; and the tokens of runs."""
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable
+from dataclasses import fields
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from uuid import UUID, uuid4
 
+import pytest
+from fastapi import HTTPException
+
 from execution_envelope import AdmissionController, Ask, Grant, Record, Subject, Target
-from execution_envelope.ledger.memory import MemoryLedger
 from proving_ground.auth import Caller, RunTokens
-from proving_ground.jobs import JOBS, MAX_RUNNING, Job, JobFailed, Jobs, JobStore, Run, Work, prober
+from proving_ground.jobs import (
+    JOBS,
+    KEPT_ENDED,
+    MAX_OPEN,
+    MAX_RUNNING,
+    Job,
+    JobFailed,
+    Jobs,
+    JobStore,
+    Run,
+    Work,
+    prober,
+)
+from proving_ground.maintenance import MAX_ROWS, Maintenance
+from proving_ground.state import Backend
+from proving_ground.supervisor import Supervisor
 
 DANA = Caller("dana", "acme", ("operator",), ("support-bot",), "support-bot")
 
 
 class House:
-    """Jobs with a ledger in memory, as long as a test runs."""
+    """Jobs with a ledger, as long as a test runs."""
 
-    def __init__(self, directory: Path, run: Run, *, resumable: bool = False) -> None:
-        self.controller = AdmissionController(MemoryLedger(), component="test")
+    def __init__(self, directory: Path, run: Run, *, resumable: bool = False, ledger: str = "memory://") -> None:
+        self.controller = AdmissionController.open(ledger, component="test")
         self.tokens = RunTokens()
         self.directory = directory
         self.jobs = self.opened(run, resumable)
@@ -155,6 +174,69 @@ def test_cancelled_by_two_at_once_it_says_what_it_used_and_ends_once(tmp_path: P
     running(body)
 
 
+def backend_of(house: House) -> Backend:
+    """With jobs, and with nothing else."""
+    parts: Any = dict.fromkeys(field.name for field in fields(Backend))
+    return Backend(**{**parts, "jobs": house.jobs})
+
+
+def test_of_many_at_once_no_more_start_than_may_be_open(tmp_path: Path) -> None:
+    async def body() -> None:
+        house = House(tmp_path, forever, ledger=f"sqlite:///{tmp_path}/envelopes.db")  # where to bind takes a while
+        backend = backend_of(house)
+        ask = Ask(kind="evaluation", operation="e", target=Target("deployment", "d"), subject=Subject("user", "dana"))
+
+        async def started() -> str:
+            async with house.controller.admit(ask) as admission:
+                await backend.start(admission, Job(uuid4(), "evaluation", DANA, {}, datetime.now(UTC)))
+            return "started"
+
+        found = await asyncio.gather(*[started() for _ in range(MAX_OPEN + 6)], return_exceptions=True)
+        refused = [one for one in found if isinstance(one, HTTPException)]
+        assert (found.count("started"), len(refused), len(house.jobs.jobs)) == (MAX_OPEN, 6, MAX_OPEN)
+        assert (refused[0].status_code, refused[0].detail) == (429, "your tenant has 64 open jobs, wait for one to end")
+        first = next(iter(house.jobs.jobs.values()))
+        await house.jobs.cancel(first, "user:dana")
+        assert not house.jobs.is_full(DANA)
+        # A place that comes to nothing is free again.
+        with contextlib.suppress(ZeroDivisionError), house.jobs.place(DANA):
+            assert house.jobs.is_full(DANA)
+            raise ZeroDivisionError
+        assert not house.jobs.is_full(DANA)
+        await house.jobs.close()
+        await house.controller.aclose()
+
+    running(body)
+
+
+@pytest.mark.parametrize(
+    ("caller", "may"),
+    [
+        (Caller("sam", "acme", ("viewer",), ()), True),
+        (Caller("dana", "acme", ("operator",), ()), True),
+        (Caller("kim", "acme", ("viewer",), ()), False),
+        (Caller("sam", "acme", ("viewer",), (), type="agent"), False),
+    ],
+)
+def test_a_job_is_ended_by_its_owner_and_by_operators(tmp_path: Path, caller: Caller, may: bool) -> None:
+    async def body() -> None:
+        house = House(tmp_path, forever)
+        owner = Caller("sam", "acme", ("viewer",), ("support-bot",), "support-bot")
+        job = await house.submit(owner)
+        await until(lambda: job.status == "RUNNING")
+        backend = backend_of(house)
+        if may:
+            assert await backend.cancelled(caller, job) and job.status == "CANCELLED"
+            assert not await backend.cancelled(caller, job)
+        else:
+            with pytest.raises(HTTPException, match="needs the role `operator`"):
+                await backend.cancelled(caller, job)
+            assert job.status == "RUNNING" and job.stopped_by is None
+        await house.jobs.close()
+
+    running(body)
+
+
 def test_what_has_ended_cannot_be_cancelled(tmp_path: Path) -> None:
     async def body() -> None:
         house = House(tmp_path, at_once)
@@ -244,6 +326,45 @@ def test_what_a_killed_backend_left_is_abandoned_with_the_evidence(tmp_path: Pat
     running(body)
 
 
+@pytest.mark.parametrize("resumable", [True, False])
+def test_what_has_ended_on_the_record_does_not_run_again(tmp_path: Path, resumable: bool) -> None:
+    async def body() -> None:
+        house = House(tmp_path, at_once)
+        store, jobs = JobStore(tmp_path), []
+        for end in ("complete", "fail", "cancel", "reject"):
+            job = await house.ask()
+            admission = await house.controller.resume("evaluation", str(job.id), by=JOBS)
+            if end != "reject":
+                await admission.grant(Grant({"samples": 2}))
+            if end in ("fail", "reject"):
+                await getattr(admission, end)("NO_ROOM", "there is none")
+            else:
+                await getattr(admission, end)("stopped by user:dana")
+            job.status = "RUNNING"  # killed before the end was in the store
+            store.save(job)
+            jobs.append(job.id)
+        store.close()
+        ran: list[Job] = []
+
+        async def again(work: Work) -> None:
+            ran.append(work.job)
+
+        house.jobs = house.opened(again, resumable)
+        await house.jobs.recover()
+        found = [house.jobs.jobs[id] for id in jobs]
+        await until(lambda: all(job.ended for job in found))
+        assert [(job.status, job.error_code, job.error_message) for job in found] == [
+            ("COMPLETED", None, None),
+            ("FAILED", "NO_ROOM", "there is none"),
+            ("CANCELLED", "CANCELLED", "stopped by user:dana"),
+            ("FAILED", "NO_ROOM", "there is none"),
+        ]
+        assert ran == []
+        await house.jobs.close()
+
+    running(body)
+
+
 def test_a_running_job_is_alive_and_an_unknown_one_gone(tmp_path: Path) -> None:
     async def body() -> None:
         house = House(tmp_path, forever)
@@ -258,6 +379,57 @@ def test_a_running_job_is_alive_and_an_unknown_one_gone(tmp_path: Path) -> None:
         await house.jobs.close()
 
     running(body)
+
+
+class NoDeployments:
+    """Stands in for a supervisor without deployments; one that is broken cannot forget even those."""
+
+    def __init__(self, *, broken: bool = False) -> None:
+        self.broken = broken
+        self.asked = 0
+
+    def forget_old(self, most: int) -> int:
+        self.asked += 1
+        if self.broken:
+            raise PermissionError("no log of that name may be deleted")
+        return 0
+
+
+def maintenance_of(house: House, supervisor: NoDeployments) -> Maintenance:
+    return Maintenance(house.controller, {}, cast(Supervisor, supervisor), house.jobs)
+
+
+def test_all_that_is_old_is_forgotten_an_envelope_for_each_round(tmp_path: Path) -> None:
+    async def body() -> None:
+        house = House(tmp_path, forever)
+        for number in range(KEPT_ENDED + 2 * MAX_ROWS + 3):
+            job = Job(UUID(int=number), "evaluation", DANA, {}, datetime.now(UTC), "COMPLETED")
+            house.jobs.jobs[job.id] = job
+        await maintenance_of(house, NoDeployments()).clean_up()
+        assert len(house.jobs.jobs) == KEPT_ENDED and UUID(int=2 * MAX_ROWS + 2) not in house.jobs.jobs
+        records = [await house.controller.read(id) for id in house.controller.ledger.newest(9)]
+        assert sorted(record.used["rows"].amount for record in records) == [3, MAX_ROWS, MAX_ROWS]
+        assert {record.state for record in records} == {"completed"}
+        await house.jobs.close()
+
+    running(body)
+
+
+def test_whatever_goes_wrong_maintenance_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async def body() -> None:
+        house = House(tmp_path, forever)
+        supervisor = NoDeployments(broken=True)
+        task = asyncio.create_task(maintenance_of(house, supervisor).run())
+        await until(lambda: supervisor.asked >= 3)
+        assert not task.done()
+        task.cancel()
+        await asyncio.wait([task])
+        await house.jobs.close()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("proving_ground.maintenance.EVERY_SECONDS", 0.01)
+        running(body)
+    assert "PermissionError: no log of that name" in caplog.text and "nothing could be cleaned up" in caplog.text
 
 
 def test_a_token_is_good_from_the_start_of_a_run_to_its_end(tmp_path: Path) -> None:

@@ -36,6 +36,33 @@ def test_all_five_kinds_and_what_they_come_to(start: Start) -> None:
     assert not backend.engines()
 
 
+def test_what_policy_refuses_is_said_and_the_rest_goes_on(start: Start) -> None:
+    backend = start(POLICY=str(Path(__file__).parent / "refusing.yaml"), NODE_CORES="2")
+    done = tour("--url", backend.url, "--data", str(backend.data))
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    shown = " ".join(done.stdout.split())
+    assert shown.count("refused: ") == 2
+    assert "nobody evaluates" in shown and "nobody moves data" in shown
+    # The deployment with its answers, and the agent's run.
+    assert "$ envelope show --tree deployment:" in shown and "$ envelope show --tree agent:" in shown
+    assert "--tree evaluation:" not in shown and shown.count("0 open") == 2
+    totals = shown[shown.index("by kind") :]
+    for kind in KINDS:
+        assert f" {kind} " in totals
+    assert not backend.engines()
+
+
+def test_without_a_deployment_what_needs_one_is_left_out(start: Start) -> None:
+    policy = Path(__file__).parent / "refusing.yaml"
+    backend = start(POLICY=str(policy), NODE_MEMORY="1MiB")
+    done = tour("--url", backend.url, "--data", str(backend.data))
+    assert done.returncode == 0, done.stderr
+    shown = " ".join(done.stdout.split())
+    assert shown.count("refused: ") == 2 and shown.count(": there is no deployment") == 3
+    assert "$ envelope totals" in shown
+
+
 def test_without_a_backend_it_says_what_it_needs(tmp_path: Path) -> None:
     done = tour("--url", "http://127.0.0.1:1", "--data", str(tmp_path))
     assert done.returncode == 1 and done.stderr.startswith("Error: expected the backend of `make run` at")
