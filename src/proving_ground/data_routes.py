@@ -35,6 +35,7 @@ from proving_ground.data_schemas import (
 )
 from proving_ground.jobs import JOBS, Job, Status
 from proving_ground.movement import INGESTION
+from proving_ground.reading import found_at
 from proving_ground.retrieval import INLINE_BYTES, RETRIEVAL, Stream, described
 from proving_ground.sources import NotAllowed, Place, check_url
 from proving_ground.state import Backend, BackendState
@@ -158,7 +159,7 @@ async def create_retrieval(
     transport = body.transport
     if transport == "auto":
         with contextlib.suppress(OSError, NotAllowed):  # the job says so
-            size = (await asyncio.to_thread(backend.sources.found, place)).size
+            size = (await found_at(backend.sources, caller.tenant, place)).size
             transport = "inline" if size is not None and size <= INLINE_BYTES else "sse"
         transport = "inline" if transport == "auto" else transport
     if transport not in ("inline", "sse"):
@@ -231,7 +232,7 @@ async def get_dataset(urn: str, caller: CurrentCaller, backend: BackendState) ->
     """One data set, whoever made it, as long as its file is there."""
     try:
         place = backend.sources.dataset(caller.tenant, urn)
-        found = await asyncio.to_thread(backend.sources.found, place)
+        found = await found_at(backend.sources, caller.tenant, place)
     except (OSError, NotAllowed) as error:
         raise HTTPException(404, "no such data set") from error
     return _entry(place, None, found.size)

@@ -11,6 +11,7 @@ import json
 import re
 import shutil
 import stat
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ import fsspec  # type: ignore[import-untyped]
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 
 from execution_envelope import InvalidField
+from proving_ground.threads import Threads
 
 Scheme = Literal["file", "memory", "http", "https", "s3"]
 SCHEMES: Final[tuple[Scheme, ...]] = ("file", "memory", "http", "https", "s3")
@@ -106,6 +108,8 @@ class Sources:
     def __init__(self, root: Path, path: Path | None = None) -> None:
         self._root = root
         self._file = _File() if path is None else _read(path)
+        self.threads = Threads()
+        """Where what blocks on a place is called."""
 
     def source(self, tenant: str, source_type: str, kwargs: Mapping[str, Any]) -> Place:
         """The source that an ingestion names. Raises `NotAllowed`."""
@@ -186,8 +190,8 @@ class Sources:
         stamp = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
         return Found(size if isinstance(size, int) else None, stamp)
 
-    def open(self, place: Place, offset: int = 0) -> IO[bytes]:
-        """The bytes from `offset` on, fetched as they are read."""
+    def open(self, place: Place, offset: int, stop: threading.Event) -> IO[bytes]:
+        """The bytes from `offset` on, fetched as they are read. Going there ends when `stop` is set."""
         system, path = self._system(place), self._path(place)
         if place.scheme in ("http", "https"):
             ranged = {"headers": {"Range": f"bytes={offset}-"}} if offset else {}
@@ -201,7 +205,7 @@ class Sources:
         try:
             if place.scheme == "file":
                 self._check_opened(opened, place)
-            _forward(opened, offset)
+            _forward(opened, offset, stop)
         except BaseException:
             opened.close()
             raise
@@ -318,7 +322,7 @@ def _check_path(path: str, field: str) -> None:
         raise NotAllowed(f"expected a path of up to {MAX_PATH} characters without `..` and empty steps - at {field}")
 
 
-def _forward(opened: Any, offset: int) -> None:
+def _forward(opened: Any, offset: int, stop: threading.Event) -> None:
     """Go on at `offset`, also where the other side can only begin at the beginning."""
     answer = getattr(opened, "r", None)
     if answer is None:
@@ -326,7 +330,7 @@ def _forward(opened: Any, offset: int) -> None:
     elif answer.status != 206:
         while offset > 0:
             skipped = opened.read(min(CHUNK, offset))
-            if not skipped:
+            if not skipped or stop.is_set():
                 raise OSError("the source is shorter than it was")
             offset -= len(skipped)
     elif not answer.headers.get("Content-Range", "").startswith(f"bytes {offset}-"):
