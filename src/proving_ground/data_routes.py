@@ -134,7 +134,7 @@ async def get_ingestion(job_id: str, caller: CurrentCaller, backend: BackendStat
 
 @router.delete("/ingestion/ingest/jobs/{job_id}")
 async def cancel_ingestion(job_id: str, caller: CurrentCaller, backend: BackendState) -> bool:
-    """End an ingestion, and answer when it has ended: whether it had not before. What came of it is removed."""
+    """End an ingestion, and answer when it has ended: whether that ended it. What came of it is removed."""
     return await _cancelled(backend, caller, _named(backend, caller, job_id))
 
 
@@ -201,14 +201,17 @@ async def get_retrieval(job_id: UUID, caller: CurrentCaller, backend: BackendSta
 
 @router.delete("/retrieval/jobs/{job_id}")
 async def cancel_retrieval(job_id: UUID, caller: CurrentCaller, backend: BackendState) -> bool:
-    """End a retrieval, and answer when it has ended: whether it had not before."""
+    """End a retrieval, and answer when it has ended: whether that ended it."""
     return await _cancelled(backend, caller, backend.job_of(caller, RETRIEVAL, job_id))
 
 
 @router.get("/retrieval/jobs/{job_id}/stream")
 async def stream_retrieval(job_id: UUID, caller: CurrentCaller, backend: BackendState) -> Response:
-    """The rows as server-sent events: `chunk`, then `complete` or `error`. Fetched once; whoever leaves cancels it."""
+    """The rows as server-sent events: `chunk`, then `complete` or `error`. Fetched once, by who asked for them; whoever
+    leaves cancels it."""
     job = backend.job_of(caller, RETRIEVAL, job_id)
+    if not _owns(caller, job):
+        raise HTTPException(404, f"no {RETRIEVAL} `{job_id}`")
     delivery = backend.retrievals.deliveries.get(job.id)
     if delivery is None or delivery.stream is None or delivery.stream.fetched.is_set():
         raise HTTPException(409, "there is no stream to fetch: it was fetched before, or has ended")
@@ -354,13 +357,17 @@ def _named(backend: Backend, caller: Caller, name: str) -> Job:
     raise HTTPException(404, "no such ingestion")
 
 
+def _owns(caller: Caller, job: Job) -> bool:
+    return (caller.type, caller.subject) == (job.owner.type, job.owner.subject)
+
+
 async def _cancelled(backend: Backend, caller: Caller, job: Job) -> bool:
-    if (caller.type, caller.subject) != (job.owner.type, job.owner.subject):
+    if not _owns(caller, job):
         require_role(caller, OPERATOR)
     if job.ended:
         return False
     await backend.jobs.cancel(job, f"{caller.type}:{caller.subject}")
-    return True
+    return job.status == "CANCELLED"  # it may have come to its own end meanwhile
 
 
 async def _while_there(request: Request, backend: Backend, job: Job) -> None:

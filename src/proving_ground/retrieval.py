@@ -32,6 +32,8 @@ MAX_BATCH: Final = 1000
 EVENT_BYTES: Final = 16 * 1024
 #: How long a stream waits for its client to fetch it.
 FETCHED_SECONDS: Final = 30.0
+#: How long one event waits for its client to take it: whoever reads no more holds a turn of others.
+TAKEN_SECONDS: Final = 30.0
 #: How often what was delivered is reported while it goes on.
 REPORT_SECONDS: Final = 1.0
 
@@ -46,10 +48,12 @@ class Stream:
         """Whether nothing but the last event is left to be taken."""
 
     async def send(self, event: str, data: Any) -> None:
-        """Return when the connection has taken it."""
+        """Return when the connection has taken it. Raises `JobFailed` when it does not in time."""
         taken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._events.put_nowait((event, data, taken))
-        await taken
+        await asyncio.wait([taken], timeout=TAKEN_SECONDS)
+        if not taken.done():
+            raise JobFailed("NOT_FETCHED", f"nobody took the next event of the stream within {TAKEN_SECONDS:g} s")
 
     def end(self, event: str, data: Any) -> None:
         """The last event. Nobody has to take it: a client that leaves at the last row has all of them."""

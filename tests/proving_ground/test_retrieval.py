@@ -229,6 +229,15 @@ def test_an_answer_is_not_kept_for_a_second_request(mover: Mover) -> None:
     assert (refused.value.status_code, len(mover.envelopes())) == (409, before)
 
 
+def test_a_stream_is_its_owners_alone(mover: Mover) -> None:
+    result = mover.client.retrieval.create_job(RetrievalRequest(dataset_urn=urn("few.csv"), transport="sse"))
+    path = f"/retrieval/jobs/{result.job_id}/stream"
+    with mover.backend.http("sam") as http:  # of the same tenant
+        assert http.get(path).status_code == 404
+    with mover.backend.http() as http:
+        assert "event: complete" in http.get(path).text
+
+
 def test_another_tenant_finds_no_job(mover: Mover) -> None:
     job = asked(mover).job.job_id
     with pytest.raises(DatasetNotFoundError):
