@@ -110,6 +110,9 @@ async def schedule_ingestion(
         operation="ingestion.schedule_job",
         entrypoint="POST /ingestion/ingest/jobs",
         schema="kamiwaza.IngestJobCreate/1",
+        constraints={**ask.constraints, "job_id": body.job_id, "schedule": body.schedule},
+        body=await request.json(),
+        secrets=[name.replace("kwargs", "conn_args", 1) for name in ask.secrets],
     )
     job = await _ingestion(request, caller, backend, ask, body.source_type, body.conn_args, body)
     return OperationOut(status="scheduled", job_id=job.id)

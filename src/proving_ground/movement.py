@@ -199,7 +199,7 @@ class Move:
         admission, asked = self._admission, self._admission.envelope.requested
         counted = ("bytes", "bandwidth", "duration", *(("rows",) if self._rows is not None else ()))
         named = {"destination": self._destination.name, "format": self._format or "unknown"}
-        names = (*_NAMED_BY[self._source.scheme], "format", "destination")
+        names = (*_NAMED_BY[self._source.scheme], "format", "destination", "job_id", "schedule")
         honoured = [name for name in names if name in asked.constraints]
         if admission.state == "granted":
             # Another process goes on with what was granted; that it does is on the record.

@@ -341,6 +341,26 @@ def test_there_are_no_schedules_and_no_two_jobs_of_a_name(mover: Mover) -> None:
         assert mover.newest().data["state"] == "rejected"
 
 
+def test_the_same_key_with_another_name_is_another_request(mover: Mover) -> None:
+    from kamiwaza_sdk.schemas.ingestion import IngestJobCreate
+
+    written(mover, "keyed.bin", b"data")
+    needle = "a-secret-of-a-scheduled-move"
+    conn_args = {"path": "keyed.bin", "password": needle}
+    with mover.client.request_headers({"Idempotency-Key": "schedule-1"}):
+        jobs = [mover.schedule("keyed", **conn_args) for _ in range(2)]
+        assert jobs[0] == jobs[1]
+        for job_id, schedule in (("keyed-2", "@once"), ("keyed", "@daily")):
+            create = IngestJobCreate(job_id=job_id, schedule=schedule, source_type="file", conn_args=conn_args)
+            with pytest.raises(APIError) as conflict:
+                mover.client.ingestion.schedule_job(create)
+            assert conflict.value.status_code == 409
+    shown = mover.ended(f"ingestion:{jobs[0]}", "completed")
+    assert shown.rows["job_id"]["outcome"] == shown.rows["schedule"]["outcome"] == "equal"
+    assert shown.data["redacted"] == ["request.conn_args.password"]
+    assert needle.encode() not in mover.held()
+
+
 def test_an_amount_that_is_none_is_refused_by_name(mover: Mover) -> None:
     with pytest.raises(APIError) as refused:
         mover.client.ingestion.run_active("file", path="a.bin", max_bytes="many")
