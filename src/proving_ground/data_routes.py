@@ -37,7 +37,7 @@ from proving_ground.jobs import JOBS, Job, Status
 from proving_ground.movement import INGESTION
 from proving_ground.reading import found_at
 from proving_ground.retrieval import INLINE_BYTES, RETRIEVAL, Stream, described
-from proving_ground.sources import NotAllowed, Place, check_url
+from proving_ground.sources import NotAllowed, Place, check_texts, check_urn
 from proving_ground.state import Backend, BackendState
 
 router = APIRouter(tags=["data"])
@@ -47,6 +47,8 @@ SEALED: Final = ("/ingestion/ingest/run", "/ingestion/ingest/jobs", "/retrieval/
 
 #: What of `kwargs` a move needs; nothing else of them is kept.
 _KEPT: Final = ("path", "url", "bucket", "format", "destination")
+#: What of `kwargs` is on the record and may be an address.
+_ADDRESSES: Final = (*_KEPT, "prefix", "pattern")
 _INGEST_STATUS: Final[Mapping[Status, str]] = {
     "REQUESTED": "pending",
     "RUNNING": "running",
@@ -148,6 +150,9 @@ async def create_retrieval(
     """Rows of a data set: in the answer, or by `GET /retrieval/jobs/{id}/stream`; with `auto` the size decides."""
     place, refused = None, None
     with _asking():
+        check_urn(body.dataset_urn)
+        for name in ("transport", "format_hint", "columns"):
+            check_texts(getattr(body, name), name)
         try:
             place = backend.sources.dataset(caller.tenant, body.dataset_urn)
         except NotAllowed as error:
@@ -281,9 +286,13 @@ async def _ingestion(
 ) -> Job:
     """Seal it and start it; or the job of the first request with the same key."""
     with _asking():
-        for name in ("url", "destination"):
-            if isinstance(written := kwargs.get(name), str):
-                check_url(written, f"kwargs.{name}")
+        check_texts(source_type, "source_type")
+        for name in _ADDRESSES:
+            check_texts(kwargs.get(name), f"kwargs.{name}", is_url=name in ("url", "destination"))
+        if not isinstance(kwargs.get("format"), str | None):
+            raise InvalidField("kwargs.format", "expected text, got another thing")
+        if named is not None:
+            check_texts(named.schedule, "schedule")
     body = {"source_type": source_type, "kwargs": {name: kwargs[name] for name in _KEPT if name in kwargs}}
     job = _new(INGESTION, caller, body if named is None else {**body, "name": named.job_id})
     places: tuple[Place, ...] = ()

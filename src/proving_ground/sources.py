@@ -36,6 +36,10 @@ MEMORY_BYTES: Final = 64 * 1024 * 1024
 #: How long a host or a bucket may be silent.
 SILENT_SECONDS: Final = 30.0
 
+#: What stands before a host to say who asks: ``user:password@``, ``//token@``.
+_USERINFO: Final = re.compile(r"(?:://|//|:)[^/@]*@")
+#: Characters of an address.
+_MAX_ADDRESS: Final = 4096
 _URN: Final = re.compile(r"urn:li:dataset:\(urn:li:dataPlatform:([a-z0-9]+),([^,()]{1,2048}),([A-Z]{1,16})\)")
 
 
@@ -280,10 +284,42 @@ def check_url(url: str, field: str) -> None:
     try:
         parts = urlsplit(url)
         bare = not (parts.username or parts.password or parts.query or parts.fragment or "@" in parts.netloc)
+        bare = bare and _USERINFO.search(url) is None
     except ValueError:
         bare = False
     if not bare or "?" in url or "#" in url:
         raise InvalidField(field, "expected a URL without credentials, query and fragment")
+
+
+def check_texts(value: Any, field: str, *, is_url: bool = False) -> None:
+    """Refuse every text in a JSON value that is an address which may hold a credential, however often it is encoded.
+
+    `is_url` says that each of them is an address, whatever it looks like. Raises `InvalidField`.
+    """
+    if isinstance(value, str):
+        _check_encoded(value, field, is_url=is_url)
+    elif isinstance(value, Mapping):
+        check_texts([*value, *value.values()], field, is_url=is_url)
+    elif isinstance(value, list):
+        for one in value:
+            check_texts(one, field, is_url=is_url)
+
+
+def check_urn(urn: str) -> None:
+    """The same for what a data set is called by: one that is none may be an address. Raises `InvalidField`."""
+    named = _URN.fullmatch(urn)
+    is_file = named is not None and named[1] in SCHEMES and named[1] not in ("http", "https")
+    _check_encoded(urn if named is None else named[2], "dataset_urn", is_url=not is_file)
+
+
+def _check_encoded(text: str, field: str, *, is_url: bool) -> None:
+    if len(text) > _MAX_ADDRESS:
+        raise InvalidField(field, f"expected up to {_MAX_ADDRESS} characters")
+    before = None
+    while text != before:
+        if is_url or "//" in text or _USERINFO.search(text):
+            check_url(text, field)
+        before, text = text, unquote(text)
 
 
 def lines(opened: IO[bytes]) -> Iterator[bytes]:

@@ -294,6 +294,35 @@ def test_credentials_leave_not_one_byte(mover: Mover, web: Files) -> None:
     assert mover.newest().data["redacted"] == ["request.kwargs.password", "request.kwargs.storage_options.secret"]
 
 
+NEEDLE = "needle-of-an-address-4c1d"
+
+
+@pytest.mark.parametrize(
+    ("source_type", "kwargs"),
+    [
+        ("http", {"url": f"user:{NEEDLE}@h/x"}),
+        ("http", {"url": f"http://h/x%253Fsig={NEEDLE}"}),
+        ("http", {"url": f"http://user:{NEEDLE}%2540h/x"}),
+        ("file", {"path": f"https://b/k?sig={NEEDLE}"}),
+        ("file", {"path": f"https%3A%2F%2F{NEEDLE}%40h/k"}),
+        ("file", {"path": "a.bin", "format": f"https://user:{NEEDLE}@h/x"}),
+        ("file", {"path": "a.bin", "format": ["csv"]}),
+        ("file", {"path": "a.bin", "destination": f"memory://{NEEDLE}%2540h/x"}),
+        ("file", {"path": "a.bin", "prefix": [f"//{NEEDLE}@h"]}),
+        ("s3", {"bucket": f"user:{NEEDLE}@h", "path": "x"}),
+        (f"postgresql://user:{NEEDLE}@h", {"path": "a.bin"}),
+    ],
+)
+def test_no_address_with_a_credential_reaches_the_record(mover: Mover, source_type: str, kwargs: Any) -> None:
+    before = len(mover.envelopes())
+    with pytest.raises(APIError) as refused:
+        mover.client.ingestion.run_active(source_type, **kwargs)
+    assert refused.value.status_code in (400, 422)
+    assert NEEDLE not in str(refused.value)
+    assert len(mover.envelopes()) == before
+    assert NEEDLE.encode() not in mover.held()
+
+
 def test_the_same_key_moves_once(mover: Mover) -> None:
     written(mover, "once.bin", b"once only")
     answers = []
