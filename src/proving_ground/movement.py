@@ -18,7 +18,7 @@ from proving_ground.allowance import Bound, Pace, amounts, granted, refuse_unkep
 from proving_ground.auth import Caller
 from proving_ground.jobs import Job, JobFailed, Work
 from proving_ground.reading import Reader, looked_at, reading
-from proving_ground.sources import Found, NotAllowed, Place, Sources
+from proving_ground.sources import Found, NoRoom, NotAllowed, Place, Sources
 from proving_ground.threads import T
 
 #: The kind of these jobs, and of their references on the record.
@@ -319,6 +319,8 @@ class Move:
         try:
             # Not left halfway: cancelled here, it may arrive all the same.
             await whole(self._in_thread(lambda: self._sources.put(self._staged, self._destination)))
+        except NoRoom as error:
+            raise JobFailed("NOTHING_LEFT", f"{self._destination.name} has no room any more: {error}") from error
         except Exception as error:
             sentence = f"{self._destination.name} cannot be written: {type(error).__name__}"
             raise JobFailed("DESTINATION_FAILED", sentence) from error

@@ -33,6 +33,8 @@ CHUNK: Final = 256 * 1024
 MAX_PATH: Final = 1024
 #: What all files in memory may come to.
 MEMORY_BYTES: Final = 64 * 1024 * 1024
+#: What those of one tenant may come to.
+MEMORY_SHARE: Final = 32 * 1024 * 1024
 #: How long a host or a bucket may be silent.
 SILENT_SECONDS: Final = 30.0
 
@@ -45,6 +47,10 @@ _URN: Final = re.compile(r"urn:li:dataset:\(urn:li:dataPlatform:([a-z0-9]+),([^,
 
 class NotAllowed(Exception):
     """A place that is not among those that are configured, or no place at all; names the field."""
+
+
+class NoRoom(Exception):
+    """A place that has filled up since it was asked what room there is."""
 
 
 class _Host(BaseModel):
@@ -114,6 +120,7 @@ class Sources:
         self._file = _File() if path is None else _read(path)
         self.threads = Threads()
         """Where what blocks on a place is called."""
+        self._memory = threading.RLock()
 
     def source(self, tenant: str, source_type: str, kwargs: Mapping[str, Any]) -> Place:
         """The source that an ingestion names. Raises `NotAllowed`."""
@@ -216,24 +223,40 @@ class Sources:
         return opened
 
     def put(self, staged: Path, place: Place) -> None:
-        """Move a whole file to its place, in which it is there at once or not at all."""
+        """Move a whole file to its place, in which it is there at once or not at all. Raises `NoRoom`, `OSError`."""
         if place.scheme == "file":
             path = Path(place.path)
             tenant = self._tenant(place)
             tenant.mkdir(parents=True, exist_ok=True, mode=0o700)
+            # Before anything is made there, and once more when it is.
+            self._check_below(path, tenant, place)
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            if not path.parent.resolve().is_relative_to(tenant.resolve()) or path.is_dir():
-                raise PermissionError(f"{place.name} is not a file below the directory of its tenant")
+            self._check_below(path, tenant, place)
             staged.replace(path)
             return
-        self._system(place).put_file(str(staged), place.path)
+        if place.scheme == "memory":
+            with self._memory:  # others may have filled it since the grant
+                room, why = self.room(place)
+                if staged.stat().st_size > room:
+                    raise NoRoom(f"{room} bytes are left, {why}")
+                self._system(place).put_file(str(staged), place.path)
+        else:
+            self._system(place).put_file(str(staged), place.path)
         staged.unlink()
 
     def room(self, place: Place) -> tuple[int, str]:
         """How many bytes may come to a place at most, and why: memory is small, and disks are filled to a half."""
         if place.scheme == "memory":
-            held = sum(int(one["size"]) for one in self._system(place).find("/", detail=True).values())
-            return max(0, MEMORY_BYTES - held), f"the memory for files holds {MEMORY_BYTES} bytes"
+            corner = place.path.split("/")[1]
+            with self._memory:
+                files = self._system(place).find("/", detail=True)
+            # What is there already is replaced.
+            sizes = {name: int(one["size"]) for name, one in files.items() if name != place.path}
+            left = MEMORY_BYTES - sum(sizes.values())
+            share = MEMORY_SHARE - sum(size for name, size in sizes.items() if name.split("/")[1] == corner)
+            if share < left:
+                return max(0, share), f"the memory for files holds {MEMORY_SHARE} bytes of one tenant"
+            return max(0, left), f"the memory for files holds {MEMORY_BYTES} bytes"
         self._root.mkdir(parents=True, exist_ok=True, mode=0o700)
         free = shutil.disk_usage(self._root).free // 2
         return free, f"half of the disk space that is left here, {free} bytes"
@@ -243,6 +266,10 @@ class Sources:
         with contextlib.suppress(OSError, NotAllowed):
             return self.found(place).size == size
         return False
+
+    def _check_below(self, path: Path, tenant: Path, place: Place) -> None:
+        if not path.parent.resolve().is_relative_to(tenant.resolve()) or path.is_dir():
+            raise PermissionError(f"{place.name} is not a file below the directory of its tenant")
 
     def _tenant(self, place: Place) -> Path:
         return self._root / Path(place.path).relative_to(self._root).parts[0]

@@ -193,8 +193,9 @@ def test_no_link_leads_out_for_reading_or_writing(mover: Mover, tmp_path: Path) 
     for path in ("link.bin", "linked/a.bin"):
         answer = mover.client.ingestion.run_active("file", path=path)
         assert answer.errors[0].startswith("SOURCE_NOT_ALLOWED"), path
-    answer = mover.client.ingestion.run_active("file", path="link-target.bin", destination="linked/b.bin")
-    assert answer.errors[0].startswith("DESTINATION_FAILED")
+    for destination in ("linked/b.bin", "linked/new/b.bin"):
+        answer = mover.client.ingestion.run_active("file", path="link-target.bin", destination=destination)
+        assert answer.errors[0].startswith("DESTINATION_FAILED")
     assert [path.name for path in outside.iterdir()] == ["a.bin"]
     assert mover.client.ingestion.run_active("file", path="inside.bin").status == "success"
 
@@ -225,6 +226,28 @@ def test_memory_is_a_place_too(mover: Mover) -> None:
     assert client.run_active("memory", path="kept.jsonl", destination="back.jsonl").status == "success"
     assert (mover.files / "back.jsonl").read_bytes() == data
     assert mover.newest().amount("rows", "used") == 2
+
+
+def test_memory_that_others_filled_meanwhile_holds_no_more(mover: Mover) -> None:
+    data = written(mover, "third.bin", os.urandom(12 * MIB))
+    rate = {"max_bytes_per_second": 8 * MIB}  # so that all are granted before the first is there
+    jobs = [mover.schedule(f"filling-{n}", path="third.bin", destination=f"memory://{n}.bin", **rate) for n in range(4)]
+    until(lambda: all(mover.status(f"filling-{n}")["status"] in ("success", "failed") for n in range(4)))
+    said = [mover.status(f"filling-{n}") for n in range(4)]
+    assert sorted(one["status"] for one in said) == ["failed", "failed", "success", "success"]
+    for job, one in zip(jobs, said, strict=True):
+        if one["status"] == "failed":
+            assert mover.ended(f"ingestion:{job}", "failed").last("failed")["code"] == "NOTHING_LEFT"
+    # Another tenant has its share.
+    other = mover.backend.data / "files" / "globex"
+    other.mkdir(exist_ok=True)
+    (other / "a.bin").write_bytes(data)
+    lee = mover.backend.client("lee")
+    assert lee.ingestion.run_active("file", path="a.bin", destination="memory://a.bin").status == "success"
+    # What is replaced makes room for what replaces it.
+    name = next(n for n, one in enumerate(said) if one["status"] == "success")
+    again = mover.client.ingestion.run_active("file", path="third.bin", destination=f"memory://{name}.bin")
+    assert again.status == "success"
 
 
 @pytest.mark.parametrize("whole_only", [False, True])
