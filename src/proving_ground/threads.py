@@ -5,6 +5,7 @@ import contextlib
 import threading
 from collections import defaultdict
 from collections.abc import Callable
+from queue import SimpleQueue
 from typing import Any, Final, TypeVar
 
 #: How many calls of one tenant may block at a time; the next one waits.
@@ -14,14 +15,15 @@ T = TypeVar("T")
 
 
 class Threads:
-    """Runs each call in a thread of its own, up to `most` of a tenant.
+    """Runs each call in a thread in which nothing else waits, up to `most` of a tenant.
 
-    They are daemons: a pool joins its threads when the process ends, which a host that says nothing could then put
-    off.
+    They are daemons, kept for later calls: a pool joins its threads when the process ends, which a host that says
+    nothing could then put off.
     """
 
     def __init__(self, most: int = MOST) -> None:
         self._turns: defaultdict[str, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(most))
+        self._idle: list[SimpleQueue[Callable[[], None]]] = []
 
     async def run(self, tenant: str, call: Callable[[], T], *, unwanted: Callable[[T], object] = lambda _: None) -> T:
         """What `call` returns or raises. Cancelled, this ends at once, and what comes later is given to `unwanted`."""
@@ -31,6 +33,7 @@ class Threads:
         done: asyncio.Future[T] = loop.create_future()
 
         def tell(found: Any, error: BaseException | None) -> None:
+            self._idle.append(calls)
             turns.release()
             if error is not None:
                 if not done.done():
@@ -49,5 +52,17 @@ class Threads:
             with contextlib.suppress(RuntimeError):  # the loop has ended, and nobody waits
                 loop.call_soon_threadsafe(tell, found, failed)
 
-        threading.Thread(target=block, name="source", daemon=True).start()
+        calls = self._idle.pop() if self._idle else _started()
+        calls.put(block)
         return await done
+
+
+def _started() -> SimpleQueue[Callable[[], None]]:
+    calls: SimpleQueue[Callable[[], None]] = SimpleQueue()
+
+    def work() -> None:
+        while True:
+            calls.get()()
+
+    threading.Thread(target=work, name="source", daemon=True).start()
+    return calls
