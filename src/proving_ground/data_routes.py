@@ -35,8 +35,9 @@ from proving_ground.data_schemas import (
 )
 from proving_ground.jobs import JOBS, Job, Status
 from proving_ground.movement import INGESTION
+from proving_ground.reading import found_at
 from proving_ground.retrieval import INLINE_BYTES, RETRIEVAL, Stream, described
-from proving_ground.sources import NotAllowed, Place, check_url
+from proving_ground.sources import NotAllowed, Place, check_texts, check_urn
 from proving_ground.state import Backend, BackendState
 
 router = APIRouter(tags=["data"])
@@ -46,6 +47,8 @@ SEALED: Final = ("/ingestion/ingest/run", "/ingestion/ingest/jobs", "/retrieval/
 
 #: What of `kwargs` a move needs; nothing else of them is kept.
 _KEPT: Final = ("path", "url", "bucket", "format", "destination")
+#: What of `kwargs` is on the record and may be an address.
+_ADDRESSES: Final = (*_KEPT, "prefix", "pattern")
 _INGEST_STATUS: Final[Mapping[Status, str]] = {
     "REQUESTED": "pending",
     "RUNNING": "running",
@@ -109,6 +112,9 @@ async def schedule_ingestion(
         operation="ingestion.schedule_job",
         entrypoint="POST /ingestion/ingest/jobs",
         schema="kamiwaza.IngestJobCreate/1",
+        constraints={**ask.constraints, "job_id": body.job_id, "schedule": body.schedule},
+        body=await request.json(),
+        secrets=[name.replace("kwargs", "conn_args", 1) for name in ask.secrets],
     )
     job = await _ingestion(request, caller, backend, ask, body.source_type, body.conn_args, body)
     return OperationOut(status="scheduled", job_id=job.id)
@@ -133,7 +139,7 @@ async def get_ingestion(job_id: str, caller: CurrentCaller, backend: BackendStat
 
 @router.delete("/ingestion/ingest/jobs/{job_id}")
 async def cancel_ingestion(job_id: str, caller: CurrentCaller, backend: BackendState) -> bool:
-    """End an ingestion, and answer when it has ended: whether it had not before. What came of it is removed."""
+    """End an ingestion, and answer when it has ended: whether that ended it. What came of it is removed."""
     return await _cancelled(backend, caller, _named(backend, caller, job_id))
 
 
@@ -144,6 +150,9 @@ async def create_retrieval(
     """Rows of a data set: in the answer, or by `GET /retrieval/jobs/{id}/stream`; with `auto` the size decides."""
     place, refused = None, None
     with _asking():
+        check_urn(body.dataset_urn)
+        for name in ("transport", "format_hint", "columns"):
+            check_texts(getattr(body, name), name)
         try:
             place = backend.sources.dataset(caller.tenant, body.dataset_urn)
         except NotAllowed as error:
@@ -158,7 +167,7 @@ async def create_retrieval(
     transport = body.transport
     if transport == "auto":
         with contextlib.suppress(OSError, NotAllowed):  # the job says so
-            size = (await asyncio.to_thread(backend.sources.found, place)).size
+            size = (await found_at(backend.sources, caller.tenant, place)).size
             transport = "inline" if size is not None and size <= INLINE_BYTES else "sse"
         transport = "inline" if transport == "auto" else transport
     if transport not in ("inline", "sse"):
@@ -200,14 +209,17 @@ async def get_retrieval(job_id: UUID, caller: CurrentCaller, backend: BackendSta
 
 @router.delete("/retrieval/jobs/{job_id}")
 async def cancel_retrieval(job_id: UUID, caller: CurrentCaller, backend: BackendState) -> bool:
-    """End a retrieval, and answer when it has ended: whether it had not before."""
+    """End a retrieval, and answer when it has ended: whether that ended it."""
     return await _cancelled(backend, caller, backend.job_of(caller, RETRIEVAL, job_id))
 
 
 @router.get("/retrieval/jobs/{job_id}/stream")
 async def stream_retrieval(job_id: UUID, caller: CurrentCaller, backend: BackendState) -> Response:
-    """The rows as server-sent events: `chunk`, then `complete` or `error`. Fetched once; whoever leaves cancels it."""
+    """The rows as server-sent events: `chunk`, then `complete` or `error`. Fetched once, by who asked for them; whoever
+    leaves cancels it."""
     job = backend.job_of(caller, RETRIEVAL, job_id)
+    if not _owns(caller, job):
+        raise HTTPException(404, f"no {RETRIEVAL} `{job_id}`")
     delivery = backend.retrievals.deliveries.get(job.id)
     if delivery is None or delivery.stream is None or delivery.stream.fetched.is_set():
         raise HTTPException(409, "there is no stream to fetch: it was fetched before, or has ended")
@@ -231,7 +243,7 @@ async def get_dataset(urn: str, caller: CurrentCaller, backend: BackendState) ->
     """One data set, whoever made it, as long as its file is there."""
     try:
         place = backend.sources.dataset(caller.tenant, urn)
-        found = await asyncio.to_thread(backend.sources.found, place)
+        found = await found_at(backend.sources, caller.tenant, place)
     except (OSError, NotAllowed) as error:
         raise HTTPException(404, "no such data set") from error
     return _entry(place, None, found.size)
@@ -274,9 +286,13 @@ async def _ingestion(
 ) -> Job:
     """Seal it and start it; or the job of the first request with the same key."""
     with _asking():
-        for name in ("url", "destination"):
-            if isinstance(written := kwargs.get(name), str):
-                check_url(written, f"kwargs.{name}")
+        check_texts(source_type, "source_type")
+        for name in _ADDRESSES:
+            check_texts(kwargs.get(name), f"kwargs.{name}", is_url=name in ("url", "destination"))
+        if not isinstance(kwargs.get("format"), str | None):
+            raise InvalidField("kwargs.format", "expected text, got another thing")
+        if named is not None:
+            check_texts(named.schedule, "schedule")
     body = {"source_type": source_type, "kwargs": {name: kwargs[name] for name in _KEPT if name in kwargs}}
     job = _new(INGESTION, caller, body if named is None else {**body, "name": named.job_id})
     places: tuple[Place, ...] = ()
@@ -353,13 +369,17 @@ def _named(backend: Backend, caller: Caller, name: str) -> Job:
     raise HTTPException(404, "no such ingestion")
 
 
+def _owns(caller: Caller, job: Job) -> bool:
+    return (caller.type, caller.subject) == (job.owner.type, job.owner.subject)
+
+
 async def _cancelled(backend: Backend, caller: Caller, job: Job) -> bool:
-    if (caller.type, caller.subject) != (job.owner.type, job.owner.subject):
+    if not _owns(caller, job):
         require_role(caller, OPERATOR)
     if job.ended:
         return False
     await backend.jobs.cancel(job, f"{caller.type}:{caller.subject}")
-    return True
+    return job.status == "CANCELLED"  # it may have come to its own end meanwhile
 
 
 async def _while_there(request: Request, backend: Backend, job: Job) -> None:

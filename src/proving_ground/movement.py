@@ -6,12 +6,10 @@ names the range. Killed between any two of them, the next backend counts each by
 """
 
 import asyncio
-import contextlib
 import hashlib
 import os
-import threading
 import time
-from collections.abc import Coroutine, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
 from typing import IO, Any, Final
 
@@ -19,7 +17,9 @@ from execution_envelope import Grant
 from proving_ground.allowance import Bound, Pace, amounts, granted, refuse_unkept
 from proving_ground.auth import Caller
 from proving_ground.jobs import Job, JobFailed, Work
-from proving_ground.sources import Found, NotAllowed, Place, Sources
+from proving_ground.reading import Reader, looked_at, reading
+from proving_ground.sources import Found, NoRoom, NotAllowed, Place, Sources
+from proving_ground.threads import T
 
 #: The kind of these jobs, and of their references on the record.
 INGESTION: Final = "ingestion"
@@ -82,32 +82,6 @@ class RowCount:
         self._open = False
 
 
-async def looked_at(sources: Sources, place: Place) -> Found:
-    """What is at a source. Raises `JobFailed`."""
-    with reading(place):
-        return await asyncio.to_thread(sources.found, place)
-
-
-@contextlib.contextmanager
-def reading(place: Place) -> Iterator[None]:
-    """Whatever a source says when it cannot be read, as the end of a job. Texts of clients may hold addresses with
-    credentials, so that only their type is told."""
-    try:
-        yield
-    except NotAllowed as error:
-        raise JobFailed("SOURCE_NOT_ALLOWED", str(error)) from error
-    except FileNotFoundError as error:
-        raise JobFailed("SOURCE_NOT_FOUND", f"there is no file {place.name}") from error
-    except PermissionError as error:
-        raise JobFailed("SOURCE_FORBIDDEN", f"{place.name} may not be read, or sends on to elsewhere") from error
-    except JobFailed:
-        raise
-    except Exception as error:
-        if getattr(error, "status", None) in (401, 403):
-            raise JobFailed("SOURCE_FORBIDDEN", f"{place.name} may not be read") from error
-        raise JobFailed("SOURCE_FAILED", f"{place.name} broke off: {type(error).__name__}") from error
-
-
 async def whole(step: Coroutine[Any, Any, None]) -> None:
     """Do a short step to its end, also when whoever waits for it is cancelled meanwhile."""
     task = asyncio.ensure_future(step)
@@ -118,41 +92,6 @@ async def whole(step: Coroutine[Any, Any, None]) -> None:
         if not task.cancelled() and (error := task.exception()) is not None:
             raise error from None
         raise
-
-
-class Reader:
-    """An open source, read in threads; let go of when the read that runs has ended, without waiting for it."""
-
-    def __init__(self, opened: IO[bytes]) -> None:
-        self._opened = opened
-        self._lock = threading.Lock()
-
-    async def read(self, size: int) -> bytes:
-        """`size` bytes, fewer at the end."""
-        return await asyncio.to_thread(self._read, size)
-
-    def _read(self, size: int) -> bytes:
-        found = b""
-        with self._lock:
-            while len(found) < size:
-                try:
-                    part = self._opened.read(size - len(found))
-                except Exception:
-                    if not found:
-                        raise
-                    return found  # what had come counts; the next read says that it broke
-                if not part:
-                    return found
-                found += part
-        return found
-
-    def close(self) -> None:
-        """Close it as soon as nothing reads."""
-        threading.Thread(target=self._close, name="source-closer", daemon=True).start()
-
-    def _close(self) -> None:
-        with self._lock, contextlib.suppress(Exception):
-            self._opened.close()
 
 
 class Ingestions:
@@ -202,6 +141,7 @@ class Move:
 
     def __init__(self, work: Work, sources: Sources, source: Place, destination: Place, staged: Path) -> None:
         self._job = work.job
+        self._tenant = work.job.owner.tenant
         self._save = work.save
         self._admission = work.admission
         self._sources = sources
@@ -219,7 +159,9 @@ class Move:
     async def run(self) -> None:
         """Grant, move, put in place. Raises `JobFailed`."""
         job, state = self._job, self._job.checkpoint
-        found = await looked_at(self._sources, self._source) if not state.get("whole") else Found(self._moved, "")
+        found = Found(self._moved, "")
+        if not state.get("whole"):
+            found = await looked_at(self._sources, self._tenant, self._source)
         if "stamp" in state and not state.get("whole") and state["stamp"] != found.stamp:
             raise JobFailed("SOURCE_CHANGED", f"{self._source.name} is another one than when the move began")
         job.total = found.size if found.size is not None else job.total
@@ -257,7 +199,7 @@ class Move:
         admission, asked = self._admission, self._admission.envelope.requested
         counted = ("bytes", "bandwidth", "duration", *(("rows",) if self._rows is not None else ()))
         named = {"destination": self._destination.name, "format": self._format or "unknown"}
-        names = (*_NAMED_BY[self._source.scheme], "format", "destination")
+        names = (*_NAMED_BY[self._source.scheme], "format", "destination", "job_id", "schedule")
         honoured = [name for name in names if name in asked.constraints]
         if admission.state == "granted":
             # Another process goes on with what was granted; that it does is on the record.
@@ -293,11 +235,8 @@ class Move:
         try:
             async with asyncio.timeout(left):
                 with reading(self._source):
-                    reader = Reader(await asyncio.to_thread(self._sources.open, self._source, self._moved))
-                    try:
+                    async with Reader.opening(self._sources, self._tenant, self._source, self._moved) as reader:
                         await self._copy(reader, pace, most)
-                    finally:
-                        reader.close()
         except TimeoutError:
             raise JobFailed(
                 "LIMIT_REACHED", f"not moved within the {duration} ms that were granted; {self._moved} bytes were"
@@ -311,7 +250,6 @@ class Move:
         with staged:
             while not self._full(most) and (limit is None or self._moved < limit):
                 want = pace.chunk() if limit is None else min(pace.chunk(), limit - self._moved)
-                await pace.take(want)
                 data = await reader.read(want)
                 if not data:
                     if self._rows is not None:
@@ -319,6 +257,7 @@ class Move:
                     if self._job.total is not None and self._moved < self._job.total:
                         raise OSError("the source ended before its end")
                     return
+                await pace.take(len(data))
                 await whole(self._keep(staged, data, most.get("rows")))
                 first = self._job.checkpoint.get("offset", 0)
                 if self._moved - first >= CHECKPOINT_BYTES or time.monotonic() - self._since >= CHECKPOINT_SECONDS:
@@ -374,15 +313,20 @@ class Move:
     async def _place(self) -> None:
         if not self._staged.exists():
             # It was put there just before the backend before was killed.
-            if not await asyncio.to_thread(self._sources.has, self._destination, self._moved):
+            if not await self._in_thread(lambda: self._sources.has(self._destination, self._moved)):
                 raise JobFailed("DESTINATION_FAILED", f"{self._destination.name} is not there any more")
             return
         try:
             # Not left halfway: cancelled here, it may arrive all the same.
-            await whole(asyncio.to_thread(self._sources.put, self._staged, self._destination))
+            await whole(self._in_thread(lambda: self._sources.put(self._staged, self._destination)))
+        except NoRoom as error:
+            raise JobFailed("NOTHING_LEFT", f"{self._destination.name} has no room any more: {error}") from error
         except Exception as error:
             sentence = f"{self._destination.name} cannot be written: {type(error).__name__}"
             raise JobFailed("DESTINATION_FAILED", sentence) from error
+
+    async def _in_thread(self, call: Callable[[], T]) -> T:
+        return await self._sources.threads.run(self._tenant, call)
 
 
 def _format(body: Mapping[str, Any], source: Place) -> str:

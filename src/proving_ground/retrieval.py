@@ -7,17 +7,17 @@ connection has taken the event; what a client that left had not taken is not cou
 import asyncio
 import csv
 import json
-import threading
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import IO, Any, Final
+from typing import Any, Final
 from uuid import UUID
 
 from proving_ground.allowance import Bound, Pace, amounts, granted, refuse_unkept
 from proving_ground.jobs import Job, JobFailed, Work
-from proving_ground.movement import ROW_FORMATS, looked_at, reading, whole
-from proving_ground.sources import Found, NotAllowed, Place, Sources, lines
+from proving_ground.movement import ROW_FORMATS, whole
+from proving_ground.reading import Reader, looked_at, reading
+from proving_ground.sources import Found, NotAllowed, Place, Sources
 
 #: The kind of these jobs, and of their references on the record.
 RETRIEVAL: Final = "retrieval"
@@ -32,6 +32,8 @@ MAX_BATCH: Final = 1000
 EVENT_BYTES: Final = 16 * 1024
 #: How long a stream waits for its client to fetch it.
 FETCHED_SECONDS: Final = 30.0
+#: How long one event waits for its client to take it: whoever reads no more holds a turn of others.
+TAKEN_SECONDS: Final = 30.0
 #: How often what was delivered is reported while it goes on.
 REPORT_SECONDS: Final = 1.0
 
@@ -46,10 +48,12 @@ class Stream:
         """Whether nothing but the last event is left to be taken."""
 
     async def send(self, event: str, data: Any) -> None:
-        """Return when the connection has taken it."""
+        """Return when the connection has taken it. Raises `JobFailed` when it does not in time."""
         taken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._events.put_nowait((event, data, taken))
-        await taken
+        await asyncio.wait([taken], timeout=TAKEN_SECONDS)
+        if not taken.done():
+            raise JobFailed("NOT_FETCHED", f"nobody took the next event of the stream within {TAKEN_SECONDS:g} s")
 
     def end(self, event: str, data: Any) -> None:
         """The last event. Nobody has to take it: a client that leaves at the last row has all of them."""
@@ -118,7 +122,7 @@ class _Reading:
             place = self._sources.dataset(job.owner.tenant, body["dataset_urn"])
         except NotAllowed as error:
             raise JobFailed("SOURCE_NOT_ALLOWED", str(error)) from error
-        found = await looked_at(self._sources, place)
+        found = await looked_at(self._sources, job.owner.tenant, place)
         format = body.get("format_hint") or {"ndjson": "jsonl"}.get(place.suffix, place.suffix)
         if format not in ROW_FORMATS:
             said = f"expected a data set of {' or '.join(ROW_FORMATS)}, got `{str(format)[:32]}` - at format_hint"
@@ -191,8 +195,8 @@ class _Reading:
 
     async def _deliver(self, place: Place, format: str, most: Mapping[str, int | None]) -> None:
         body, pace = self._work.job.body, Pace(most.get("bandwidth"))
-        source = _Rows(await asyncio.to_thread(self._sources.open, place), format, body)
-        try:
+        async with Reader.opening(self._sources, self._work.job.owner.tenant, place) as reader:
+            source = _Rows(reader, format, body)
             while rows := await source.next(_batch(body), _left(most.get("rows"), self._rows)):
                 kept: list[dict[str, Any]] = []
                 room, count = _left(most.get("bytes"), self._bytes), 0
@@ -208,8 +212,6 @@ class _Reading:
                     self._truncated = True
                     return
             self._truncated = bool(await source.next(1, 1))
-        finally:
-            source.close()
 
     async def _hand_over(self, rows: list[dict[str, Any]], size: int) -> None:
         delivery = self._delivery
@@ -239,53 +241,43 @@ class _Reading:
 class _Rows:
     """The rows of a file that a request is about, a batch at a time, read in threads."""
 
-    def __init__(self, opened: IO[bytes], format: str, body: Mapping[str, Any]) -> None:
-        self._opened = opened
-        self._lock = threading.Lock()
+    def __init__(self, reader: Reader, format: str, body: Mapping[str, Any]) -> None:
+        self._reader = reader
         self._skip = int(body.get("offset") or 0)
         self._filters: Mapping[str, Any] = body.get("filters") or {}
         self._columns: list[str] | None = body.get("columns")
-        self._all = _parsed(opened, format)
+        self._all = _parsed(reader.lines(), format)
 
     async def next(self, size: int, left: int | None) -> list[tuple[dict[str, Any], int]]:
         """Up to `size` rows, an event full, of those `left`, each with its length as JSON; none at the end."""
         most = size if left is None else min(size, left)
-        return await asyncio.to_thread(self._next, most) if most > 0 else []
+        return await self._reader.run(lambda: self._next(most)) if most > 0 else []
 
     def _next(self, most: int) -> list[tuple[dict[str, Any], int]]:
         found: list[tuple[dict[str, Any], int]] = []
         total = 0
-        with self._lock:
-            for row in self._all:
-                if any(str(row.get(name)) != str(value) for name, value in self._filters.items()):
-                    continue
-                if self._skip:
-                    self._skip -= 1
-                    continue
-                if self._columns is not None:
-                    row = {name: row.get(name) for name in self._columns}
-                size = len(json.dumps(row, separators=(",", ":")).encode())
-                found.append((row, size))
-                total += size
-                if len(found) == most or total >= EVENT_BYTES:
-                    break
+        for row in self._all:
+            if any(str(row.get(name)) != str(value) for name, value in self._filters.items()):
+                continue
+            if self._skip:
+                self._skip -= 1
+                continue
+            if self._columns is not None:
+                row = {name: row.get(name) for name in self._columns}
+            size = len(json.dumps(row, separators=(",", ":")).encode())
+            found.append((row, size))
+            total += size
+            if len(found) == most or total >= EVENT_BYTES:
+                break
         return found
 
-    def close(self) -> None:
-        """Close it as soon as nothing reads."""
-        threading.Thread(target=self._close, name="source-closer", daemon=True).start()
 
-    def _close(self) -> None:
-        with self._lock:
-            self._opened.close()
-
-
-def _parsed(opened: IO[bytes], format: str) -> Iterator[dict[str, Any]]:
+def _parsed(lines: Iterator[bytes], format: str) -> Iterator[dict[str, Any]]:
     try:
         if format == "csv":
-            yield from csv.DictReader((line.decode() for line in lines(opened)), restkey="")
+            yield from csv.DictReader((line.decode() for line in lines), restkey="")
             return
-        for line in lines(opened):
+        for line in lines:
             if line.strip():
                 row = json.loads(line, parse_constant=_no_number)
                 yield row if isinstance(row, dict) else {"value": row}

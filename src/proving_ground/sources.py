@@ -11,6 +11,7 @@ import json
 import re
 import shutil
 import stat
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ import fsspec  # type: ignore[import-untyped]
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 
 from execution_envelope import InvalidField
+from proving_ground.threads import Threads
 
 Scheme = Literal["file", "memory", "http", "https", "s3"]
 SCHEMES: Final[tuple[Scheme, ...]] = ("file", "memory", "http", "https", "s3")
@@ -31,14 +33,24 @@ CHUNK: Final = 256 * 1024
 MAX_PATH: Final = 1024
 #: What all files in memory may come to.
 MEMORY_BYTES: Final = 64 * 1024 * 1024
+#: What those of one tenant may come to.
+MEMORY_SHARE: Final = 32 * 1024 * 1024
 #: How long a host or a bucket may be silent.
 SILENT_SECONDS: Final = 30.0
 
+#: What stands before a host to say who asks: ``user:password@``, ``//token@``.
+_USERINFO: Final = re.compile(r"(?:://|//|:)[^/@]*@")
+#: Characters of an address.
+_MAX_ADDRESS: Final = 4096
 _URN: Final = re.compile(r"urn:li:dataset:\(urn:li:dataPlatform:([a-z0-9]+),([^,()]{1,2048}),([A-Z]{1,16})\)")
 
 
 class NotAllowed(Exception):
     """A place that is not among those that are configured, or no place at all; names the field."""
+
+
+class NoRoom(Exception):
+    """A place that has filled up since it was asked what room there is."""
 
 
 class _Host(BaseModel):
@@ -106,6 +118,9 @@ class Sources:
     def __init__(self, root: Path, path: Path | None = None) -> None:
         self._root = root
         self._file = _File() if path is None else _read(path)
+        self.threads = Threads()
+        """Where what blocks on a place is called."""
+        self._memory = threading.RLock()
 
     def source(self, tenant: str, source_type: str, kwargs: Mapping[str, Any]) -> Place:
         """The source that an ingestion names. Raises `NotAllowed`."""
@@ -186,8 +201,8 @@ class Sources:
         stamp = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
         return Found(size if isinstance(size, int) else None, stamp)
 
-    def open(self, place: Place, offset: int = 0) -> IO[bytes]:
-        """The bytes from `offset` on, fetched as they are read."""
+    def open(self, place: Place, offset: int, stop: threading.Event) -> IO[bytes]:
+        """The bytes from `offset` on, fetched as they are read. Going there ends when `stop` is set."""
         system, path = self._system(place), self._path(place)
         if place.scheme in ("http", "https"):
             ranged = {"headers": {"Range": f"bytes={offset}-"}} if offset else {}
@@ -201,31 +216,47 @@ class Sources:
         try:
             if place.scheme == "file":
                 self._check_opened(opened, place)
-            _forward(opened, offset)
+            _forward(opened, offset, stop)
         except BaseException:
             opened.close()
             raise
         return opened
 
     def put(self, staged: Path, place: Place) -> None:
-        """Move a whole file to its place, in which it is there at once or not at all."""
+        """Move a whole file to its place, in which it is there at once or not at all. Raises `NoRoom`, `OSError`."""
         if place.scheme == "file":
             path = Path(place.path)
             tenant = self._tenant(place)
             tenant.mkdir(parents=True, exist_ok=True, mode=0o700)
+            # Before anything is made there, and once more when it is.
+            self._check_below(path, tenant, place)
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            if not path.parent.resolve().is_relative_to(tenant.resolve()) or path.is_dir():
-                raise PermissionError(f"{place.name} is not a file below the directory of its tenant")
+            self._check_below(path, tenant, place)
             staged.replace(path)
             return
-        self._system(place).put_file(str(staged), place.path)
+        if place.scheme == "memory":
+            with self._memory:  # others may have filled it since the grant
+                room, why = self.room(place)
+                if staged.stat().st_size > room:
+                    raise NoRoom(f"{room} bytes are left, {why}")
+                self._system(place).put_file(str(staged), place.path)
+        else:
+            self._system(place).put_file(str(staged), place.path)
         staged.unlink()
 
     def room(self, place: Place) -> tuple[int, str]:
         """How many bytes may come to a place at most, and why: memory is small, and disks are filled to a half."""
         if place.scheme == "memory":
-            held = sum(int(one["size"]) for one in self._system(place).find("/", detail=True).values())
-            return max(0, MEMORY_BYTES - held), f"the memory for files holds {MEMORY_BYTES} bytes"
+            corner = place.path.split("/")[1]
+            with self._memory:
+                files = self._system(place).find("/", detail=True)
+            # What is there already is replaced.
+            sizes = {name: int(one["size"]) for name, one in files.items() if name != place.path}
+            left = MEMORY_BYTES - sum(sizes.values())
+            share = MEMORY_SHARE - sum(size for name, size in sizes.items() if name.split("/")[1] == corner)
+            if share < left:
+                return max(0, share), f"the memory for files holds {MEMORY_SHARE} bytes of one tenant"
+            return max(0, left), f"the memory for files holds {MEMORY_BYTES} bytes"
         self._root.mkdir(parents=True, exist_ok=True, mode=0o700)
         free = shutil.disk_usage(self._root).free // 2
         return free, f"half of the disk space that is left here, {free} bytes"
@@ -235,6 +266,10 @@ class Sources:
         with contextlib.suppress(OSError, NotAllowed):
             return self.found(place).size == size
         return False
+
+    def _check_below(self, path: Path, tenant: Path, place: Place) -> None:
+        if not path.parent.resolve().is_relative_to(tenant.resolve()) or path.is_dir():
+            raise PermissionError(f"{place.name} is not a file below the directory of its tenant")
 
     def _tenant(self, place: Place) -> Path:
         return self._root / Path(place.path).relative_to(self._root).parts[0]
@@ -276,10 +311,42 @@ def check_url(url: str, field: str) -> None:
     try:
         parts = urlsplit(url)
         bare = not (parts.username or parts.password or parts.query or parts.fragment or "@" in parts.netloc)
+        bare = bare and _USERINFO.search(url) is None
     except ValueError:
         bare = False
     if not bare or "?" in url or "#" in url:
         raise InvalidField(field, "expected a URL without credentials, query and fragment")
+
+
+def check_texts(value: Any, field: str, *, is_url: bool = False) -> None:
+    """Refuse every text in a JSON value that is an address which may hold a credential, however often it is encoded.
+
+    `is_url` says that each of them is an address, whatever it looks like. Raises `InvalidField`.
+    """
+    if isinstance(value, str):
+        _check_encoded(value, field, is_url=is_url)
+    elif isinstance(value, Mapping):
+        check_texts([*value, *value.values()], field, is_url=is_url)
+    elif isinstance(value, list):
+        for one in value:
+            check_texts(one, field, is_url=is_url)
+
+
+def check_urn(urn: str) -> None:
+    """The same for what a data set is called by: one that is none may be an address. Raises `InvalidField`."""
+    named = _URN.fullmatch(urn)
+    is_file = named is not None and named[1] in SCHEMES and named[1] not in ("http", "https")
+    _check_encoded(urn if named is None else named[2], "dataset_urn", is_url=not is_file)
+
+
+def _check_encoded(text: str, field: str, *, is_url: bool) -> None:
+    if len(text) > _MAX_ADDRESS:
+        raise InvalidField(field, f"expected up to {_MAX_ADDRESS} characters")
+    before = None
+    while text != before:
+        if is_url or "//" in text or _USERINFO.search(text):
+            check_url(text, field)
+        before, text = text, unquote(text)
 
 
 def lines(opened: IO[bytes]) -> Iterator[bytes]:
@@ -318,7 +385,7 @@ def _check_path(path: str, field: str) -> None:
         raise NotAllowed(f"expected a path of up to {MAX_PATH} characters without `..` and empty steps - at {field}")
 
 
-def _forward(opened: Any, offset: int) -> None:
+def _forward(opened: Any, offset: int, stop: threading.Event) -> None:
     """Go on at `offset`, also where the other side can only begin at the beginning."""
     answer = getattr(opened, "r", None)
     if answer is None:
@@ -326,7 +393,7 @@ def _forward(opened: Any, offset: int) -> None:
     elif answer.status != 206:
         while offset > 0:
             skipped = opened.read(min(CHUNK, offset))
-            if not skipped:
+            if not skipped or stop.is_set():
                 raise OSError("the source is shorter than it was")
             offset -= len(skipped)
     elif not answer.headers.get("Content-Range", "").startswith(f"bytes {offset}-"):

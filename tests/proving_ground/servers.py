@@ -19,7 +19,10 @@ KEY, SECRET = "AKTESTINGONLY", "a-secret-of-tests-only"
 
 
 class Files:
-    """Serves bytes under paths; `break_at` cuts the connection there, `redirect` sends elsewhere, `asked` counts."""
+    """Serves bytes under paths; `break_at` cuts the connection there, `redirect` sends elsewhere, `asked` counts.
+
+    What is in `drips` comes byte by byte, 5 a second; `dripping` says how many of those are being sent.
+    """
 
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}
@@ -27,6 +30,9 @@ class Files:
         self.redirect: dict[str, str] = {}
         self.whole_only: set[str] = set()
         self.asked: list[str] = []
+        self.drips: set[str] = set()
+        self.dripping = 0
+        self.closing = threading.Event()
         files = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -80,9 +86,19 @@ class Files:
             request.wfile.write(data[start : max(start, limit)])
             request.close_connection = True
             return
+        if request.path in self.drips:
+            self.dripping += 1
+            with contextlib.suppress(OSError):
+                while start < end and not self.closing.wait(0.2):
+                    request.wfile.write(data[start : start + 1])
+                    start += 1
+            self.dripping -= 1
+            request.close_connection = True
+            return
         request.wfile.write(data[start:end])
 
     def close(self) -> None:
+        self.closing.set()
         self._server.shutdown()
         self._thread.join()
         self._server.server_close()

@@ -4,6 +4,7 @@ import asyncio
 import csv
 import io
 import json
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -216,4 +217,4 @@ def test_a_link_that_leads_out_is_found_before_and_after_it_is_opened(
     # As when the link takes the place of a file just before that is opened.
     monkeypatch.setattr(Sources, "_path", lambda self, place: place.path)
     with pytest.raises(NotAllowed, match="leads out"):
-        sources.open(place)
+        sources.open(place, 0, threading.Event())

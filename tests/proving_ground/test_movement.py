@@ -193,8 +193,9 @@ def test_no_link_leads_out_for_reading_or_writing(mover: Mover, tmp_path: Path) 
     for path in ("link.bin", "linked/a.bin"):
         answer = mover.client.ingestion.run_active("file", path=path)
         assert answer.errors[0].startswith("SOURCE_NOT_ALLOWED"), path
-    answer = mover.client.ingestion.run_active("file", path="link-target.bin", destination="linked/b.bin")
-    assert answer.errors[0].startswith("DESTINATION_FAILED")
+    for destination in ("linked/b.bin", "linked/new/b.bin"):
+        answer = mover.client.ingestion.run_active("file", path="link-target.bin", destination=destination)
+        assert answer.errors[0].startswith("DESTINATION_FAILED")
     assert [path.name for path in outside.iterdir()] == ["a.bin"]
     assert mover.client.ingestion.run_active("file", path="inside.bin").status == "success"
 
@@ -225,6 +226,28 @@ def test_memory_is_a_place_too(mover: Mover) -> None:
     assert client.run_active("memory", path="kept.jsonl", destination="back.jsonl").status == "success"
     assert (mover.files / "back.jsonl").read_bytes() == data
     assert mover.newest().amount("rows", "used") == 2
+
+
+def test_memory_that_others_filled_meanwhile_holds_no_more(mover: Mover) -> None:
+    data = written(mover, "third.bin", os.urandom(12 * MIB))
+    rate = {"max_bytes_per_second": 8 * MIB}  # so that all are granted before the first is there
+    jobs = [mover.schedule(f"filling-{n}", path="third.bin", destination=f"memory://{n}.bin", **rate) for n in range(4)]
+    until(lambda: all(mover.status(f"filling-{n}")["status"] in ("success", "failed") for n in range(4)))
+    said = [mover.status(f"filling-{n}") for n in range(4)]
+    assert sorted(one["status"] for one in said) == ["failed", "failed", "success", "success"]
+    for job, one in zip(jobs, said, strict=True):
+        if one["status"] == "failed":
+            assert mover.ended(f"ingestion:{job}", "failed").last("failed")["code"] == "NOTHING_LEFT"
+    # Another tenant has its share.
+    other = mover.backend.data / "files" / "globex"
+    other.mkdir(exist_ok=True)
+    (other / "a.bin").write_bytes(data)
+    lee = mover.backend.client("lee")
+    assert lee.ingestion.run_active("file", path="a.bin", destination="memory://a.bin").status == "success"
+    # What is replaced makes room for what replaces it.
+    name = next(n for n, one in enumerate(said) if one["status"] == "success")
+    again = mover.client.ingestion.run_active("file", path="third.bin", destination=f"memory://{name}.bin")
+    assert again.status == "success"
 
 
 @pytest.mark.parametrize("whole_only", [False, True])
@@ -294,6 +317,35 @@ def test_credentials_leave_not_one_byte(mover: Mover, web: Files) -> None:
     assert mover.newest().data["redacted"] == ["request.kwargs.password", "request.kwargs.storage_options.secret"]
 
 
+NEEDLE = "needle-of-an-address-4c1d"
+
+
+@pytest.mark.parametrize(
+    ("source_type", "kwargs"),
+    [
+        ("http", {"url": f"user:{NEEDLE}@h/x"}),
+        ("http", {"url": f"http://h/x%253Fsig={NEEDLE}"}),
+        ("http", {"url": f"http://user:{NEEDLE}%2540h/x"}),
+        ("file", {"path": f"https://b/k?sig={NEEDLE}"}),
+        ("file", {"path": f"https%3A%2F%2F{NEEDLE}%40h/k"}),
+        ("file", {"path": "a.bin", "format": f"https://user:{NEEDLE}@h/x"}),
+        ("file", {"path": "a.bin", "format": ["csv"]}),
+        ("file", {"path": "a.bin", "destination": f"memory://{NEEDLE}%2540h/x"}),
+        ("file", {"path": "a.bin", "prefix": [f"//{NEEDLE}@h"]}),
+        ("s3", {"bucket": f"user:{NEEDLE}@h", "path": "x"}),
+        (f"postgresql://user:{NEEDLE}@h", {"path": "a.bin"}),
+    ],
+)
+def test_no_address_with_a_credential_reaches_the_record(mover: Mover, source_type: str, kwargs: Any) -> None:
+    before = len(mover.envelopes())
+    with pytest.raises(APIError) as refused:
+        mover.client.ingestion.run_active(source_type, **kwargs)
+    assert refused.value.status_code in (400, 422)
+    assert NEEDLE not in str(refused.value)
+    assert len(mover.envelopes()) == before
+    assert NEEDLE.encode() not in mover.held()
+
+
 def test_the_same_key_moves_once(mover: Mover) -> None:
     written(mover, "once.bin", b"once only")
     answers = []
@@ -339,6 +391,26 @@ def test_there_are_no_schedules_and_no_two_jobs_of_a_name(mover: Mover) -> None:
             mover.client.ingestion.schedule_job(create)
         assert refused.value.status_code == status
         assert mover.newest().data["state"] == "rejected"
+
+
+def test_the_same_key_with_another_name_is_another_request(mover: Mover) -> None:
+    from kamiwaza_sdk.schemas.ingestion import IngestJobCreate
+
+    written(mover, "keyed.bin", b"data")
+    needle = "a-secret-of-a-scheduled-move"
+    conn_args = {"path": "keyed.bin", "password": needle}
+    with mover.client.request_headers({"Idempotency-Key": "schedule-1"}):
+        jobs = [mover.schedule("keyed", **conn_args) for _ in range(2)]
+        assert jobs[0] == jobs[1]
+        for job_id, schedule in (("keyed-2", "@once"), ("keyed", "@daily")):
+            create = IngestJobCreate(job_id=job_id, schedule=schedule, source_type="file", conn_args=conn_args)
+            with pytest.raises(APIError) as conflict:
+                mover.client.ingestion.schedule_job(create)
+            assert conflict.value.status_code == 409
+    shown = mover.ended(f"ingestion:{jobs[0]}", "completed")
+    assert shown.rows["job_id"]["outcome"] == shown.rows["schedule"]["outcome"] == "equal"
+    assert shown.data["redacted"] == ["request.conn_args.password"]
+    assert needle.encode() not in mover.held()
 
 
 def test_an_amount_that_is_none_is_refused_by_name(mover: Mover) -> None:

@@ -214,6 +214,28 @@ def test_credentials_of_a_request_are_refused_and_leave_nothing(mover: Mover) ->
     assert needle.encode() not in mover.held()
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"dataset_urn": "https://b.s3.example/k?X-Amz-Signature=NEEDLE"},
+        {"dataset_urn": urn("user:NEEDLE@host/x", "ftp")},
+        {"dataset_urn": urn("user:NEEDLE%2540host/x", "https")},
+        {"dataset_urn": urn("b/k%253Fsig=NEEDLE", "https")},
+        {"dataset_urn": urn("b/k?sig=NEEDLE", "snowflake")},
+        {"dataset_urn": urn("few.csv"), "format_hint": "https://user:NEEDLE@h/x"},
+        {"dataset_urn": urn("few.csv"), "transport": "https://user:NEEDLE@h/x"},
+    ],
+)
+def test_no_address_with_a_credential_reaches_the_record(mover: Mover, fields: dict[str, str]) -> None:
+    before = len(mover.envelopes())
+    with mover.backend.http() as http:
+        answer = http.post("/retrieval/jobs", json=fields)
+    assert answer.status_code in (400, 422)
+    assert "NEEDLE" not in answer.text
+    assert len(mover.envelopes()) == before
+    assert b"NEEDLE" not in mover.held()
+
+
 def test_an_option_that_nobody_looks_at_is_ignored_on_the_record(mover: Mover) -> None:
     asked(mover, options={"include_replies": True, "channels": ["general"]})
     shown = mover.newest()
@@ -227,6 +249,15 @@ def test_an_answer_is_not_kept_for_a_second_request(mover: Mover) -> None:
         with pytest.raises(APIError) as refused:
             asked(mover)
     assert (refused.value.status_code, len(mover.envelopes())) == (409, before)
+
+
+def test_a_stream_is_its_owners_alone(mover: Mover) -> None:
+    result = mover.client.retrieval.create_job(RetrievalRequest(dataset_urn=urn("few.csv"), transport="sse"))
+    path = f"/retrieval/jobs/{result.job_id}/stream"
+    with mover.backend.http("sam") as http:  # of the same tenant
+        assert http.get(path).status_code == 404
+    with mover.backend.http() as http:
+        assert "event: complete" in http.get(path).text
 
 
 def test_another_tenant_finds_no_job(mover: Mover) -> None:
