@@ -194,9 +194,9 @@ def _limits() -> str:
             "a relaxed end looks at the ledger, which stores first what is relaxed",
         ),
         (
-            "trees of which everything has ended that a process remembers",
-            str(journal.MAX_REMEMBERED),
-            "the oldest are read again",
+            "envelopes of ended trees that a process remembers",
+            str(MAX_TREE),
+            "those looked at longest ago are read again",
         ),
         ("one fact that other writers come before", f"{MAX_CONFLICTS} tries", "`LedgerUnavailable`, nothing recorded"),
         ("calls of a ledger at once in a process", str(journal.MAX_CALLS), "the next ones wait their turn"),

@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any, Final
@@ -18,7 +18,7 @@ from execution_envelope.adapters import Context
 from execution_envelope.adapters.kamiwaza import describe_ingestion, describe_retrieval
 from execution_envelope.integrations.fastapi import admit
 from proving_ground.admission import envelope_caller
-from proving_ground.auth import OPERATOR, Caller, CurrentCaller, require_role
+from proving_ground.auth import Caller, CurrentCaller
 from proving_ground.data_schemas import (
     ActiveIngestRequest,
     CatalogEntryOut,
@@ -33,7 +33,7 @@ from proving_ground.data_schemas import (
     RetrievalRequest,
     RetrievalStatusOut,
 )
-from proving_ground.jobs import JOBS, Job, Status
+from proving_ground.jobs import JOBS, Full, Job, Status
 from proving_ground.movement import INGESTION
 from proving_ground.reading import found_at
 from proving_ground.retrieval import INLINE_BYTES, RETRIEVAL, Stream, described
@@ -140,7 +140,7 @@ async def get_ingestion(job_id: str, caller: CurrentCaller, backend: BackendStat
 @router.delete("/ingestion/ingest/jobs/{job_id}")
 async def cancel_ingestion(job_id: str, caller: CurrentCaller, backend: BackendState) -> bool:
     """End an ingestion, and answer when it has ended: whether that ended it. What came of it is removed."""
-    return await _cancelled(backend, caller, _named(backend, caller, job_id))
+    return await backend.cancelled(caller, _named(backend, caller, job_id))
 
 
 @router.post("/retrieval/jobs")
@@ -179,9 +179,9 @@ async def create_retrieval(
     kept = body.model_dump(exclude={"options", "credential_override", "sdk_session"}, exclude_none=True)
     job = _new(RETRIEVAL, caller, {**kept, "transport": transport})
     job.result = {"dataset": described(place, None, body.format_hint)}
-    await _bound(backend, admission, job)
-    delivery = backend.retrievals.open(job, backend.jobs.jobs, Stream() if transport == "sse" else None)
-    backend.jobs.submit(job)
+    async with _placed(backend, admission, job):
+        delivery = backend.retrievals.open(job, backend.jobs.jobs, Stream() if transport == "sse" else None)
+        backend.jobs.submit(job)
     if delivery.stream is not None:
         return _retrieval_out(job, None)
     await _while_there(request, backend, job)
@@ -210,7 +210,7 @@ async def get_retrieval(job_id: UUID, caller: CurrentCaller, backend: BackendSta
 @router.delete("/retrieval/jobs/{job_id}")
 async def cancel_retrieval(job_id: UUID, caller: CurrentCaller, backend: BackendState) -> bool:
     """End a retrieval, and answer when it has ended: whether that ended it."""
-    return await _cancelled(backend, caller, backend.job_of(caller, RETRIEVAL, job_id))
+    return await backend.cancelled(caller, backend.job_of(caller, RETRIEVAL, job_id))
 
 
 @router.get("/retrieval/jobs/{job_id}/stream")
@@ -311,16 +311,20 @@ async def _ingestion(
         raise await _rejected(admission, "SCHEDULE_UNSUPPORTED", said, 400)
     if named is not None and any(one.body.get("name") == named.job_id for one in backend.jobs.of(caller, INGESTION)):
         raise await _rejected(admission, "NAME_TAKEN", f"`{named.job_id}` is the id of another job - at job_id", 409)
-    await _bound(backend, admission, job)
-    backend.jobs.submit(job)
+    async with _placed(backend, admission, job):
+        backend.jobs.submit(job)
     return job
 
 
-async def _bound(backend: Backend, admission: Admission, job: Job) -> None:
-    if backend.jobs.is_full(job.owner):
-        said = "as many jobs are open as there may be, wait until one has ended"
-        raise await _rejected(admission, "TOO_MANY_JOBS", said, 429)
-    await admission.bind(job.kind, str(job.id), owner=JOBS)
+@contextlib.asynccontextmanager
+async def _placed(backend: Backend, admission: Admission, job: Job) -> AsyncIterator[None]:
+    """A place is kept for the job while it is bound; inside it is submitted, and nothing else is waited for."""
+    try:
+        with backend.jobs.place(job.owner):
+            await admission.bind(job.kind, str(job.id), owner=JOBS)
+            yield
+    except Full as full:
+        raise await _rejected(admission, "TOO_MANY_JOBS", str(full), 429) from full
 
 
 async def _rejected(admission: Admission, code: str, sentence: str, status: int) -> HTTPException:
@@ -371,15 +375,6 @@ def _named(backend: Backend, caller: Caller, name: str) -> Job:
 
 def _owns(caller: Caller, job: Job) -> bool:
     return (caller.type, caller.subject) == (job.owner.type, job.owner.subject)
-
-
-async def _cancelled(backend: Backend, caller: Caller, job: Job) -> bool:
-    if not _owns(caller, job):
-        require_role(caller, OPERATOR)
-    if job.ended:
-        return False
-    await backend.jobs.cancel(job, f"{caller.type}:{caller.subject}")
-    return job.status == "CANCELLED"  # it may have come to its own end meanwhile
 
 
 async def _while_there(request: Request, backend: Backend, job: Job) -> None:

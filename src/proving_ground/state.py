@@ -62,7 +62,7 @@ class Backend:
             raise HTTPException(429, str(full)) from full
 
     async def cancelled(self, caller: Caller, job: Job) -> bool:
-        """End a job, and return when it has ended: whether it had not before.
+        """End a job, and return when it has ended: whether that ended it.
 
         403 for anybody but its owner, which is type and subject, and operators of the tenant.
         """
@@ -71,7 +71,7 @@ class Backend:
         if job.ended:
             return False
         await self.jobs.cancel(job, f"{caller.type}:{caller.subject}")
-        return True
+        return job.status == "CANCELLED"  # it may have come to its own end meanwhile
 
 
 def _backend(request: Request) -> Backend:
