@@ -556,12 +556,13 @@ def descriptors() -> set[tuple[str, str]]:
 
 async def test_nothing_is_left_of_a_thousand_failures(anyio_backend: str) -> None:
     chain = HookChain([Hook(raising(SystemExit(1)), way, name=way) for way in (INLINE, THREAD, ASYNC)], deadline=1)
-    await chain.decide(ENVELOPE)
+    for _ in range(100):  # on a busy machine the few threads for calls are not all there after one
+        await chain.decide(ENVELOPE)
     gc.collect()
-    threads, opened = threading.active_count(), descriptors()
+    threads, opened = set(threading.enumerate()), descriptors()
     for _ in range(1000):
         await chain.decide(ENVELOPE)
-    assert threading.active_count() <= threads + 1
+    assert len(set(threading.enumerate()) - threads) <= 1
     # Each by what it leads to: one that tests before left and that is closed meanwhile hides none.
     assert descriptors() - opened == set()
     if anyio_backend == "asyncio":

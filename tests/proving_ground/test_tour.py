@@ -42,7 +42,8 @@ def test_what_policy_refuses_is_said_and_the_rest_goes_on(start: Start) -> None:
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stdout + done.stderr
     shown = " ".join(done.stdout.split())
-    assert shown.count("refused: ") == 2
+    # Of stages: a call of the agent may be refused as well, its model decides how many it wants.
+    assert len(re.findall(r"(?m)^ +refused: ", done.stdout)) == 2
     assert "nobody evaluates" in shown and "nobody moves data" in shown
     # The deployment with its answers, and the agent's run.
     assert "$ envelope show --tree deployment:" in shown and "$ envelope show --tree agent:" in shown
@@ -59,7 +60,7 @@ def test_without_a_deployment_what_needs_one_is_left_out(start: Start) -> None:
     done = tour("--url", backend.url, "--data", str(backend.data))
     assert done.returncode == 0, done.stderr
     shown = " ".join(done.stdout.split())
-    assert shown.count("refused: ") == 2 and shown.count(": there is no deployment") == 3
+    assert len(re.findall(r"(?m)^ +refused: ", done.stdout)) == 2 and shown.count(": there is no deployment") == 3
     assert "$ envelope totals" in shown
 
 
