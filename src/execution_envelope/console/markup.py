@@ -1,0 +1,93 @@
+"""What every template has: untrusted text made safe and short, times, links, commands to copy. No I/O.
+
+Everything that a template prints goes through `printed` before it is escaped: no template can forget it.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any, Final
+from urllib.parse import quote, urlencode
+
+from jinja2 import Environment, pass_context
+from jinja2.runtime import Context
+from markupsafe import Markup, escape
+
+from execution_envelope.presentation import clean, when
+from execution_envelope.presentation.text import ago, milliseconds, span
+from execution_envelope.resources import VOCABULARY, human
+
+#: The longest text that a page prints in one place; of a longer one it says how long it is.
+MAX_TEXT: Final = 600
+#: The longest text inside of a link, an address or a command. Longer ones are refused where they come in.
+MAX_ADDRESS: Final = 8000
+
+#: State, decision, outcome, part of coverage -> the sign before the word, and how it is toned.
+SIGNS: Final[Mapping[str, tuple[str, str]]] = {
+    **dict.fromkeys(("held", "hold", "waiting"), ("◔", "wait")),
+    **dict.fromkeys(("admitted", "open", "raised", "added", "substituted"), ("○", "open")),
+    **dict.fromkeys(("granted", "running", "chosen"), ("●", "run")),
+    **dict.fromkeys(("completed", "allow", "equal", "sound", "fulfilled", "approve", "keep"), ("✓", "good")),
+    **dict.fromkeys(("denied", "deny", "rejected", "failed", "refused", "violation", "damaged"), ("✕", "bad")),
+    **dict.fromkeys(("withheld", "ignored", "unsound", "unreachable", "revoke"), ("✕", "bad")),
+    **dict.fromkeys(("reduced", "warn", "unknown", "expired", "less", "behind", "flag", "late"), ("▽", "warn")),
+    **dict.fromkeys(("revoked", "abandoned", "revoking", "flagged"), ("◇", "warn")),
+    **dict.fromkeys(("cancelled", "abstain", "observed", "considered", "tried", "none", "pending"), ("–", "quiet")),
+}
+
+
+def furnish(environment: Environment, assets: Mapping[str, str]) -> None:
+    """Give an environment what the templates use. `assets` are names of files -> their paths below the mount."""
+    environment.finalize = printed
+    environment.globals |= {
+        "link": _link,
+        "asset": pass_context(lambda context, name: f"{context['base']}{assets[name]}"),
+        "command": command,
+        "csrf": "",
+        "sign": lambda word: SIGNS.get(word, ("·", "quiet")),
+        "units": {name: resource.unit for name, resource in VOCABULARY.items()},
+    }
+    environment.filters |= {"human": _human, "time": time, "day": lambda at: str(at)[:10], "span": span, "ago": _ago}
+    environment.trim_blocks = environment.lstrip_blocks = True
+
+
+def printed(value: Any) -> Any:
+    """A value as it may stand on a page: without control, direction and invisible characters, and not endless."""
+    if isinstance(value, Markup) or not isinstance(value, str):
+        return value
+    text = clean(value)
+    return text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]}… ({len(text)} characters)"
+
+
+def command(*words: str) -> Markup:
+    """A command line for a shell, as text to copy: words that a shell would obey are quoted."""
+    line = shlex.join(word if word.isprintable() else clean(word) for word in words)
+    return escape(line[:MAX_ADDRESS])
+
+
+def time(at: str | None) -> Markup:
+    """A recorded time (RFC 3339, UTC), for people and for programs."""
+    if not at:
+        return Markup('<span class="quiet">–</span>')
+    return Markup('<time datetime="{}">{}</time>').format(clean(at)[:40], when(clean(at)))
+
+
+def address(base: str, path: str, parameters: Mapping[str, Any]) -> str:
+    """A path below the mount with a query of what is not empty."""
+    query = urlencode({name: value for name, value in parameters.items() if value not in (None, "", (), [])}, True)
+    return f"{base}{quote(path, safe='/')}" + (f"?{query}" if query else "")
+
+
+@pass_context
+def _link(context: Context, path: str, **parameters: Any) -> Markup:
+    return escape(address(context["base"], path, parameters))
+
+
+def _human(amount: Any, resource: str) -> str:
+    return human(resource, amount) if resource in VOCABULARY else str(amount)
+
+
+def _ago(at: str, now: datetime) -> str:
+    return ago(milliseconds(at, now))
