@@ -146,6 +146,10 @@ class AdmissionController:
         return self._hooks.hooks
 
     @property
+    def budgets(self) -> Budgets:
+        return self._judge.budgets
+
+    @property
     def counters(self) -> Counter[str]:
         """What was counted in this process: admitted, denied, replayed, ungranted, attempted_dropped, ..."""
         return self._journal.counters

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+from importlib.resources import files
 from typing import Final
 
 from fastapi import APIRouter, HTTPException, Response
 
-from execution_envelope.console.app import STATIC
+_STATIC: Final = files("execution_envelope.console") / "static"
 
-_TYPES: Final = {"console.css": "text/css; charset=utf-8", "console.js": "text/javascript; charset=utf-8"}
+
+_TYPES: Final = {
+    "console.css": "text/css; charset=utf-8",
+    "console.js": "text/javascript; charset=utf-8",
+    "envelope.svg": "image/svg+xml",
+}
 _KEPT: Final = "public, max-age=31536000, immutable"
 
 
@@ -20,7 +26,7 @@ class Assets:
         self._files: dict[str, tuple[bytes, str]] = {}
         self.paths: dict[str, str] = {}
         for name, type in _TYPES.items():
-            content = (STATIC / name).read_bytes()
+            content = (_STATIC / name).read_bytes()
             digest = hashlib.sha256(content).hexdigest()[:16]
             stem, _, ending = name.rpartition(".")
             path = f"/static/{stem}.{digest}.{ending}"

@@ -5,11 +5,12 @@ No picture stands alone: each carries a sentence that says what it shows, and th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from execution_envelope.resources import UNLIMITED, Amount, human
+from execution_envelope.resources import UNLIMITED, VOCABULARY, Amount, human
 
 #: The width of every picture, in units of its view box; it is as wide as its place on the page.
 WIDTH: Final = 100.0
@@ -17,6 +18,8 @@ WIDTH: Final = 100.0
 _SEEN: Final = 0.8
 #: How high columns may be, and how wide the place of one group is, in units of their view box.
 HEIGHT: Final = 100.0
+#: A number of more characters than this is rounded in a sum.
+_LONG: Final = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,3 +124,23 @@ def _share(value: int, top: int) -> float:
     if value <= 0 or top <= 0:
         return 0.0
     return round(max(_SEEN, value / top * WIDTH), 2)
+
+
+def rough(resource: str, amount: int) -> str:
+    """A sum in words, rounded to three digits and said to be where its exact form is long."""
+    exact = human(resource, amount)
+    if len(exact.partition(" ")[0]) <= _LONG:
+        return exact
+    unit = VOCABULARY[resource].unit
+    per = "/s" if unit == "bytes/s" else ""
+    if unit in ("bytes", "bytes/s"):
+        steps = [("PiB", 1024**5), ("TiB", 1024**4), ("GiB", 1024**3), ("MiB", 1024**2), ("KiB", 1024)]
+    elif unit == "ms":
+        steps = [("d", 86_400_000), ("h", 3_600_000), ("min", 60_000), ("s", 1000)]
+    else:
+        base = {"milli": 1000, "micro": 1_000_000}.get(unit, 1)
+        steps = [("bn", base * 10**9), ("m", base * 10**6), ("k", base * 1000), ("", base)]
+    name, size = next(((name, size) for name, size in steps if amount >= size), steps[-1])
+    value = amount / size
+    digits = max(0, 2 - int(math.log10(value))) if value >= 1 else 2
+    return f"≈ {value:.{digits}f} {name}{per}".rstrip() + (" units" if unit == "micro" else "")

@@ -22,7 +22,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.types import Receive, Scope, Send
 
 from execution_envelope.console.access import Principal
-from execution_envelope.console.app import Reader
+from execution_envelope.console.who import Reader
 from execution_envelope.errors import EnvelopeError
 from execution_envelope.ledger import chain as chains
 from execution_envelope.ledger.commit import DAMAGED

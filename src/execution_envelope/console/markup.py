@@ -38,19 +38,21 @@ SIGNS: Final[Mapping[str, tuple[str, str]]] = {
 }
 
 
-def furnish(environment: Environment, assets: Mapping[str, str]) -> None:
-    """Give an environment what the templates use. `assets` are names of files -> their paths below the mount."""
+def furnish(environment: Environment, assets: Mapping[str, str], **more: Any) -> None:
+    """Give an environment what the templates use. `assets` are names of files -> their paths below the mount.
+
+    `more` are further globals of the templates.
+    """
     environment.finalize = printed
     environment.globals |= {
+        **more,
         "link": _link,
         "asset": pass_context(lambda context, name: f"{context['base']}{assets[name]}"),
         "command": command,
-        "csrf": "",
         "sign": lambda word: SIGNS.get(word, ("·", "quiet")),
         "units": {name: resource.unit for name, resource in VOCABULARY.items()},
     }
     environment.filters |= {"human": _human, "time": time, "day": lambda at: str(at)[:10], "span": span, "ago": _ago}
-    environment.trim_blocks = environment.lstrip_blocks = True
 
 
 def printed(value: Any) -> Any:

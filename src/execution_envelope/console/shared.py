@@ -64,6 +64,10 @@ class Console:
         session: Session | None = getattr(request.state, "session", None)
         who: Principal | None = getattr(request.state, "who", None)
         text = self.templates.get_template(template).render(
-            base=request.scope.get("root_path", ""), csrf="" if session is None else session.csrf, who=who, **values
+            base=request.scope.get("root_path", ""),
+            csrf="" if session is None else session.csrf,
+            who=who,
+            request=request,
+            **values,
         )
         return HTMLResponse(text)

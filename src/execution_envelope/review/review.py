@@ -6,19 +6,24 @@ other, in no answer, count or error. An envelope that names no tenant is seen by
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Final
 
+from execution_envelope.budgets import Balance, Budgets, Holding, Key
 from execution_envelope.credentials import shown
 from execution_envelope.errors import Exported, NotFound
 from execution_envelope.family import read_tree
-from execution_envelope.ledger import Finding, Ledger
-from execution_envelope.ledger.projection import ProjectedEnvelope
+from execution_envelope.ledger import AttemptedRequest, Finding, Ledger
+from execution_envelope.ledger.projection import COVERAGE, DAMAGED, Coverage, Page, ProjectedEnvelope
 from execution_envelope.ledger.verification import of_envelope
+from execution_envelope.query import FLAGS, Query
 from execution_envelope.record import Record
 from execution_envelope.tree import Tree
 
+#: So many are counted one by one; of more it is said that there are more.
+MAX_COUNTED: Final = 1000
 #: Whose envelopes are seen; None is everybody's.
 Tenants = frozenset[str] | None
 
@@ -30,6 +35,33 @@ class ChainStatus:
     entries: int
     chains: tuple[str, ...]
     findings: tuple[Finding, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """How many, or with `more` at least how many; and ids of the newest."""
+
+    count: int
+    more: bool = False
+    newest: tuple[str, ...] = ()
+
+    @property
+    def words(self) -> str:
+        """``17``, or ``1000+``."""
+        return f"{self.count}{'+' if self.more else ''}"
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What there is of each sort of `COVERAGE`; `whole` is what is said of the whole ledger, to who sees all."""
+
+    of: Mapping[str, Counted]
+    whole: Coverage | None
+
+    @property
+    def queries(self) -> Mapping[str, str]:
+        """Sort -> the query that finds it."""
+        return {name: _asking(name) for name in self.of}
 
 
 class Review:
@@ -56,10 +88,64 @@ class Review:
             raise NotFound(f"expected an envelope, none has the id {shown(reference, 200)}")
         return record
 
-    def row(self, id: str, *, tenants: Tenants = None) -> ProjectedEnvelope | None:
+    def row(self, id: str, *, tenants: Tenants = None, fresh: bool = True) -> ProjectedEnvelope | None:
         """One envelope as it is listed; None where there is none to see."""
-        row = self.ledger.projection().get(id)
+        row = self.ledger.projection().get(id, fresh=fresh)
         return row if row is not None and (tenants is None or row.tenant in tenants) else None
+
+    def find(
+        self, query: str = "", *, limit: int, after: str | None = None, tenants: Tenants = None, fresh: bool = True
+    ) -> Page:
+        """Envelopes that a query finds, newest first; all without one. Raises `InvalidField`, see `Projection.search`.
+
+        With `fresh` false they are as the last read left them.
+        """
+        parsed = Query.parse(query, self.clock()) if query.strip() else None
+        return self.ledger.projection().search(parsed, limit=limit, after=after, tenants=tenants, fresh=fresh)
+
+    def counted(self, query: str, *, tenants: Tenants = None) -> Counted:
+        """How many envelopes a query finds, up to `MAX_COUNTED`."""
+        page = self.find(query, limit=MAX_COUNTED, tenants=tenants, fresh=False)
+        return Counted(len(page.rows), page.next is not None)
+
+    def coverage(self, *, newest: int, tenants: Tenants = None) -> Known:
+        """What the record does not know, with the newest ids of each sort.
+
+        To who does not see all: of their tenants only, counted up to `MAX_COUNTED`, and nothing of entries and requests
+        that belong to no envelope.
+        """
+        projection = self.ledger.projection()
+        names = [name for name in COVERAGE if tenants is None or name != DAMAGED]
+        if tenants is None:
+            whole = projection.coverage(newest)
+            of = {name: Counted(whole.of[name].count, False, whole.of[name].newest) for name in names}
+            return Known(of, whole)
+        found = {}
+        for number, name in enumerate(names):
+            page = self.find(_asking(name), limit=MAX_COUNTED, tenants=tenants, fresh=not number)
+            ids = tuple(row.id for row in page.rows[:newest])
+            found[name] = Counted(len(page.rows), page.next is not None, ids)
+        return Known(found, None)
+
+    def balances(
+        self, budgets: Budgets, *, account: str | None = None, tenants: Tenants = None
+    ) -> list[Balance]:
+        """What stands in accounts, in their order. To who does not see all: where `budgets` tell that an account is of
+        their tenants."""
+        found = self.ledger.balances(account=account)
+        return [one for one in found if tenants is None or _whose(budgets, one.account) <= tenants]
+
+    def holders(self, balance: Balance, limit: int, *, tenants: Tenants = None) -> tuple[list[Holding], int]:
+        """Who holds most of a balance of `balances`, and how many more. Others' are left out, and not counted."""
+        key = Key(balance.account, balance.window, balance.resource)
+        held, more = self.ledger.holders(key, limit)
+        seen = [one for one in held if tenants is None or self.row(one.envelope, tenants=tenants) is not None]
+        return seen, more if len(seen) == len(held) else 0
+
+    def attempted(self, limit: int, *, tenants: Tenants = None) -> list[AttemptedRequest]:
+        """Requests that never became an envelope, newest first: nobody knows whose they are, so who does not see all
+        sees none."""
+        return self.ledger.attempted(limit) if tenants is None else []
 
     def children(self, record: Record) -> Sequence[str]:
         """The ids of those that are part of it: always of the same tenant."""
@@ -81,6 +167,17 @@ class Review:
         if found is None:
             raise NotFound(f"expected an envelope, none is bound to {shown(reference, 200)}")
         return found
+
+
+def _asking(name: str) -> str:
+    return name if name in FLAGS else f"state={name}"
+
+
+def _whose(budgets: Budgets, account: str) -> frozenset[str | None]:
+    """The tenants of an account; that it is of none who can be named where it cannot be told."""
+    budget = budgets.of(account)
+    found = None if budget is None else budget.tenants_of(account)
+    return frozenset({None}) if found is None else found
 
 
 def _seen(record: Record, tenants: Tenants) -> bool:
