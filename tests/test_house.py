@@ -17,10 +17,10 @@ CORE = "execution_envelope"
 #: A module may import only from those before it; a name stands for the module or for everything in the folder.
 ORDER = """
 version errors credentials resources values envelope lifecycle delta reckoning record tree bounds decision process
-mailbox threads answers isolation hooks grant budgets approvals ledger reconciliation observers counters family journal
-above reporting reconciler judge admission observed approver blocking controller facets policy telemetry adapters
-integrations review presentation cli_shared cli_admission cli_proof cli_projection cli_relay cli_totals cli_upkeep cli
-testing
+mailbox threads answers isolation hooks grant budgets approvals reviewer ledger reconciliation observers counters
+family journal above reporting reconciler judge admission block attempted observed approver reviewing blocking
+controller facets policy telemetry adapters integrations review presentation cli_shared cli_admission cli_proof
+cli_projection cli_relay cli_totals cli_upkeep cli testing
 """
 LEDGER_ORDER = """
 merkle chain projection schema exports commit balances submission contract writer spool sqlite_database
@@ -59,7 +59,7 @@ EXTRA = {
 }
 PUBLIC = tuple(
     f"execution_envelope.{module}"
-    for module in ("integrations", "adapters", "reconciliation", "policy", "telemetry", "budgets")
+    for module in ("integrations", "adapters", "reconciliation", "reviewer", "policy", "telemetry", "budgets")
 )
 MAX_LINES = 600
 
