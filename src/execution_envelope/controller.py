@@ -306,13 +306,16 @@ class AdmissionController:
         await self._settle()
         return await self._reconciler.look_after(probers, everything=everything, by=by)
 
-    async def review(self, reviewers: Sequence[Reviewer], *, by: str = "review") -> ReviewRound:
+    async def review(
+        self, reviewers: Sequence[Reviewer], *, by: str = "review", progress: Callable[[int], None] | None = None
+    ) -> ReviewRound:
         """Ask reviewers about every live execution, and record what they say that is new. Ends nothing.
+        `progress` is told how many were looked at.
 
         A reviewer that fails or does not answer in time says nothing, which is recorded once for each envelope, and
         counted. Raises `InvalidField` for reviewers that are declared wrongly, and `LedgerUnavailable`.
         """
-        return await self._reviewing.review(reviewers, by=by)
+        return await self._reviewing.review(reviewers, by=by, progress=progress)
 
     async def revoke(self, *reference: str, by: Subject, reason: str) -> Record:
         """Ask the owner of a live execution to take it away, as `by`: it is *revoked* when the owner confirms.

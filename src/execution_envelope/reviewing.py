@@ -96,7 +96,9 @@ class Reviewing:
 
     # A round
 
-    async def review(self, reviewers: Sequence[Reviewer], *, by: str) -> ReviewRound:
+    async def review(
+        self, reviewers: Sequence[Reviewer], *, by: str, progress: Callable[[int], None] | None = None
+    ) -> ReviewRound:
         """See `AdmissionController.review`."""
         askers = [_Asker(reviewer, self._threads) for reviewer in reviewers]
         names = [asker.name for asker in askers]
@@ -116,6 +118,8 @@ class Reviewing:
             for asker in askers:
                 if asker.covers(record):
                     await self._asked(asker, record, result, by)
+            if progress is not None:
+                progress(result.looked_at)
 
         await _each(await self._journal.call(self._journal.ledger.unfinished), look)
         return result
