@@ -19,8 +19,8 @@ ORDER = """
 version errors credentials resources values envelope lifecycle delta reckoning record tree bounds decision process
 mailbox threads answers isolation hooks grant budgets approvals reviewer ledger reconciliation observers counters
 family journal above reporting reconciler judge admission block attempted observed approver reviewing blocking
-controller facets policy telemetry adapters integrations review presentation cli_shared cli_admission cli_proof
-cli_projection cli_relay cli_totals cli_upkeep cli testing
+controller facets policy telemetry adapters integrations review presentation console cli_shared cli_admission
+cli_proof cli_projection cli_relay cli_review cli_serve cli_totals cli_upkeep cli testing
 """
 LEDGER_ORDER = """
 merkle chain projection schema exports commit balances submission contract writer spool sqlite_database
@@ -35,6 +35,7 @@ OPTIONAL = {
     "integrations",
     "policy",
     "telemetry",
+    "console",
     "presentation",
     "review",
     "cli",
@@ -43,6 +44,8 @@ OPTIONAL = {
     "cli_proof",
     "cli_projection",
     "cli_relay",
+    "cli_review",
+    "cli_serve",
     "cli_totals",
     "cli_upkeep",
     "testing",
@@ -59,7 +62,10 @@ EXTRA = {
 }
 PUBLIC = tuple(
     f"execution_envelope.{module}"
-    for module in ("integrations", "adapters", "reconciliation", "reviewer", "policy", "telemetry", "budgets")
+    for module in (
+        *("integrations", "adapters", "reconciliation", "reviewer", "policy", "telemetry", "budgets"),
+        *("console", "review"),
+    )
 )
 MAX_LINES = 600
 

@@ -190,7 +190,7 @@ def budgets(context: click.Context, url: str | None, as_json: bool, window: str 
 
 @contextmanager
 def named_controller(context: click.Context, name: str | None) -> Iterator[AdmissionController]:
-    """The backend's controller, closed afterwards. Raises `Problem` where it cannot be had."""
+    """The controller that ``MODULE:NAME`` stands for, or what the function of that name returns."""
     if context.obj is not None:
         raise Problem("expected --controller alone, it names its ledger itself - at --ledger")
     if not name:

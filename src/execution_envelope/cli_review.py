@@ -16,7 +16,7 @@ import click
 from execution_envelope import presentation
 from execution_envelope.cli_admission import controller_option, named_controller, run, subject_of, subject_options
 from execution_envelope.cli_shared import Problem, json_option, print_json, print_text, progress_bar, resolve
-from execution_envelope.decision import Decider, Hook
+from execution_envelope.decision import Decider
 from execution_envelope.errors import Denied, Held
 from execution_envelope.reviewer import PolicyReviewer, ReviewRound
 
@@ -47,7 +47,8 @@ def review(name: str | None, as_json: bool, verdict: Literal["flag", "revoke"], 
     hold is flagged. Deciders that have side effects, or do not say, are left out. Exit status: 0 all may go on, 1 not.
     """
     with named_controller(click.get_current_context(), name) as controller:
-        reviewers = [PolicyReviewer(hook, verdict=verdict) for hook in controller.hooks if _may_be_asked(hook)]
+        deciders = [hook for hook in controller.hooks if isinstance(hook, Decider) and _may_be_asked(hook)]
+        reviewers = [PolicyReviewer(decider, verdict=verdict) for decider in deciders]
         if not reviewers:
             raise Problem("expected a decider without side effects about what runs, the controller has none")
         while True:
@@ -97,9 +98,10 @@ def revoke(
         print_text(f"to be revoked {record.id}: {asked} is asked to end it, see envelope show {record.id}")
 
 
-def _may_be_asked(hook: Hook) -> bool:
-    declared = hook.declaration
-    return isinstance(hook, Decider) and declared.side_effects is False and declared.kinds != {"maintenance"}
+def _may_be_asked(decider: Decider) -> bool:
+    """What is about the backend's own work alone says nothing of what runs for others."""
+    declared = decider.declaration
+    return declared.side_effects is False and (declared.kinds is None or bool(declared.kinds - {"maintenance"}))
 
 
 def _lines(found: ReviewRound) -> Iterator[str]:
@@ -111,4 +113,3 @@ def _lines(found: ReviewRound) -> Iterator[str]:
         yield f"{presentation.counted(found.left_out, 'review')} left out, their reviewer did not answer before"
     looked = presentation.counted(found.looked_at, "execution")
     yield f"{looked} looked at, {found.kept} kept, {found.recorded} new on the record"
-

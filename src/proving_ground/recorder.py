@@ -5,8 +5,8 @@ For one deployment the calls come in this order, one at a time:
     effective -> attempt* -> placed -> (enforced -> ready) per instance -> released per instance -> stopped | failed
     effective? -> attempt* -> rejected | stopped                (nothing was granted)
 
-Exactly one of `stopped`, `failed`, `rejected` or, in the place of any of them, `revoked` comes, last. An exception out of
-any call before `released` fails the deployment with code RECORDER_FAILED; out of the later ones it is logged, as the
+Exactly one of `stopped`, `failed`, `rejected` or, in the place of any of them, `revoked` comes, last. An exception out
+of any call before `released` fails the deployment with code RECORDER_FAILED; out of the later ones it is logged, as the
 engines have ended by then.
 """
 
