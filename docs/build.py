@@ -31,7 +31,8 @@ from execution_envelope.adapters.declared import (
     Raw,
 )
 from execution_envelope.admission import MAX_CONFLICTS
-from execution_envelope.controller import ATTEMPTED_BURST, ATTEMPTED_PER_SECOND, AdmissionController
+from execution_envelope.attempted import ATTEMPTED_BURST, ATTEMPTED_PER_SECOND
+from execution_envelope.controller import AdmissionController
 from execution_envelope.decision import CODES
 from execution_envelope.family import MAX_LEVELS, MAX_PARENTS, MAX_TREE
 from execution_envelope.ledger.chain import Entry
@@ -47,6 +48,9 @@ from execution_envelope.observed import MAX_SKEW
 from execution_envelope.observers import MAX_WAITING as MAX_UNTOLD
 from execution_envelope.reconciliation import PATIENCE, PROBE_TIMEOUT
 from execution_envelope.reporting import MAX_LINE
+from execution_envelope.reviewer import MAX_REVOCATIONS, REVOKE_TIMEOUT
+from execution_envelope.reviewing import MAX_REVIEWS, MAX_SILENCE
+from execution_envelope.reviewing import MAX_THREADS as MAX_REVIEW_THREADS
 
 HERE = Path(__file__).parent / "reference"
 
@@ -209,6 +213,27 @@ def _limits() -> str:
         ),
         ("commits that one observer was not told of yet", str(MAX_UNTOLD), "left out and counted: `observer_dropped`"),
         ("answer of an owner to reconciliation", f"{PROBE_TIMEOUT:g} s", "*unknown*: nothing is ended"),
+        ("answer of an owner that is asked to revoke", f"{REVOKE_TIMEOUT:g} s", "*unknown*: it is asked again"),
+        (
+            "answers of owners to requests to revoke one execution",
+            str(MAX_REVOCATIONS),
+            "recorded only where the owner, or whether it refuses, is another; counted",
+        ),
+        (
+            "executions that are reviewed, and owners asked to revoke, at a time",
+            str(MAX_REVIEWS),
+            "the next ones wait their turn",
+        ),
+        (
+            "times that one reviewer does not answer in time, in one round",
+            str(MAX_SILENCE),
+            "not asked any more in that round: counted, `reviews_left_out`",
+        ),
+        (
+            "threads of one reviewer that is not async",
+            str(MAX_REVIEW_THREADS),
+            "the next ones wait within its time",
+        ),
         (
             "lease of a process that cannot be looked at from here",
             f"{PATIENCE:g} s without being renewed",

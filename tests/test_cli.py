@@ -41,7 +41,7 @@ from execution_envelope.testing import FakeClock
 PAGE = Path(__file__).parent.parent / "docs" / "reference" / "cli.md"
 COMMANDS = (
     *("", "list", "show", "verify", "tail"),
-    *("hooks", "plan", "approve", "deny", "budgets"),
+    *("hooks", "plan", "approve", "deny", "budgets", "review", "revoke"),
     *("keygen", "checkpoint", "prove", "check"),
     *("project", "rebuild", "coverage", "totals", "relay"),
     *("serve", "token"),

@@ -17,10 +17,10 @@ CORE = "execution_envelope"
 #: A module may import only from those before it; a name stands for the module or for everything in the folder.
 ORDER = """
 version errors credentials resources values envelope lifecycle delta reckoning record tree bounds decision process
-mailbox threads answers isolation hooks grant budgets approvals criteria query ledger reconciliation observers counters
-family journal above reporting reconciler judge admission observed approver blocking controller facets policy telemetry adapters
-integrations review presentation console cli_shared cli_admission cli_proof cli_projection cli_relay cli_serve
-cli_totals cli_upkeep cli testing
+mailbox threads answers isolation hooks grant budgets approvals reviewer criteria query ledger reconciliation observers counters
+family journal above reporting reconciler judge admission block attempted observed approver reviewing blocking
+controller facets policy telemetry adapters integrations review presentation console cli_shared cli_admission
+cli_proof cli_projection cli_relay cli_review cli_serve cli_totals cli_upkeep cli testing
 """
 LEDGER_ORDER = """
 merkle chain projection projection_session search schema exports commit balances submission contract writer spool
@@ -44,6 +44,7 @@ OPTIONAL = {
     "cli_proof",
     "cli_projection",
     "cli_relay",
+    "cli_review",
     "cli_serve",
     "cli_totals",
     "cli_upkeep",
@@ -61,7 +62,10 @@ EXTRA = {
 }
 PUBLIC = tuple(
     f"execution_envelope.{module}"
-    for module in ("integrations", "adapters", "reconciliation", "policy", "telemetry", "budgets")
+    for module in (
+        *("integrations", "adapters", "reconciliation", "reviewer", "policy", "telemetry", "budgets"),
+        *("console", "review"),
+    )
 )
 MAX_LINES = 600
 

@@ -201,6 +201,20 @@ def test_every_event_type_has_a_sentence() -> None:
         (lifecycle.Completed("unknown"), "completed, what was granted is unknown"),
         (lifecycle.Failed("died", ""), "failed (died)"),
         (lifecycle.Cancelled(), "cancelled"),
+        (lifecycle.Review("policy", "1", "keep", revision="r2"), "may go on by review of policy 1, policy revision r2"),
+        (
+            lifecycle.Review("policy", "2", "flag", "role_required", "only operators"),
+            "flagged by review of policy 2 (role_required): only operators",
+        ),
+        (
+            lifecycle.Review("user:kim", "1", "revoke", text="it leaks", admission="e"),
+            "to be revoked by review of user:kim: it leaks",
+        ),
+        (lifecycle.Revocation("node", "refused", "it is pinned"), "its owner node refused to revoke it: it is pinned"),
+        (
+            lifecycle.Revocation("node", "unknown", "no answer"),
+            "its owner node did not confirm that it was revoked: no answer",
+        ),
         (lifecycle.Revoked("by review"), "revoked: by review"),
         (lifecycle.Abandoned("its process is gone"), "abandoned: its process is gone"),
         (lifecycle.Late(lifecycle.Ready("r0")), "after the end: r0 serves"),

@@ -33,6 +33,7 @@ from execution_envelope import (
     cli_projection,
     cli_proof,
     cli_relay,
+    cli_review,
     cli_serve,
     cli_totals,
     cli_upkeep,
@@ -351,6 +352,7 @@ cli_admission.add_to(cli)
 cli_proof.add_to(cli)
 cli_projection.add_to(cli)
 cli_relay.add_to(cli)
+cli_review.add_to(cli)
 cli_serve.add_to(cli)
 cli_totals.add_to(cli)
 cli_upkeep.add_to(cli)

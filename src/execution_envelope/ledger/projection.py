@@ -61,11 +61,15 @@ COVERAGE: Final[Mapping[str, str]] = {
     "unstated": "granted other than asked, and nobody said why",
     "violations": "granted beyond a bound",
     "observed": "recorded after the fact: they went past the seam, and no decider was asked",
+    "flagged": "open, and a reviewer says that somebody should look at it",
+    "revoking": "to be revoked, and its owner has not confirmed it",
     "undecided": "admitted while no decider covered the kind",
     "damaged": "whose entries in the ledger cannot be read as a record",
 }
 #: States that envelopes can be found by beside what coverage counts: all ends but the most frequent one.
 RARE: Final = TERMINAL - {"completed"}
+#: Fields of a row that are terms of it.
+_NOTED: Final = ("ungranted", "unstated", "violations", "observed", "undecided", "flagged", "revoking")
 #: Not even for different executions does a sum of it mean anything.
 _NOT_ADDED: Final = frozenset(name for name in VOCABULARY if name == "context")
 
@@ -82,7 +86,8 @@ class ProjectedEnvelope(msgspec.Struct, frozen=True, omit_defaults=True):
 
     `events` is how many events it is made of. Of an `observed` one `began_at` is when it began, or ended where that is
     not known. `ungranted`: nobody granted, and it is open or completed; `unstated`: how many differences nobody
-    explained. `project` is the workroom where no project is named. Of a damaged one there is only the id.
+    explained; `flagged` and `revoking`: what stands of reviews, while it is open. `project` is the workroom where no
+    project is named. Of a damaged one there is only the id.
 
     `outcomes` and `causes` are those of its differences, `causes` also of its effective values; `hooks` were asked,
     `refused_by` denied or held, `would_refuse` too, in shadow; `codes` are of verdicts, refusals and failures. All of
@@ -112,6 +117,8 @@ class ProjectedEnvelope(msgspec.Struct, frozen=True, omit_defaults=True):
     unstated: int = 0
     violations: int = 0
     late: int = 0
+    flagged: bool = False
+    revoking: bool = False
     requested: Mapping[str, Amount] = {}
     granted: Mapping[str, Amount] = {}
     used: Mapping[str, Amount] = {}
@@ -249,6 +256,8 @@ def project(record: Record) -> ProjectedEnvelope:
         unstated=sum(difference.unstated for difference in differences),
         violations=len(record.violations),
         late=sum(type(event.data) is Late for event in record.events),
+        flagged=record.flagged is not None,
+        revoking=record.revoking is not None,
         requested=_requested(envelope),
         granted=record.granted if has_grants else {},
         used={name: usage.amount for name, usage in record.used.items()},
@@ -283,7 +292,7 @@ def terms(row: ProjectedEnvelope) -> frozenset[str]:
     """What the envelope is found by, and counted under, beside its tenant: of `COVERAGE` and `RARE`."""
     if row.damaged:
         return frozenset({DAMAGED})
-    found = {name for name in ("ungranted", "unstated", "violations", "observed", "undecided") if getattr(row, name)}
+    found = {name for name in _NOTED if getattr(row, name)}
     if row.state in OPEN:
         found.add("open")
     elif row.state in RARE:

@@ -49,6 +49,18 @@ def _approval(data: Any) -> str:
     return f"{said} by {data.approver}: {data.reason}{until}"
 
 
+def _review(data: Any) -> str:
+    verdict = {"keep": "may go on", "flag": "flagged", "revoke": "to be revoked"}[data.verdict]
+    by = data.reviewer if data.admission else f"{data.reviewer} {data.version}"
+    code, policy = f" ({data.code})" if data.code else "", f", policy revision {data.revision}" if data.revision else ""
+    return because(f"{verdict} by review of {by}{code}{policy}", data.text)
+
+
+def _revocation(data: Any) -> str:
+    answers = {"refused": "refused to revoke it", "unknown": "did not confirm that it was revoked"}
+    return because(f"its owner {data.owner} {answers[data.answer]}", data.text)
+
+
 def _limit(data: Any) -> str:
     most = [f"at most {amounts(data.resources)}"] if data.resources else []
     only = [f"{name} only {' or '.join(map(plain_value, values))}" for name, values in data.constraints.items()]
@@ -150,6 +162,8 @@ SENTENCES: Final[Mapping[str, Callable[[Any], str]]] = {
     ),
     "failed": lambda data: _coded("failed", data),
     "cancelled": lambda data: because("cancelled", data.message),
+    "review": _review,
+    "revocation": _revocation,
     "revoked": lambda data: because("revoked", data.message),
     "abandoned": lambda data: f"abandoned: {data.evidence}",
     "late": lambda data: f"after the end: {sentence(data.fact)}",

@@ -16,9 +16,9 @@ _STYLED: Final = {
     "green": "granted completed equal allow chosen",
     "red": "denied expired rejected failed withheld deny refused error",
     "bold red": "ignored violation",
-    "yellow": "held cancelled reduced unknown pending hold warn tried attempt",
+    "yellow": "held flagged cancelled reduced unknown pending hold warn tried attempt",
     "cyan": "admitted observed raised added",
-    "magenta": "revoked abandoned substituted late",
+    "magenta": "revoking revocation revoked abandoned substituted late",
     "dim": "none abstain considered",
 }
 #: State, outcome, decision or type of event -> its style; another word has none.
