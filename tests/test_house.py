@@ -23,8 +23,8 @@ integrations review presentation console cli_shared cli_admission cli_proof cli_
 cli_upkeep cli testing
 """
 LEDGER_ORDER = """
-merkle chain projection schema exports commit balances submission contract writer spool sqlite_database
-sqlite_segments sqlite_store projection_store projector projection_sqlite memory sqlite postgres_database
+merkle chain rollups projection schema exports commit balances submission contract writer spool sqlite_database
+sqlite_segments sqlite_store rollup_store projection_store projector projection_sqlite memory sqlite postgres_database
 postgres_segments postgres_store projection_postgres postgres sums recomputation workers verification checkpoint proof
 segment_file segments
 """
