@@ -209,7 +209,9 @@ def _families(record: Record) -> Iterator[tuple[str, str]]:
     }
     found = [f"{name} {value}" for name, value in named.items() if value is not None]
     found += [f"{kind}:{reference}" for kind, reference in record.references.items()]
-    found += [f"facet {name} by {facet.producer}: {plain_value(facet.text)}" for name, facet in correlation.facets.items()]
+    found += [
+        f"facet {name} by {facet.producer}: {plain_value(facet.text)}" for name, facet in correlation.facets.items()
+    ]
     yield "correlation", "; ".join(found) or "no request id, trace, key or link"
     if record.bound is not None:
         yield "owner", f"{record.bound.owner} closes it, to be asked after from {when(record.bound.check_by)}"

@@ -7,7 +7,8 @@ other, in no answer, count or error. An envelope that names no tenant is seen by
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Final
 
@@ -16,7 +17,10 @@ from execution_envelope.credentials import shown
 from execution_envelope.errors import Exported, NotFound
 from execution_envelope.family import read_tree
 from execution_envelope.ledger import AttemptedRequest, Finding, Ledger
-from execution_envelope.ledger.projection import COVERAGE, DAMAGED, Coverage, Page, ProjectedEnvelope
+from execution_envelope.ledger.checkpoint import NotProven, Statement, decode_checkpoint
+from execution_envelope.ledger.contract import ChainHead
+from execution_envelope.ledger.projection import COVERAGE, DAMAGED, Accounts, Coverage, Lag, Page, ProjectedEnvelope
+from execution_envelope.ledger.rollups import Question
 from execution_envelope.ledger.verification import of_envelope
 from execution_envelope.query import FLAGS, Query
 from execution_envelope.record import Record
@@ -127,9 +131,7 @@ class Review:
             found[name] = Counted(len(page.rows), page.next is not None, ids)
         return Known(found, None)
 
-    def balances(
-        self, budgets: Budgets, *, account: str | None = None, tenants: Tenants = None
-    ) -> list[Balance]:
+    def balances(self, budgets: Budgets, *, account: str | None = None, tenants: Tenants = None) -> list[Balance]:
         """What stands in accounts, in their order. To who does not see all: where `budgets` tell that an account is of
         their tenants."""
         found = self.ledger.balances(account=account)
@@ -141,6 +143,29 @@ class Review:
         held, more = self.ledger.holders(key, limit)
         seen = [one for one in held if tenants is None or self.row(one.envelope, tenants=tenants) is not None]
         return seen, more if len(seen) == len(held) else 0
+
+    def totals(self, question: Question, *, tenants: Tenants = None, fresh: bool = True) -> Accounts:
+        """What was asked for, granted and used, added up; see `Projection.totals`. Raises `InvalidField`.
+
+        Who does not see all is not told how far the log is.
+        """
+        found = self.ledger.projection().totals(question._replace(tenants=tenants), fresh=fresh)
+        return found if tenants is None else replace(found, taken=0, lag=Lag(0, 0))
+
+    def lag(self) -> Lag:
+        """How far lists and sums are behind the log. Of the whole ledger: for who sees all."""
+        return self.ledger.projection().lag()
+
+    def chains(self) -> Sequence[ChainHead]:
+        """Every chain, in the order in which they were opened. Of the whole ledger, as `checkpoint`."""
+        return self.ledger.chains()
+
+    def checkpoint(self) -> Statement | None:
+        """What the newest copy of a checkpoint in the ledger says, by itself: it proves nothing."""
+        kept = self.ledger.checkpoints(last=1)
+        with suppress(NotProven):
+            return decode_checkpoint(kept[0]).statement if kept else None
+        return None
 
     def attempted(self, limit: int, *, tenants: Tenants = None) -> list[AttemptedRequest]:
         """Requests that never became an envelope, newest first: nobody knows whose they are, so who does not see all

@@ -60,9 +60,7 @@ async def approve(
 
 
 @router.post("/envelopes/{reference}/deny")
-async def deny(
-    reference: Reference, request: Request, shared: Shared, who: Approver, reason: Why = ""
-) -> HTMLResponse:
+async def deny(reference: Reference, request: Request, shared: Shared, who: Approver, reason: Why = "") -> HTMLResponse:
     """Refuse it."""
     return await _say(request, shared, who, reference, "deny", reason)
 
@@ -96,7 +94,12 @@ async def _say(
                 record = await shared.controller.revoke(record.id, by=by, reason=reason)
         done, word, text = True, what, _came_of(what, record)
     except (Denied, Held) as refused:
-        status, text, own, reasons = 403, f"The policy does not let you: {refused}", refused.envelope_id, refused.reasons
+        status, text, own, reasons = (
+            403,
+            f"The policy does not let you: {refused}",
+            refused.envelope_id,
+            refused.reasons,
+        )
     except SelfApproval as refused:
         status, text = 403, f"Nobody decides on what they asked for themselves: {refused}"
     except NotHeld as refused:

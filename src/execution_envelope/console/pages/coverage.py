@@ -60,9 +60,7 @@ def coverage(request: Request, shared: Shared, who: Reader) -> HTMLResponse:
     )
 
 
-def _line(
-    name: str, count: str, some: bool, meaning: str, query: str, newest: tuple[str, ...]
-) -> dict[str, Any]:
+def _line(name: str, count: str, some: bool, meaning: str, query: str, newest: tuple[str, ...]) -> dict[str, Any]:
     return {
         "name": name,
         "count": count,

@@ -18,7 +18,15 @@ router = APIRouter(include_in_schema=False)
 #: Envelopes on one page.
 SIZE: Final = 40
 #: Fields of the form: the field of the query language, and how it is compared.
-_FIELDS: Final = {"state": "=", "kind": "=", "tenant": "=", "project": "=", "subject": "~", "target": "~", "created": ">="}
+_FIELDS: Final = {
+    "state": "=",
+    "kind": "=",
+    "tenant": "=",
+    "project": "=",
+    "subject": "~",
+    "target": "~",
+    "created": ">=",
+}
 HELP: Final = (
     "Such as kind=model.deploy and granted.memory<2GiB and created>=7d. Words: "
     f"{', '.join(FIELDS)}; joined by and, or, not and parentheses."

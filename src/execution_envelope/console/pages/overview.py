@@ -46,6 +46,4 @@ def overview(request: Request, shared: Shared, who: Reader) -> HTMLResponse:
         for name in _NUMBERS
         if name == "held" or name in coverage.of
     ]
-    return shared.page(
-        request, "overview.html", title="Overview", here="/", numbers=numbers, queries=QUERIES, **found
-    )
+    return shared.page(request, "overview.html", title="Overview", here="/", numbers=numbers, queries=QUERIES, **found)
