@@ -7,13 +7,15 @@ and of what is only shown as an example the same few are kept, chosen by the has
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from typing import Any, Final, Literal, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final, Literal, TypeAlias, TypeVar
 
 import msgspec
 
 from execution_envelope.credentials import cut_text
 from execution_envelope.errors import InvalidField
+
+T = TypeVar("T")
 
 VERSION: Final = 1
 #: What a decision means: shadow mode and canaries are left out, see `comparison`.
@@ -47,7 +49,7 @@ CANNOT: Final[Mapping[str, str]] = {
     "was held then, it counts as if it had",
     "other_hooks": "other hooks were asked too: what they said then stands",
     "other_failed": "another hook failed: the failure mode that was applied then stands",
-    "hook_failed": "the hook that is replaced failed then, and its failure mode was applied: that may be why it changes",
+    "hook_failed": "the hook that is replaced failed then, and its failure mode was applied: that may be why",
     "hook_not_asked": "the hook that is replaced was not asked then: what is replayed is added",
     "undecided": "no hook was asked, and what is replayed has no opinion: admitted undecided, as then; a decider that "
     "is declared for its kind would have it denied as undecidable, see --kind",
@@ -323,6 +325,10 @@ def short(text: str | None) -> str | None:
     return None if text is None else cut_text(text, MAX_TEXT)
 
 
+def _made(kind: Callable[..., T], key: Sequence[Any], **more: Any) -> T:
+    return kind(*key, **more)
+
+
 def lists_of(tally: Tally) -> dict[str, Any]:
     """Every field of a `ReplayResult` that follows from the tally."""
     left_out: dict[str, int] = {}
@@ -334,7 +340,7 @@ def lists_of(tally: Tally) -> dict[str, Any]:
         return tuple(ordered[:MAX_LISTED])
 
     decisions: dict[tuple[Any, Any], int] = {}
-    days = [DayChange(*key, count=count) for key, count in tally.of("day")]
+    days = [_made(DayChange, key, count=count) for key, count in tally.of("day")]
     for one in days:
         pair = one.before, one.after
         decisions[pair] = decisions.get(pair, 0) + one.count
@@ -343,7 +349,7 @@ def lists_of(tally: Tally) -> dict[str, Any]:
         left_out["days"] = len(listed_days) - MAX_DAYS
         days = [one for one in days if one.day >= listed_days[MAX_DAYS - 1]]
     compared = {key[0]: count for key, count in tally.of("compared")}
-    changed = [Affected(*key, count=count, compared=compared.get(key[0], 0)) for key, count in tally.of("tenant")]
+    changed = [_made(Affected, key, count=count, compared=compared.get(key[0], 0)) for key, count in tally.of("tenant")]
     below = {tuple(key): count for key, count in tally.of("below")}
     cannot = {key[0]: count for key, count in tally.of("cannot")}
     samples = sorted((s for some in tally.samples.values() for s in some), key=lambda s: hashed(s.id))
@@ -353,12 +359,12 @@ def lists_of(tally: Tally) -> dict[str, Any]:
         "changed": sum(count for (before, after), count in decisions.items() if before != after),
         "decisions": tuple(Change(*pair, count) for pair, count in sorted(decisions.items())),
         "days": tuple(days),
-        "rules": most("rules", [RuleChange(*key, count=count) for key, count in tally.of("rule")]),
+        "rules": most("rules", [_made(RuleChange, key, count=count) for key, count in tally.of("rule")]),
         "tenants_affected": most("tenants_affected", changed),
         "subjects_affected": most(
             "subjects_affected",
             [
-                Affected(tenant, *pair, count=count, subject=subject)
+                _made(Affected, [tenant, *pair], count=count, subject=subject)
                 for (tenant, subject, *pair), count in tally.of("subject")
             ],
         ),
@@ -366,13 +372,17 @@ def lists_of(tally: Tally) -> dict[str, Any]:
         "limits": most(
             "limits",
             [
-                LimitChange(
-                    *key, count=count, below=below.get(tuple(key), 0), examples=tally.examples_of("limit", *key)
+                _made(
+                    LimitChange,
+                    key,
+                    count=count,
+                    below=below.get(tuple(key), 0),
+                    examples=tally.examples_of("limit", *key),
                 )
                 for key, count in tally.of("limit")
             ],
         ),
-        "obligations": most("obligations", [DutyChange(*key, count=count) for key, count in tally.of("duty")]),
+        "obligations": most("obligations", [_made(DutyChange, key, count=count) for key, count in tally.of("duty")]),
         "cannot": tuple(
             Cannot(name, count, text, tally.examples_of("cannot", name))
             for name, text in CANNOT.items()
