@@ -153,6 +153,13 @@ class DutyChange(msgspec.Struct, frozen=True):
     count: int
 
 
+class EngineError(msgspec.Struct, frozen=True):
+    """What was said of a rule that could not be evaluated, for so many envelopes."""
+
+    text: str
+    count: int
+
+
 class Cannot(msgspec.Struct, frozen=True):
     """What cannot be replayed, or only with the reservation that `text` names: see `CANNOT`. `examples` are ids."""
 
@@ -192,6 +199,7 @@ class ReplayResult(msgspec.Struct, frozen=True):
     limits: tuple[LimitChange, ...]
     obligations: tuple[DutyChange, ...]
     cannot: tuple[Cannot, ...]
+    errors: tuple[EngineError, ...]
     live: int
     live_listed: tuple[Live, ...]
     left_out: dict[str, int]
@@ -388,6 +396,7 @@ def lists_of(tally: Tally) -> dict[str, Any]:
             for name, text in CANNOT.items()
             if (count := cannot.get(name))
         ),
+        "errors": most("errors", [_made(EngineError, key, count=count) for key, count in tally.of("error")]),
         "live": tally.live,
         "live_listed": tuple(tally.listed),
         "left_out": left_out,
