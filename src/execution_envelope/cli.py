@@ -33,6 +33,7 @@ from execution_envelope import (
     cli_projection,
     cli_proof,
     cli_relay,
+    cli_replay,
     cli_review,
     cli_serve,
     cli_totals,
@@ -352,6 +353,7 @@ cli_admission.add_to(cli)
 cli_proof.add_to(cli)
 cli_projection.add_to(cli)
 cli_relay.add_to(cli)
+cli_replay.add_to(cli)
 cli_review.add_to(cli)
 cli_serve.add_to(cli)
 cli_totals.add_to(cli)
