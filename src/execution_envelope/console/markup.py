@@ -21,6 +21,8 @@ from execution_envelope.resources import VOCABULARY, human
 
 #: The longest text that a page prints in one place; of a longer one it says how long it is.
 MAX_TEXT: Final = 600
+#: The longest name in a line of a list.
+MAX_NAME: Final = 60
 #: The longest text inside of a link, an address or a command. Longer ones are refused where they come in.
 MAX_ADDRESS: Final = 8000
 
@@ -52,7 +54,7 @@ def furnish(environment: Environment, assets: Mapping[str, str], **more: Any) ->
         "sign": lambda word: SIGNS.get(word, ("·", "quiet")),
         "units": {name: resource.unit for name, resource in VOCABULARY.items()},
     }
-    environment.filters |= {"human": _human, "time": time, "day": lambda at: str(at)[:10], "span": span, "ago": _ago}
+    environment.filters |= {"human": _human, "time": time, "day": lambda at: str(at)[:10], "span": span, "short": short, "ago": _ago}
 
 
 def printed(value: Any) -> Any:
@@ -61,6 +63,12 @@ def printed(value: Any) -> Any:
         return value
     text = clean(value)
     return text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]}… ({len(text)} characters)"
+
+
+def short(value: Any) -> str:
+    """A name in a list; a long one is cut, its own page has it whole."""
+    text = clean(str(value))
+    return text if len(text) <= MAX_NAME else f"{text[:MAX_NAME]}…"
 
 
 def command(*words: str) -> Markup:

@@ -8,7 +8,7 @@ from datetime import datetime
 from typing import Final
 
 from execution_envelope.ledger.projection import ProjectedEnvelope
-from execution_envelope.presentation.text import ago, counted, milliseconds
+from execution_envelope.presentation.text import ago, milliseconds
 from execution_envelope.resources import UNKNOWN, UNLIMITED, Amount, exceeds, human
 
 #: So many differences of one envelope are named; the rest are counted.
@@ -77,7 +77,7 @@ def _gaps(requested: Mapping[str, Amount], granted: Mapping[str, Amount]) -> Ite
     for name, asked in requested.items():
         given = granted.get(name)
         if given is None:
-            yield f"{name}: none of {human(name, asked)}"
+            yield f"▼ {name}: none of {human(name, asked)}"
         elif given != asked and UNKNOWN not in (given, asked):
             sign = "▲" if asked != UNLIMITED and exceeds(given, asked) else "▼"
             yield f"{sign} {name}: {human(name, given)} of {human(name, asked)}"
@@ -88,9 +88,11 @@ def _given(row: ProjectedEnvelope) -> str:
         return "its entries cannot be read: run envelope verify"
     if row.granted:
         return "as asked"
-    if row.state in _NOTHING:
-        return "nothing granted"
     if not row.requested:
         return "asked for no resources"
-    asked = counted(len(row.requested), "resource")
-    return f"nothing granted yet, of {asked}" if row.is_open else f"nobody said what was granted, of {asked}"
+    names = list(row.requested.items())
+    asks = ", ".join(f"{name} {human(name, amount)}" for name, amount in names[:MAX_GAPS])
+    more = f" and {len(names) - MAX_GAPS} more" if len(names) > MAX_GAPS else ""
+    if row.state in _NOTHING:
+        return f"nothing of {asks}{more}" if row.state != "held" else f"asks for {asks}{more}"
+    return f"nothing yet of {asks}{more}" if row.is_open else f"nobody said what was given of {asks}{more}"

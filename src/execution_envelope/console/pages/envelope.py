@@ -46,21 +46,21 @@ def envelope(reference: Reference, request: Request, shared: Shared, who: Reader
     review, now = shared.review, shared.clock()
     record = review.record(reference, tenants=who.tenants)
     children, chain = review.children(record), review.chain(record)
-    why = _why(shared, record, who)
+    why, may = _why(shared, record, who), acts(shared, who, record)
     in_chains = f"{counted(chain.entries, 'entry')} in {counted(len(chain.chains), 'chain')}"
     return shared.page(
         request,
         "envelope.html",
         title=f"{record.envelope.execution.operation} {record.id[-12:]}",
         here="/envelopes",
-        sections=SECTIONS,
+        sections=(*SECTIONS, *(("act", "decide"),) * bool(may)),
         why=why[:MAX_WHY],
         why_more=max(0, len(why) - MAX_WHY),
         children=children[-MAX_CHILDREN:],
         children_said=counted(len(children), "envelope") + (" is" if len(children) == 1 else " are") + " part of it",
         chain=chain,
         chain_said=f"{in_chains}, all hashes recomputed",
-        acts=acts(shared, who, record),
+        acts=may,
         **view(record, now=now),
     )
 
