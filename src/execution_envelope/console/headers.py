@@ -1,4 +1,4 @@
-"""What every answer says to a browser: no scripts but ours, no frames, no sniffing, nothing kept; how large a body is."""
+"""What every answer says to a browser: only our scripts, no frames, no sniffing, nothing kept; how large a body is."""
 
 from __future__ import annotations
 
