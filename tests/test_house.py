@@ -41,6 +41,7 @@ OPTIONAL = {
     "cli",
     "cli_shared",
     "cli_admission",
+    "cli_list",
     "cli_proof",
     "cli_projection",
     "cli_relay",

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Sequence
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
-from typing import Any
 
 import msgspec
-import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from execution_envelope.criteria import FIELDS, FLAGS, SIDES, STATES
 from execution_envelope.envelope import KINDS, timestamp
-from execution_envelope.errors import InvalidField
 from execution_envelope.ledger import search
-from execution_envelope.ledger.projection import Changes, ProjectedEnvelope, damaged, id_from, shape_of
+from execution_envelope.ledger.projection import Changes, ProjectedEnvelope, damaged, id_from
 from execution_envelope.ledger.projection_sqlite import SqliteSession
 from execution_envelope.ledger.projection_store import Session, Store
 from execution_envelope.query import Query, quoted
@@ -68,8 +63,8 @@ def rows(draw: st.DrawFn) -> list[ProjectedEnvelope]:
             requested=sides,
             granted=sides,
             used=sides,
-            **{name: texts for name in ("subject", "operation", "target")},
-            **{name: optional for name in ("tenant", "project", "environment", "purpose", "owner", "part_of")},
+            **dict.fromkeys(("subject", "operation", "target"), texts),
+            **dict.fromkeys(("tenant", "project", "environment", "purpose", "owner", "part_of"), optional),
             **{name: st.booleans() for name in ("ungranted", "observed", "undecided")},
             **{name: st.integers(0, 2) for name in ("unstated", "violations", "late")},
         )

