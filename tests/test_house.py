@@ -19,8 +19,8 @@ ORDER = """
 version errors credentials resources values envelope lifecycle delta reckoning record tree bounds decision process
 mailbox threads answers isolation hooks grant budgets approvals ledger reconciliation observers counters family journal
 above reporting reconciler judge admission observed approver blocking controller facets policy telemetry adapters
-integrations review presentation cli_shared cli_admission cli_proof cli_projection cli_relay cli_totals cli_upkeep cli
-testing
+integrations words sentences review presentation cli_shared cli_admission cli_explain cli_proof cli_projection cli_relay
+cli_totals cli_upkeep cli testing
 """
 LEDGER_ORDER = """
 merkle chain projection schema exports commit balances submission contract writer spool sqlite_database
@@ -40,6 +40,7 @@ OPTIONAL = {
     "cli",
     "cli_shared",
     "cli_admission",
+    "cli_explain",
     "cli_proof",
     "cli_projection",
     "cli_relay",

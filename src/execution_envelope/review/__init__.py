@@ -1,0 +1,1 @@
+"""Looking back: what was recorded, explained, queried, replayed and added up."""
