@@ -34,7 +34,7 @@ from execution_envelope import (
 from execution_envelope.ledger import Finding, MemoryLedger
 from execution_envelope.ledger.chain import Closed, Entry, Opened
 from execution_envelope.presentation.facts import short_delta
-from execution_envelope.presentation.sentences import SENTENCES, sentence
+from execution_envelope.sentences import SENTENCES, sentence
 from execution_envelope.presentation.text import span
 from execution_envelope.process import Process
 

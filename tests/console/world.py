@@ -24,6 +24,7 @@ from execution_envelope import (
     Target,
     per_replica,
 )
+from execution_envelope.approvals import Approvals
 from execution_envelope.budgets import Budget, Budgets
 from execution_envelope.console.app import create_app
 from execution_envelope.console.limits import RateLimits
@@ -88,7 +89,12 @@ class World:
         self.clock = Clock()
         self.url = f"sqlite:///{folder / 'envelopes.db'}"
         self.controller = AdmissionController.open(
-            self.url, hooks=HOOKS, budgets=BUDGETS, clock=self.clock, component="backend"
+            self.url,
+            hooks=HOOKS,
+            budgets=BUDGETS,
+            clock=self.clock,
+            component="backend",
+            approvals=Approvals(expires=timedelta(days=30)),
         )
         self.tokens = folder / "tokens.toml"
         self.ids: dict[str, str] = {}

@@ -16,8 +16,7 @@ from jinja2.runtime import Context
 from markupsafe import Markup, escape
 
 from execution_envelope.presentation import clean, when
-from execution_envelope.presentation.text import ago, milliseconds, span
-from execution_envelope.resources import VOCABULARY, human
+from execution_envelope.presentation.text import ago, milliseconds
 
 #: The longest text that a page prints in one place; of a longer one it says how long it is.
 MAX_TEXT: Final = 600
@@ -36,7 +35,7 @@ SIGNS: Final[Mapping[str, tuple[str, str]]] = {
     **dict.fromkeys(("withheld", "ignored", "unsound", "unreachable", "revoke"), ("✕", "bad")),
     **dict.fromkeys(("reduced", "warn", "unknown", "expired", "less", "behind", "flag", "late"), ("▽", "warn")),
     **dict.fromkeys(("revoked", "abandoned", "revoking", "flagged"), ("◇", "warn")),
-    **dict.fromkeys(("cancelled", "abstain", "observed", "considered", "tried", "none", "pending"), ("–", "quiet")),
+    **dict.fromkeys(("cancelled", "abstain", "observed", "considered", "tried", "none", "pending"), ("-", "quiet")),
 }
 
 
@@ -52,9 +51,8 @@ def furnish(environment: Environment, assets: Mapping[str, str], **more: Any) ->
         "asset": pass_context(lambda context, name: f"{context['base']}{assets[name]}"),
         "command": command,
         "sign": lambda word: SIGNS.get(word, ("·", "quiet")),
-        "units": {name: resource.unit for name, resource in VOCABULARY.items()},
     }
-    environment.filters |= {"human": _human, "time": time, "day": lambda at: str(at)[:10], "span": span, "short": short, "ago": _ago}
+    environment.filters |= {"time": time, "day": lambda at: str(at)[:10], "short": short, "ago": _ago}
 
 
 def printed(value: Any) -> Any:
@@ -80,7 +78,7 @@ def command(*words: str) -> Markup:
 def time(at: str | None) -> Markup:
     """A recorded time (RFC 3339, UTC), for people and for programs."""
     if not at:
-        return Markup('<span class="quiet">–</span>')
+        return Markup('<span class="quiet">-</span>')
     return Markup('<time datetime="{}">{}</time>').format(clean(at)[:40], when(clean(at)))
 
 
@@ -93,10 +91,6 @@ def address(base: str, path: str, parameters: Mapping[str, Any]) -> str:
 @pass_context
 def _link(context: Context, path: str, **parameters: Any) -> Markup:
     return escape(address(context["base"], path, parameters))
-
-
-def _human(amount: Any, resource: str) -> str:
-    return human(resource, amount) if resource in VOCABULARY else str(amount)
 
 
 def _ago(at: str, now: datetime) -> str:

@@ -17,7 +17,6 @@ from execution_envelope.delta import granted_totals
 from execution_envelope.envelope import Constraint
 from execution_envelope.lifecycle import Granted, Late, Verdict, ended
 from execution_envelope.presentation import facts
-from execution_envelope.presentation.sentences import sentence
 from execution_envelope.presentation.text import (
     amounts,
     because,
@@ -31,6 +30,7 @@ from execution_envelope.presentation.text import (
 )
 from execution_envelope.record import Record
 from execution_envelope.resources import Quantity, human
+from execution_envelope.sentences import sentence
 from execution_envelope.tree import asked
 
 #: Lines of the longest sections. Of a timeline that is longer, the middle is left out.
@@ -122,13 +122,13 @@ def _cells(record: Record, line: facts.Line) -> list[list[str]]:
             requested.append("client default")
     granted = _value(line.key, line.granted)
     if line.granted is None and not record.grants:
-        granted = [facts.nothing_granted(record) if line.requested is not None else "–"]
+        granted = [facts.nothing_granted(record) if line.requested is not None else "-"]
     elif isinstance(line.granted, Quantity):
         if line.total is None:
             granted.append("as asked")
         elif line.granted.per != "total" and line.total != line.granted.amount:
             granted.append(f"{human(line.key, line.total)} in all")
-    used = ["–"]
+    used = ["-"]
     if line.used is not None:
         used = [human(line.key, line.used.amount), line.used.how]
     return [requested, effective, granted, used]
@@ -136,7 +136,7 @@ def _cells(record: Record, line: facts.Line) -> list[list[str]]:
 
 def _value(key: str, value: Quantity | Constraint | None) -> list[str]:
     if value is None:
-        return ["–"]
+        return ["-"]
     if isinstance(value, Constraint):
         return [plain_value(value.value)]
     return [human(key, value.amount), *marks(key, value)]

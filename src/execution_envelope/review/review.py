@@ -24,6 +24,7 @@ from execution_envelope.ledger.rollups import Question
 from execution_envelope.ledger.verification import of_envelope
 from execution_envelope.query import FLAGS, Query
 from execution_envelope.record import Record
+from execution_envelope.review.explain import Explanation, accounts, explain
 from execution_envelope.tree import Tree
 
 #: So many are counted one by one; of more it is said that there are more.
@@ -171,6 +172,16 @@ class Review:
         """Requests that never became an envelope, newest first: nobody knows whose they are, so who does not see all
         sees none."""
         return self.ledger.attempted(limit) if tenants is None else []
+
+    def explain(self, record: Record, budgets: Budgets, *, tenants: Tenants = None) -> Explanation:
+        """The record in sentences, with how the budgets that it names stand now: where all of them may be seen."""
+        named = accounts(record)
+        balances: list[Balance] | None = None
+        if tenants is None or all(_whose(budgets, account) <= tenants for account, _ in named):
+            balances = [
+                one for account, window in named for one in self.ledger.balances(account=account, window=window)
+            ]
+        return explain(record, now=self.clock(), children=self.children(record), balances=balances)
 
     def children(self, record: Record) -> Sequence[str]:
         """The ids of those that are part of it: always of the same tenant."""

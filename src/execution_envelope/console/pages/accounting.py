@@ -135,11 +135,11 @@ def _cell(resource: str, own: Sum | None, within: Sum | None) -> list[str]:
 
 def _words(resource: str, found: Sum | None) -> str:
     if found is None:
-        return "–"
+        return "-"
     said = [rough(resource, found.total)] if found.known else []
     said += [f"{found.unknown} unknown"] if found.unknown else []
     said += [f"{found.unlimited} unlimited"] if found.unlimited else []
-    return " + ".join(said) or "–"
+    return " + ".join(said) or "-"
 
 
 def _name(value: str | None) -> str:

@@ -8,6 +8,7 @@ import anyio
 from fastapi import APIRouter, Path, Request
 from fastapi.responses import HTMLResponse
 
+from execution_envelope.budgets import Budgets
 from execution_envelope.console.access import Principal
 from execution_envelope.console.charts import bars
 from execution_envelope.console.shared import Console
@@ -37,7 +38,10 @@ SECTIONS: Final = (
 MAX_CHILDREN: Final = 40
 MAX_NODES: Final = 150
 MAX_DEPTH: Final = 5
-MAX_WHY: Final = 40
+#: Sentences of one section of the explanation.
+MAX_WHY: Final = 25
+#: Sections of the explanation that have a place of their own on the page.
+_ELSEWHERE: Final = ("asked", "course", "related", "noted")
 
 
 @router.get("/envelopes/{reference}")
@@ -54,8 +58,7 @@ def envelope(reference: Reference, request: Request, shared: Shared, who: Reader
         title=f"{record.envelope.execution.operation} {record.id[-12:]}",
         here="/envelopes",
         sections=(*SECTIONS, *(("act", "decide"),) * bool(may)),
-        why=why[:MAX_WHY],
-        why_more=max(0, len(why) - MAX_WHY),
+        why=why,
         children=children[-MAX_CHILDREN:],
         children_said=counted(len(children), "envelope") + (" is" if len(children) == 1 else " are") + " part of it",
         chain=chain,
@@ -89,21 +92,25 @@ def acts(shared: Console, who: Principal, record: Record) -> list[dict[str, Any]
     if shared.controller is None:
         return []
     of = f"{record.envelope.execution.operation} {record.id[-12:]}"
-    found = []
     if record.state == "held" and who.may("approve"):
-        found.append({"name": "approve", "id": record.id, "says": "approve", "button": "Approve", "of": of})
-        found.append({"name": "deny", "id": record.id, "says": "deny", "button": "Deny", "of": of})
-    if record.state in ("admitted", "granted") and who.may("revoke"):
-        found.append({"name": "revoke", "id": record.id, "says": "revoke", "button": "Revoke", "of": of})
-    return found
+        return [{"id": record.id, "of": of, "says": (("approve", "Approve"), ("deny", "Deny"))}]
+    if record.state in ("admitted", "granted") and record.revoking is None and who.may("revoke"):
+        return [{"id": record.id, "of": of, "says": (("revoke", "Revoke"),)}]
+    return []
 
 
-def _why(shared: Console, record: Record, who: Principal) -> list[str]:
+def _why(shared: Console, record: Record, who: Principal) -> list[dict[str, Any]]:
+    known = Budgets() if shared.controller is None else shared.controller.budgets
+    explanation = shared.review.explain(record, known, tenants=who.tenants)
     return [
-        f"{line.key}: {line.words}"
-        for line in (*facts.resource_lines(record), *facts.constraint_lines(record))
-        if line.outcome not in ("equal", "none")
-    ] or [facts.short_delta(record)]
+        {
+            "title": section.title,
+            "sentences": section.sentences[:MAX_WHY],
+            "more": max(0, len(section.sentences) - MAX_WHY),
+        }
+        for section in explanation.sections
+        if section.name not in _ELSEWHERE
+    ]
 
 
 def _node(depth: int, record: Record) -> dict[str, Any]:

@@ -87,7 +87,7 @@ def envelopes(
         next=None if page is None else page.next,
         looked=None if page is None else page.looked_back_to,
         chosen={"q": q, **{name: value for name, value in given.items() if value}},
-        words=("envelope", "list", "--limit", str(SIZE), *(("--query", text) if text else ())),
+        words=("envelope", "list", "--limit", str(SIZE), *(("--where", text) if text else ())),
     )
     if problem is not None:
         answer.status_code = 422

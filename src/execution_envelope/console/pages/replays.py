@@ -65,9 +65,7 @@ def replays(request: Request, shared: Shared, who: Reader) -> HTMLResponse:
 
 
 @router.get("/replays/{name}")
-def replay(
-    name: Annotated[str, InPath(max_length=120)], request: Request, shared: Shared, who: Reader
-) -> HTMLResponse:
+def replay(name: Annotated[str, InPath(max_length=120)], request: Request, shared: Shared, who: Reader) -> HTMLResponse:
     """One of them."""
     file = next((file for file in _files(shared.replays) if file.name == name), None)
     if file is None:
