@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from calendar import monthrange
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from datetime import date, datetime, timedelta
@@ -57,8 +58,7 @@ def _days(text: str, field: str, now: datetime) -> tuple[date, date]:
             return day, day + timedelta(days=6)
         if found := _MONTH.fullmatch(text):
             day = date(int(found[1]), int(found[2]), 1)
-            after = day.replace(day=28) + timedelta(days=4)
-            return day, after - timedelta(days=after.day)
+            return day, day.replace(day=monthrange(day.year, day.month)[1])
         day = datetime.strptime(text, "%Y-%m-%d").date()
     except (ValueError, OverflowError):
         raise invalid(field, f"expected a day such as {_DAYS}, got {shown(text)}") from None
