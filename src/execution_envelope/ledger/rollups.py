@@ -16,7 +16,7 @@ from typing import Final, Literal, NamedTuple, Protocol, TypeAlias, get_args
 import msgspec
 
 from execution_envelope.credentials import invalid, shown
-from execution_envelope.lifecycle import OPEN, TERMINAL
+from execution_envelope.lifecycle import ASKED, OPEN, TERMINAL
 from execution_envelope.resources import UNKNOWN, UNLIMITED, VOCABULARY, Amount
 
 Dimension: TypeAlias = Literal["tenant", "project", "kind", "operation", "environment", "subject", "target"]
@@ -209,7 +209,7 @@ class Sum(msgspec.Struct, frozen=True):
 #: Everything that is summed, number -> sum; what is nothing is not there. The numbers are those of `numbers`.
 Cell: TypeAlias = dict[int, int]
 
-_STATES: Final = tuple(sorted(OPEN | TERMINAL))
+_STATES: Final = tuple(sorted({ASKED, *OPEN, *TERMINAL}))
 _SIDES: Final[tuple[Side, ...]] = get_args(Side)
 _RESOURCES: Final = tuple(VOCABULARY)
 _SUM: Final = 4

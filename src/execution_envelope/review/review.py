@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
 
@@ -19,11 +19,12 @@ from execution_envelope.family import read_tree
 from execution_envelope.ledger import AttemptedRequest, Finding, Ledger
 from execution_envelope.ledger.checkpoint import NotProven, Statement, decode_checkpoint
 from execution_envelope.ledger.contract import ChainHead
-from execution_envelope.ledger.projection import COVERAGE, DAMAGED, Accounts, Coverage, Lag, Page, ProjectedEnvelope
-from execution_envelope.ledger.rollups import Question
+from execution_envelope.ledger.projection import COVERAGE, DAMAGED, Coverage, Lag, Page, ProjectedEnvelope
+from execution_envelope.ledger.rollups import By, Dimension, Question
 from execution_envelope.ledger.verification import of_envelope
 from execution_envelope.query import FLAGS, Query
 from execution_envelope.record import Record
+from execution_envelope.review.accounting import Accounting, window
 from execution_envelope.review.explain import Explanation, accounts, explain
 from execution_envelope.tree import Tree
 
@@ -145,14 +146,6 @@ class Review:
         seen = [one for one in held if tenants is None or self.row(one.envelope, tenants=tenants) is not None]
         return seen, more if len(seen) == len(held) else 0
 
-    def totals(self, question: Question, *, tenants: Tenants = None, fresh: bool = True) -> Accounts:
-        """What was asked for, granted and used, added up; see `Projection.totals`. Raises `InvalidField`.
-
-        Who does not see all is not told how far the log is.
-        """
-        found = self.ledger.projection().totals(question._replace(tenants=tenants), fresh=fresh)
-        return found if tenants is None else replace(found, taken=0, lag=Lag(0, 0))
-
     def lag(self) -> Lag:
         """How far lists and sums are behind the log. Of the whole ledger: for who sees all."""
         return self.ledger.projection().lag()
@@ -196,6 +189,24 @@ class Review:
         rows = list(self.ledger.rows_of(record.id))
         chains = tuple(dict.fromkeys(row.chain for row in rows))
         return ChainStatus(len(rows), chains, tuple(of_envelope(self.ledger, record.id)))
+
+    def accounting(
+        self,
+        since: str,
+        until: str | None = None,
+        *,
+        by: Sequence[By] = (),
+        where: Mapping[Dimension, str | None] | None = None,
+        tenants: Tenants = None,
+        fresh: bool = True,
+    ) -> Accounting:
+        """What was asked for, granted and used over a window of UTC days, by group; see `accounting.window`.
+
+        `where` names what is added up alone, with None for what names none. Raises `InvalidField`.
+        """
+        now = self.clock()
+        question = Question(*window(since, until, now=now), tuple(by), where or {}, tenants)
+        return Accounting(question, self.ledger.projection().totals(question, fresh=fresh), now)
 
     def _resolved(self, reference: str) -> str:
         kind, colon, name = reference.partition(":")

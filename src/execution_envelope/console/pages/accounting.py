@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import date, timedelta
 from typing import Annotated, Any, Final
 
@@ -10,10 +10,9 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import HTMLResponse
 
 from execution_envelope.console.charts import bars, columns, rough
-from execution_envelope.console.shared import Console
 from execution_envelope.console.who import Reader, Shared
 from execution_envelope.credentials import invalid, shown
-from execution_envelope.ledger.rollups import DIMENSIONS, Question, Sum, Totals
+from execution_envelope.ledger.rollups import DIMENSIONS, By, Dimension, Sum, Totals
 from execution_envelope.resources import VOCABULARY
 
 router = APIRouter(include_in_schema=False)
@@ -43,17 +42,18 @@ def accounting(
     resource: Annotated[str, Query(max_length=40)] = "",
 ) -> HTMLResponse:
     """The page."""
-    if by not in DIMENSIONS:
+    group = next((name for name in DIMENSIONS if name == by), None)
+    if group is None:
         raise invalid("by", f"expected {', '.join(DIMENSIONS)}, got {shown(by)}")
     if resource and resource not in VOCABULARY:
         raise invalid("resource", f"expected {', '.join(VOCABULARY)}, got {shown(resource)}")
-    today = shared.clock().date()
-    first, last = (today - timedelta(days=days - 1)).isoformat(), today.isoformat()
 
-    def totals(*groups: str, fresh: bool = False) -> Sequence[Totals]:
-        question = Question(first, last, groups)  # type: ignore[arg-type]
-        return shared.review.totals(question, tenants=who.tenants, fresh=fresh).totals
+    def totals(*groups: By, fresh: bool = False) -> Sequence[Totals]:
+        found = shared.review.accounting(f"{days - 1}d", by=groups, tenants=who.tenants, fresh=fresh)
+        return found.totals
 
+    last = shared.clock().date()
+    first = last - timedelta(days=days - 1)
     whole = next(iter(totals(fresh=True)), None)
     named = sorted(whole.amounts) if whole is not None else []
     chosen = resource or _first(named)
@@ -68,20 +68,21 @@ def accounting(
         dimensions=DIMENSIONS,
         resource=chosen,
         named=named or ([chosen] if chosen else []),
-        first=first,
-        last=last,
+        first=first.isoformat(),
+        last=last.isoformat(),
         envelopes=0 if whole is None else whole.envelopes,
         states=[] if whole is None else sorted(whole.states.items(), key=lambda one: -one[1]),
         summary=[] if whole is None else [_line(name, name, whole) for name in named],
         sides=_SIDES,
-        **(_of_resource(shared, totals, chosen, by, first, last) if chosen else {"chart": None, "groups": []}),
+        **(_of_resource(totals, chosen, group, first, last) if chosen else {"chart": None, "groups": []}),
     )
 
 
-def _of_resource(shared: Console, totals: Any, resource: str, by: str, first: str, last: str) -> dict[str, Any]:
+def _of_resource(
+    totals: Callable[..., Sequence[Totals]], resource: str, by: Dimension, first: date, last: date
+) -> dict[str, Any]:
     by_day = {str(one.group["day"]): one for one in totals("day")}
-    start, end = date.fromisoformat(first), date.fromisoformat(last)
-    days = [(start + timedelta(days=at)).isoformat() for at in range((end - start).days + 1)]
+    days = [(first + timedelta(days=at)).isoformat() for at in range((last - first).days + 1)]
     sides = ("requested", "granted", "used")
     series = {side: [_total(by_day.get(day), resource, side) for day in days] for side in sides}
     words = {side: [rough(resource, value) for value in values] for side, values in series.items()}
@@ -90,7 +91,7 @@ def _of_resource(shared: Console, totals: Any, resource: str, by: str, first: st
     return {
         "chart": columns(days, series, words),
         "table": [(day, *(words[side][at] for side in sides)) for at, day in enumerate(days)],
-        "groups": [_line(_name(one.group[by]), resource, one) for one in groups[:MAX_GROUPS]],  # type: ignore[index]
+        "groups": [_line(_name(one.group[by]), resource, one) for one in groups[:MAX_GROUPS]],
         "more_groups": max(0, len(groups) - MAX_GROUPS),
         "consumers": [_line(_name(one.group["subject"]), resource, one) for one in consumers[:MAX_CONSUMERS]],
         "more_consumers": max(0, len(consumers) - MAX_CONSUMERS),
