@@ -14,6 +14,7 @@ from typing import Final
 
 from execution_envelope.budgets import Balance, Budgets, Holding, Key
 from execution_envelope.credentials import shown
+from execution_envelope.criteria import FLAGS
 from execution_envelope.errors import Exported, NotFound
 from execution_envelope.family import read_tree
 from execution_envelope.ledger import AttemptedRequest, Finding, Ledger
@@ -22,7 +23,7 @@ from execution_envelope.ledger.contract import ChainHead
 from execution_envelope.ledger.projection import COVERAGE, DAMAGED, Coverage, Lag, Page, ProjectedEnvelope
 from execution_envelope.ledger.rollups import By, Dimension, Question
 from execution_envelope.ledger.verification import of_envelope
-from execution_envelope.query import FLAGS, Query
+from execution_envelope.query import Query
 from execution_envelope.record import Record
 from execution_envelope.review.accounting import Accounting, window
 from execution_envelope.review.explain import Explanation, accounts, explain

@@ -10,8 +10,9 @@ from fastapi.responses import HTMLResponse
 
 from execution_envelope.console.rows import listed
 from execution_envelope.console.who import Reader, Shared
+from execution_envelope.criteria import FIELDS
 from execution_envelope.errors import InvalidField
-from execution_envelope.query import FIELDS, MAX_LENGTH, quoted
+from execution_envelope.query import MAX_LENGTH, quoted
 
 router = APIRouter(include_in_schema=False)
 

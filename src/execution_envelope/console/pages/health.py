@@ -9,9 +9,9 @@ from fastapi.responses import HTMLResponse
 
 from execution_envelope.console.who import Reader, Shared
 from execution_envelope.counters import COUNTERS
+from execution_envelope.criteria import FLAGS
 from execution_envelope.errors import LedgerUnavailable
 from execution_envelope.ledger.contract import ChainHead
-from execution_envelope.query import FLAGS
 
 router = APIRouter(include_in_schema=False)
 

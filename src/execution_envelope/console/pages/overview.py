@@ -9,7 +9,7 @@ from fastapi.responses import HTMLResponse
 
 from execution_envelope.console.rows import listed
 from execution_envelope.console.who import Reader, Shared
-from execution_envelope.query import FLAGS
+from execution_envelope.criteria import FLAGS
 
 router = APIRouter(include_in_schema=False)
 
