@@ -30,6 +30,9 @@ from execution_envelope.console.app import create_app
 from execution_envelope.console.limits import RateLimits
 from execution_envelope.console.tokens import TokenFile, add_token
 from execution_envelope.review import Review
+from execution_envelope.review.candidate import Source
+from execution_envelope.review.replay import replay
+from execution_envelope.review.replay_result import encode
 
 NOW = datetime(2026, 5, 6, 12, tzinfo=UTC)
 #: A name that would do harm where it is not escaped, or not cleaned.
@@ -64,7 +67,7 @@ def _maintenance(envelope: Any) -> Decision | None:
     reason = envelope.scope.hints["reason"].value
     if "operator" not in envelope.identity.roles:
         return Decision.deny("role_required", "only operators decide")
-    return Decision.deny("purpose_forbidden", "this reason is not good enough") if reason == "because" else None
+    return Decision.deny("role_required", "this reason is not good enough") if reason == "because" else None
 
 
 HOOKS = (
@@ -80,6 +83,19 @@ BUDGETS = Budgets(
         Budget(name="everybody", resource="gpu", limit=32, per=(), kinds=frozenset({"model.deploy"}), unknown=0),
     ]
 )  # fmt: skip
+
+#: What is tried out over what is recorded.
+POLICY = """
+rules:
+  - name: no-gpu
+    match: {kinds: [model.deploy]}
+    expression: '!("gpu" in requested.resources)'
+    reason: resource_forbidden
+    message: GPUs are for others
+  - name: no-moves
+    match: {kinds: [data.move]}
+    expression: "false"
+"""
 
 
 class World:
@@ -101,6 +117,9 @@ class World:
         self.replays = folder / "replays"
         self.replays.mkdir()
         anyio.run(self.fill)
+        self.replay = "new-policy.json"
+        source = Source(POLICY.encode(), kinds=("model.deploy", "data.move"))
+        (self.replays / self.replay).write_bytes(encode(replay(self.controller.ledger, source, now=NOW, jobs=1)))
         self.clock.now = NOW
         self.app: FastAPI = create_app(
             Review(self.controller.ledger, clock=lambda: self.clock.now),

@@ -139,7 +139,7 @@ def rough(resource: str, amount: int) -> str:
         steps = [("d", 86_400_000), ("h", 3_600_000), ("min", 60_000), ("s", 1000)]
     else:
         base = {"milli": 1000, "micro": 1_000_000}.get(unit, 1)
-        steps = [("bn", base * 10**9), ("m", base * 10**6), ("k", base * 1000), ("", base)]
+        steps = [("G", base * 10**9), ("M", base * 10**6), ("k", base * 1000), ("", base)]
     name, size = next(((name, size) for name, size in steps if amount >= size), steps[-1])
     value = amount / size
     digits = max(0, 2 - int(math.log10(value))) if value >= 1 else 2

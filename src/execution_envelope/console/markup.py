@@ -11,6 +11,7 @@ from datetime import datetime
 from typing import Any, Final
 from urllib.parse import quote, urlencode
 
+from fastapi import Request
 from jinja2 import Environment, pass_context
 from jinja2.runtime import Context
 from markupsafe import Markup, escape
@@ -48,6 +49,7 @@ def furnish(environment: Environment, assets: Mapping[str, str], **more: Any) ->
     environment.globals |= {
         **more,
         "link": _link,
+        "path_of": _path_of,
         "asset": pass_context(lambda context, name: f"{context['base']}{assets[name]}"),
         "command": command,
         "sign": lambda word: SIGNS.get(word, ("·", "quiet")),
@@ -86,6 +88,14 @@ def address(base: str, path: str, parameters: Mapping[str, Any]) -> str:
     """A path below the mount with a query of what is not empty."""
     query = urlencode({name: value for name, value in parameters.items() if value not in (None, "", (), [])}, True)
     return f"{base}{quote(path, safe='/')}" + (f"?{query}" if query else "")
+
+
+def _path_of(request: Request) -> str:
+    """Where somebody is, to come back to: the path below the mount, with its query. Of a form, the first page."""
+    if request.method != "GET":
+        return "/"
+    path = request.url.path.removeprefix(request.scope.get("root_path", ""))
+    return f"{path}?{request.url.query}" if request.url.query else path
 
 
 @pass_context

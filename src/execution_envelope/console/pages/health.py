@@ -7,9 +7,9 @@ from typing import Any, Final
 from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse
 
+from execution_envelope.console.rows import Listed, listed
 from execution_envelope.console.who import Reader, Shared
 from execution_envelope.counters import COUNTERS
-from execution_envelope.criteria import FLAGS
 from execution_envelope.errors import LedgerUnavailable
 from execution_envelope.ledger.contract import ChainHead
 
@@ -43,13 +43,14 @@ def health(request: Request, shared: Shared, who: Reader) -> HTMLResponse:
         reachable = True
     except LedgerUnavailable as error:
         reachable, problem = False, str(error) if everything else "the ledger does not answer"
-    revoking = []
-    if reachable and "revoking" in FLAGS:
-        revoking = list(review.find("revoking", limit=MAX_REVOKING, tenants=who.tenants, fresh=False).rows)
+    revoking: list[Listed] = []
+    behind = values["lag"] is not None and values["lag"].entries > BEHIND
+    if reachable:
+        page = review.find("revoking", limit=MAX_REVOKING, tenants=who.tenants, fresh=not behind)
+        revoking = listed(page.rows, shared.clock())
     if shared.controller is not None and everything:
         counted = shared.controller.counters
         values["counters"] = [(name, counted[name], said) for name, said in COUNTERS.items() if counted[name]]
-    lag = values["lag"]
     return shared.page(
         request,
         "health.html",
@@ -59,9 +60,8 @@ def health(request: Request, shared: Shared, who: Reader) -> HTMLResponse:
         audits=who.may("audit") and everything,
         reachable=reachable,
         problem=problem,
-        behind=lag is not None and lag.entries > BEHIND,
+        behind=behind,
         revoking=revoking,
-        revokes="revoking" in FLAGS,
         **values,
     )
 

@@ -9,7 +9,6 @@ from fastapi.responses import HTMLResponse
 
 from execution_envelope.console.rows import listed
 from execution_envelope.console.who import Reader, Shared
-from execution_envelope.criteria import FLAGS
 
 router = APIRouter(include_in_schema=False)
 
@@ -17,7 +16,7 @@ router = APIRouter(include_in_schema=False)
 QUERIES: Final = {
     "running": "state in (admitted, granted, observed)",
     "held": "state=held",
-    "marked": " or ".join(name for name in ("flagged", "revoking") if name in FLAGS),
+    "marked": "flagged or revoking",
     "less": "outcome in (reduced, withheld, ignored, substituted, raised)",
 }
 _SHOWN: Final = {"running": 12, "held": 5, "marked": 5, "less": 8}
@@ -32,9 +31,8 @@ def overview(request: Request, shared: Shared, who: Reader) -> HTMLResponse:
     coverage = review.coverage(newest=0, tenants=who.tenants)
     found: dict[str, Any] = {}
     for name, query in QUERIES.items():
-        if query:
-            page = review.find(query, limit=_SHOWN[name], tenants=who.tenants, fresh=False)
-            found[name] = listed(page.rows, now)
+        page = review.find(query, limit=_SHOWN[name], tenants=who.tenants, fresh=False)
+        found[name] = listed(page.rows, now)
     held = review.counted(QUERIES["held"], tenants=who.tenants)
     numbers = [
         {
