@@ -11,6 +11,7 @@ from fastapi import Request
 from fastapi.responses import HTMLResponse
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from execution_envelope.budgets import Budgets
 from execution_envelope.console.access import Authenticator, Principal
 from execution_envelope.console.limits import RateLimits
 from execution_envelope.console.sessions import Session, Sessions
@@ -50,6 +51,11 @@ class Console:
     def clock(self) -> Callable[[], datetime]:
         """What time it is, in UTC."""
         return self.review.clock
+
+    @property
+    def budgets(self) -> Budgets:
+        """The budgets of the controller that decides here; none without one."""
+        return Budgets() if self.controller is None else self.controller.budgets
 
     def authenticate(self, token: str) -> Principal | None:
         """Who holds a token. In a thread."""

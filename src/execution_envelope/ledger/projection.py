@@ -302,8 +302,6 @@ def terms(row: ProjectedEnvelope) -> frozenset[str]:
     return frozenset(found)
 
 
-
-
 @dataclass(slots=True)
 class Changes:
     """What rows make of the rows before them: the rows, each with its shape as JSON, and what that adds to each roll-up

@@ -6,7 +6,7 @@ other, in no answer, count or error. An envelope that names no tenant is seen by
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -109,6 +109,11 @@ class Review:
         """
         parsed = Query.parse(query, self.clock()) if query.strip() else None
         return self.ledger.projection().search(parsed, limit=limit, after=after, tenants=tenants, fresh=fresh)
+
+    def stream(self, query: str = "", *, tenants: Tenants = None) -> Iterator[ProjectedEnvelope]:
+        """All envelopes that a query finds, newest first, read page by page. Raises `InvalidField` at once."""
+        parsed = Query.parse(query, self.clock()) if query.strip() else None
+        return self.ledger.projection().stream(parsed, tenants=tenants)
 
     def counted(self, query: str, *, tenants: Tenants = None) -> Counted:
         """How many envelopes a query finds, up to `MAX_COUNTED`."""

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Final
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import HTMLResponse
 
-from execution_envelope.budgets import Balance, Budgets, window_ends
+from execution_envelope.budgets import Balance, window_ends
 from execution_envelope.console.access import Principal
 from execution_envelope.console.charts import stacked
 from execution_envelope.console.shared import Console
@@ -31,8 +31,7 @@ def budgets(
     request: Request, shared: Shared, who: Reader, account: Annotated[str | None, Query(max_length=400)] = None
 ) -> HTMLResponse:
     """Balances; of one account with its holders."""
-    known = Budgets() if shared.controller is None else shared.controller.budgets
-    found = shared.review.balances(known, account=account or None, tenants=who.tenants)
+    found = shared.review.balances(shared.budgets, account=account or None, tenants=who.tenants)
     holders = [_holders(shared, who, balance) for balance in found[:MAX_HELD]] if account else []
     nothing = "Nothing was ever entered for this account." if account else "Nothing was ever reserved of any budget."
     return shared.page(

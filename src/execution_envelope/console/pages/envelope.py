@@ -8,7 +8,6 @@ import anyio
 from fastapi import APIRouter, Path, Request
 from fastapi.responses import HTMLResponse
 
-from execution_envelope.budgets import Budgets
 from execution_envelope.console.access import Principal
 from execution_envelope.console.charts import bars
 from execution_envelope.console.shared import Console
@@ -100,7 +99,7 @@ def acts(shared: Console, who: Principal, record: Record) -> list[dict[str, Any]
 
 
 def _why(shared: Console, record: Record, who: Principal) -> list[dict[str, Any]]:
-    known = Budgets() if shared.controller is None else shared.controller.budgets
+    known = shared.budgets
     explanation = shared.review.explain(record, known, tenants=who.tenants)
     return [
         {
