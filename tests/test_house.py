@@ -19,8 +19,8 @@ ORDER = """
 version errors credentials resources values envelope lifecycle delta reckoning record tree bounds decision process
 mailbox threads answers isolation hooks grant budgets approvals criteria query ledger reconciliation observers counters
 family journal above reporting reconciler judge admission observed approver blocking controller facets policy telemetry
-adapters integrations review presentation console cli_shared cli_admission cli_proof cli_projection cli_list cli_relay
-cli_serve cli_totals cli_upkeep cli testing
+adapters integrations words sentences review presentation console cli_shared cli_admission cli_explain cli_proof
+cli_projection cli_list cli_relay cli_serve cli_totals cli_upkeep cli testing
 """
 LEDGER_ORDER = """
 merkle chain projection projection_session search schema exports commit balances submission contract writer spool
@@ -42,6 +42,7 @@ OPTIONAL = {
     "cli_shared",
     "cli_admission",
     "cli_list",
+    "cli_explain",
     "cli_proof",
     "cli_projection",
     "cli_relay",

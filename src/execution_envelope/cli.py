@@ -30,6 +30,7 @@ except ImportError as missing:
 
 from execution_envelope import (
     cli_admission,
+    cli_explain,
     cli_list,
     cli_projection,
     cli_proof,
@@ -254,6 +255,7 @@ cli_admission.add_to(cli)
 cli_list.add_to(cli)
 cli_proof.add_to(cli)
 cli_projection.add_to(cli)
+cli_explain.add_to(cli)
 cli_relay.add_to(cli)
 cli_serve.add_to(cli)
 cli_totals.add_to(cli)
