@@ -198,8 +198,10 @@ def ranking_line(found: Accounting, resource: str) -> Text:
 
 
 def _behind(accounts: Accounts) -> str:
-    taken, behind = counted(accounts.taken, "entry"), accounts.lag.entries
-    return f"{taken} of the ledger taken in, {counted(behind, 'entry') if behind else 'none'} behind"
+    behind = accounts.lag.entries
+    if accounts.taken is None:
+        return "some of the newest not taken in yet" if behind else "complete"
+    return f"{counted(accounts.taken, 'entry')} of the ledger taken in, {counted(behind, 'entry') if behind else 'none'} behind"
 
 
 def _amount(resource: str, sums: Mapping[Side, Sum], side: Side) -> Text:
