@@ -1,4 +1,4 @@
-"""The console in a real browser: found, understood, decided; by keyboard, without scripts, in all schemes and widths."""
+"""The console in a real browser: found, understood, decided; by keyboard, without scripts, in schemes and widths."""
 
 from __future__ import annotations
 

@@ -213,8 +213,8 @@ def test_over_http_it_is_counted_out_when_the_reader_goes(tmp_path: Path) -> Non
         headers = [(b"authorization", f"Bearer {world.token['acme']}".encode()), (b"last-event-id", b"x-1")]
         scope = {
             "type": "http", "method": "GET", "path": "/live", "raw_path": b"/live", "query_string": b"",
-            "root_path": "", "headers": headers, "client": ("127.0.0.1", 1), "server": ("testserver", 80), "scheme": "http",
-            "http_version": "1.1", "asgi": {"version": "3.0", "spec_version": "2.3"},
+            "root_path": "", "headers": headers, "client": ("127.0.0.1", 1), "server": ("testserver", 80),
+            "scheme": "http", "http_version": "1.1", "asgi": {"version": "3.0", "spec_version": "2.3"},
         }  # fmt: skip
         await asyncio.wait_for(world.app(scope, receive, send), 10)
         assert follower.streams == 0 and sent[0]["status"] == 200
