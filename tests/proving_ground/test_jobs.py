@@ -10,9 +10,11 @@ from typing import Any, cast
 from uuid import UUID, uuid4
 
 import pytest
+from backend import OPERATORS
 from fastapi import HTTPException
 
 from execution_envelope import AdmissionController, Ask, Grant, Record, Subject, Target
+from execution_envelope.policy.file import PolicyFile
 from proving_ground.auth import Caller, RunTokens
 from proving_ground.jobs import (
     JOBS,
@@ -396,7 +398,9 @@ class NoDeployments:
 
 
 def maintenance_of(house: House, supervisor: NoDeployments) -> Maintenance:
-    return Maintenance(house.controller, {}, cast(Supervisor, supervisor), house.jobs)
+    return Maintenance(
+        house.controller, {}, {}, PolicyFile(OPERATORS), "flag", cast(Supervisor, supervisor), house.jobs
+    )
 
 
 def test_all_that_is_old_is_forgotten_an_envelope_for_each_round(tmp_path: Path) -> None:
