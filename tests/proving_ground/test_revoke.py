@@ -17,6 +17,7 @@ import httpx
 import openai
 import pytest
 from backend import SOURCE, Backend, until
+from test_evaluation import processes
 
 from proving_ground import procfs
 from proving_ground.settings import EXAMPLE
@@ -213,3 +214,27 @@ def test_kept_engines_end_when_what_they_serve_is_revoked_while_no_backend_runs(
     until(lambda: not procfs.is_running(pid, started))
     record = becomes_revoked(backend, policy, f"deployment:{deployment}")
     assert last(record, "revoked")["message"] == f"engines with pid {pid} have ended"
+
+
+def test_a_revoked_evaluation_ends_with_its_process(start: Start, policy: Path) -> None:
+    backend = start(POLICY=str(policy), NODE_CORES="4", NODE_MEMORY="4GiB")
+    deployment = str(deploy(backend))
+    with backend.http() as http:
+        body = {"deployment_id": deployment, "dataset": "biology_qa", "limit": 50, "output_tokens": 64}
+        evaluation = http.post("/evaluations", json=body).raise_for_status().json()["id"]
+        path = f"/evaluations/{evaluation}"
+        until(lambda: http.get(path).json()["progress"]["done"], 120)
+        assert processes(backend.process.pid)
+        revoke(backend, policy, f"evaluation:{evaluation}", **{"as": "agent:patrol", "role": "operator"})
+        until(lambda: http.get(path).json()["ended_at"])
+        found = http.get(path).json()
+    assert (found["status"], found["error_message"]) == ("CANCELLED", "revoked by agent:patrol: it leaks")
+    assert processes(backend.process.pid) == []
+    record = becomes_revoked(backend, policy, f"evaluation:{evaluation}")
+    assert last(record, "revoked")["message"] == "the evaluation has ended"
+    assert last(record, "used")["resources"]
+    assert status(backend, deployment) == "DEPLOYED"
+    # Nothing of it is left open, whatever became of the requests that were under way.
+    listed = [json.loads(line) for line in envelope(backend, policy, "list", "--json").splitlines()]
+    assert {one["kind"] for one in listed if one["open"]} == {"model.deploy"}
+    envelope(backend, policy, "verify")
