@@ -35,7 +35,7 @@ from execution_envelope import (
 )
 from execution_envelope.budgets import Budget, Budgets
 from execution_envelope.decision import ABOUT_OTHERS
-from execution_envelope.ledger import Ledger, MemoryLedger, SqliteLedger, verify
+from execution_envelope.ledger import Ledger, MemoryLedger, SqliteLedger, open_ledger, verify
 from execution_envelope.lifecycle import Revocation, Revoked
 from execution_envelope.policy.cedar import Cedar
 from execution_envelope.policy.file import PolicyFile, parse
@@ -54,9 +54,14 @@ def anyio_backend(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.fixture(params=["memory", "sqlite"])
+@pytest.fixture(params=["memory", "sqlite", "postgres"])
 def ledger(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
-    found = MemoryLedger() if request.param == "memory" else SqliteLedger(tmp_path / "l.db")
+    if request.param == "memory":
+        found: Ledger = MemoryLedger()
+    elif request.param == "sqlite":
+        found = SqliteLedger(tmp_path / "l.db")
+    else:
+        found = open_ledger(request.getfixturevalue("postgres").schema())
     yield found
     assert verify(found).findings == ()
     found.close()
