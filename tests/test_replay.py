@@ -337,7 +337,7 @@ def test_what_was_approved_is_lifted_on_the_same_grounds_only() -> None:
 
 
 def test_budgets_stand_as_they_were() -> None:
-    budget = Budget("gpus", "gpu", 4)
+    budget = Budget(name="gpus", resource="gpu", limit=4)
     house = House(GPUS % 6, budgets=Budgets([budget]))
     assert house.ask(*gpus(3, 2, 9), end=False) == ["admitted", "denied", "denied"]
     wide = GPUS % 20 + "\nbudgets: [{name: gpus, resource: gpu, limit: 100, kinds: [model.deploy]}]"
@@ -415,7 +415,9 @@ def test_what_was_recorded_afterwards_was_not_decided() -> None:
     house = House(GPUS % 4)
 
     async def seen() -> None:
-        await house.controller.observe(ask(), source="gateway", key="1", ended_at=START, outcome="completed")
+        await house.controller.record(
+            ask(), source="gateway", key="1", ended_at=START, outcome="completed", used={}, by="gateway"
+        )
 
     anyio.run(seen)
     result = house.replay(GPUS % 0)
@@ -501,7 +503,7 @@ PLACE = "place = (SELECT place FROM places WHERE envelope = ?1 AND sequence = ?2
         ("DELETE FROM places WHERE envelope = ? AND sequence = ?", 0),
         ("DELETE FROM places WHERE envelope = ? AND sequence = ?", 1),
         ("DELETE FROM places WHERE envelope = ? AND sequence = ?", 2),
-        ("UPDATE places SET envelope = CAST(x'ff30' AS TEXT) WHERE envelope = ? AND ? = 0", 0),
+        ("UPDATE places SET envelope = CAST(x'30ff' AS TEXT) WHERE envelope = ? AND ? = 0", 0),
     ],
 )
 def test_what_is_damaged_is_left_out_and_counted(tmp_path: Path, statement: str, sequence: int) -> None:
@@ -787,7 +789,7 @@ def test_cedar_can_be_replayed() -> None:
     pytest.importorskip("cedarpy")
     house = House(GPUS % 4)
     house.ask(ask(), ask(subject=Subject("user", "mo", tenant="acme")))
-    text = 'permit(principal, action, resource) when { context.identity.roles.contains("operator") };'
+    text = 'permit(principal in Role::"operator", action, resource);'
     result = house.replay(text, language="cedar")
     assert changes(result) == {("admitted", "admitted"): 1, ("admitted", "denied"): 1}
     for wrong in (b"permit(", b"\xff"):
@@ -870,9 +872,7 @@ def written(folder: Path, text: str, name: str = "new.yaml") -> str:
 def test_the_command(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'l.db'}"
     with closing(open_ledger(url)) as ledger:
-        house = (
-            House(GPUS.replace("few", "'f\u202eew'") % 4, ledger=ledger) if False else House(GPUS % 4, ledger=ledger)
-        )
+        house = House(GPUS % 4, ledger=ledger)
         house.clock.now = datetime.now(START.tzinfo)
         house.ask(*gpus(1, 3, subject=Subject("user", "da\x1b[31mna", tenant="ac\u202eme")), end=False)
     ids = house.ids
@@ -889,7 +889,7 @@ def test_the_command(tmp_path: Path) -> None:
     assert [one.id for one in kept.live_listed] == ids[1:]
     again = run("--ledger", url, "replay", "--policy", new, "--json", "--state", str(tmp_path / "s"))
     assert again.exit_code == 1 and again.stdout.isascii()
-    assert json.loads(again.stdout) == msgspec.to_builtins(kept)
+    assert json.loads(again.stdout) == json.loads(encode(kept))
     result = run("--ledger", url, "replay", "--policy", same, "--since", "1h")
     assert (result.exit_code, result.stdout.splitlines()[0]) == (0, "no decision changes: 2 decisions compared")
     assert (
