@@ -20,7 +20,7 @@ version errors credentials resources values envelope lifecycle delta reckoning r
 mailbox threads answers isolation hooks grant budgets approvals ledger reconciliation observers counters family journal
 above reporting reconciler judge admission observed approver blocking controller facets policy telemetry adapters
 integrations review presentation console cli_shared cli_admission cli_proof cli_projection cli_relay cli_replay
-cli_totals cli_upkeep cli testing
+cli_serve cli_totals cli_upkeep cli testing
 """
 LEDGER_ORDER = """
 merkle chain projection schema exports commit balances submission contract writer spool sqlite_database
@@ -45,6 +45,7 @@ OPTIONAL = {
     "cli_projection",
     "cli_relay",
     "cli_replay",
+    "cli_serve",
     "cli_totals",
     "cli_upkeep",
     "testing",
@@ -61,7 +62,7 @@ EXTRA = {
 }
 PUBLIC = tuple(
     f"execution_envelope.{module}"
-    for module in ("integrations", "adapters", "reconciliation", "policy", "telemetry", "budgets")
+    for module in ("integrations", "adapters", "reconciliation", "policy", "telemetry", "budgets", "console", "review")
 )
 MAX_LINES = 600
 

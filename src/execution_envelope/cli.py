@@ -34,6 +34,7 @@ from execution_envelope import (
     cli_proof,
     cli_relay,
     cli_replay,
+    cli_serve,
     cli_totals,
     cli_upkeep,
     presentation,
@@ -352,6 +353,7 @@ cli_proof.add_to(cli)
 cli_projection.add_to(cli)
 cli_relay.add_to(cli)
 cli_replay.add_to(cli)
+cli_serve.add_to(cli)
 cli_totals.add_to(cli)
 cli_upkeep.add_to(cli)
 
