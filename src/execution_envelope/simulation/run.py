@@ -19,11 +19,12 @@ from random import Random
 from typing import Final
 
 from execution_envelope.credentials import invalid, shown
-from execution_envelope.histories import OPEN, OUTCOMES, SAID, Histories, Shares
 from execution_envelope.ledger import Ledger
 from execution_envelope.ledger.commit import Commit
 from execution_envelope.lifecycle import Bound
-from execution_envelope.simulated import DAY, HOUR, SECOND, World, micros
+from execution_envelope.simulation.histories import Histories
+from execution_envelope.simulation.outcomes import OPEN, OUTCOMES, SAID, Shares
+from execution_envelope.simulation.world import DAY, HOUR, SECOND, World, micros
 
 #: How many envelopes, over how many days, and which seeds.
 MAX_COUNT: Final = 10_000_000

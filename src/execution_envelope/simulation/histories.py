@@ -1,11 +1,9 @@
-"""What happens to simulated requests: for each kind how it ends, in realistic shares, and the facts on the way there."""
+"""What happens to simulated requests, and the facts on the way there."""
 
 from __future__ import annotations
 
-from bisect import bisect
 from collections.abc import Mapping
 from dataclasses import replace
-from itertools import accumulate
 from typing import Any, Final
 
 from execution_envelope.approvals import OPERATION
@@ -30,6 +28,7 @@ from execution_envelope.lifecycle import (
     Granted,
     Held,
     Late,
+    Limit,
     Observed,
     Ready,
     Rejected,
@@ -39,14 +38,15 @@ from execution_envelope.lifecycle import (
     Verdict,
     Why,
 )
-from execution_envelope.resources import Amount, per_replica
-from execution_envelope.simulated import (
+from execution_envelope.resources import Amount
+from execution_envelope.simulation import asks
+from execution_envelope.simulation.life import Life, quantity, verdict
+from execution_envelope.simulation.world import (
     DAY,
     FORBIDDEN_MODEL,
     HOOK,
     HOUR,
     MINUTE,
-    MODELS,
     MS,
     NODES,
     REGIONS,
@@ -54,44 +54,11 @@ from execution_envelope.simulated import (
     SEAM,
     SECOND,
     Deployment,
-    Life,
     Tenant,
     World,
     moment,
-    quantity,
-    verdict,
 )
 from execution_envelope.values import canonical, sha256
-
-#: Kind -> how it ends -> how many of a thousand.
-OUTCOMES: Final[Mapping[str, Mapping[str, int]]] = {
-    "inference": {
-        "done": 888, "denied": 28, "failed": 20, "cancelled": 14, "rejected": 10, "observed": 18, "unused": 6,
-        "violated": 6, "late": 8, "abandoned": 2,
-    },
-    "model.deploy": {
-        "done": 480, "superseded": 110, "denied": 120, "approved": 60, "refused": 20, "expired": 20, "withdrawn": 10,
-        "rejected": 70, "failed": 40, "revoked": 30, "abandoned": 20, "unused": 20,
-    },
-    "evaluation": {
-        "done": 740, "denied": 60, "approved": 30, "refused": 8, "expired": 8, "failed": 50, "cancelled": 40,
-        "rejected": 20, "revoked": 6, "abandoned": 12, "violated": 10, "late": 16,
-    },
-    "data.move": {
-        "done": 770, "denied": 80, "approved": 30, "refused": 8, "expired": 6, "failed": 40, "cancelled": 16,
-        "rejected": 20, "violated": 10, "late": 10, "abandoned": 10,
-    },
-    "agent.run": {
-        "done": 780, "denied": 50, "failed": 60, "cancelled": 40, "violated": 20, "revoked": 10, "abandoned": 20,
-        "rejected": 10, "unused": 10,
-    },
-    "tool": {"done": 900, "denied": 50, "failed": 40, "rejected": 10},
-    "maintenance": {"done": 960, "failed": 40},
-}  # fmt: skip
-#: What is asked for last, and takes its time, may be open still: waiting, looking for room, running.
-OPEN: Final = ("waiting", "queued", "running")
-#: Outcomes with an envelope of their own for who approves or refuses.
-SAID: Final = frozenset({"approved", "refused"})
 
 _NO: Final[Mapping[str, tuple[str, str]]] = {
     "role_required": ("roles", "expected the role operator for this operation"),
@@ -113,9 +80,6 @@ _REDUCED: Final[tuple[tuple[Cause, str], ...]] = (
 )
 _IGNORED: Final = Why("unsupported", "this engine cannot do that")
 _CHECK: Final = 5 * MINUTE
-_SIZES: Final = (64, 128, 256, 256, 512, 512, 1024, 1024, 2048, 4096, 8192, 16384)
-_CONTEXTS: Final = (2048, 4096, 8192, 8192, 16384, 32768, 131072)
-_GIB: Final = 1024**3
 _REASONS: Final = ("agreed in the change meeting", "needed for the release", "checked with the owner of the data")
 _FAILURES: Final = (
     ("ENGINE_LOST", "the engine ended with signal 9"),
@@ -125,24 +89,6 @@ _FAILURES: Final = (
 )
 _FULL: Final = "no node has so much free"
 _DONE: Final = Completed()
-_ENGINES: Final = ("llama.cpp", "llama.cpp", "vllm", "vllm", "sglang")
-_DATASETS: Final = tuple(f"sim-set-{number:02d}" for number in range(30))
-_TASKS: Final = ("mmlu", "gsm8k", "humaneval", "truthfulqa", "house-rules")
-_TOOLS: Final = ("search", "fetch", "sql", "calculator", "mail", "calendar", "files.read", "files.write")
-_AGENTS: Final = ("researcher", "triage", "reviewer", "planner", "reporter")
-
-
-class Shares:
-    """Outcomes in their shares also among few: the steps of the golden ratio leave no share out for long."""
-
-    def __init__(self, shares: Mapping[str, int], offset: float) -> None:
-        self._names = list(shares)
-        self._sums = [total / sum(shares.values()) for total in accumulate(shares.values())]
-        self._at = offset
-
-    def next(self) -> str:
-        self._at = (self._at + 0.6180339887498949) % 1.0
-        return self._names[min(bisect(self._sums, self._at), len(self._names) - 1)]
 
 
 class Histories:
@@ -161,10 +107,10 @@ class Histories:
             return [self._maintenance(outcome, at)]
         tenant = world.tenant()
         if kind == "inference":
-            return [self._inference(tenant, outcome, at, None, world.busy(tenant.people), world.busy(tenant.scopes))]
+            of = {"subject": world.busy(tenant.people), "scope": world.busy(tenant.scopes), "part_of": None}
+            return [self._inference(tenant, outcome, at, of)]
         if kind == "agent.run":
             return self._agent(tenant, outcome, at, children)
-        ask = {"model.deploy": self._deploy_ask, "evaluation": self._evaluation_ask, "data.move": self._move_ask}[kind]
         subject = world.busy(tenant.people)
         code = world.choose(_CODES) if outcome == "denied" else None
         if code == "role_required":
@@ -172,9 +118,9 @@ class Histories:
         superseded = world.serving(tenant, at) if outcome == "superseded" else None
         if superseded is not None and superseded.end is None:
             superseded = None  # it goes on behind the end of everything
-        key = f"sim-key-{world.random.getrandbits(60):015x}" if world.chance(0.4) else None
+        key = world.key() if world.chance(0.4) else None
         asked = replace(
-            ask(tenant, at, code),
+            _ASKS[kind](world, tenant, at, code),
             subject=subject,
             scope=world.busy(tenant.scopes),
             idempotency_key=key,
@@ -236,7 +182,8 @@ class Histories:
     def _said(self, held: Life, approver: Subject, decision: str, at: int) -> Life:
         scope = {"project": held.sealed.envelope.scope.project}
         target = Target("envelope", held.id, decision)
-        life = Life(self.world, Ask(kind="maintenance", operation=OPERATION, target=target, subject=approver, scope=scope), at)  # fmt: skip
+        ask = Ask(kind="maintenance", operation=OPERATION, target=target, subject=approver, scope=scope)
+        life = Life(self.world, ask, at)
         life.admit(at, rule="approvers")
         life.say(at + 2 * SECOND, SEAM, _DONE)
         return life
@@ -271,38 +218,6 @@ class Histories:
         )
 
     # Deployments
-
-    def _deploy_ask(self, tenant: Tenant, at: int, code: str | None) -> Ask:
-        world = self.world
-        model = FORBIDDEN_MODEL if code == "target_forbidden" else world.busy(MODELS)
-        gpus = 16 if code == "resource_forbidden" else world.choose((0, 1, 1, 1, 2, 2, 4, 8))
-        replicas = world.choose((1, 1, 1, 2, 2, 3, 4, 8))
-        memory, context = world.choose((1, 2, 4, 8, 16, 32)) * _GIB, world.choose(_CONTEXTS)
-        body = {"model": model, "replicas": replicas, "gpus": gpus, "context": context, "memory": memory}
-        return Ask(
-            kind="model.deploy",
-            operation="serving.deploy_model",
-            entrypoint="POST /serving/deploy_model",
-            target=Target("model", model, "q4_1"),
-            requested={
-                "replicas": replicas,
-                "cpu": per_replica(f"{world.choose((500, 1000, 2000, 4000))}m"),
-                "memory": per_replica(memory),
-                "gpu": per_replica(gpus) if gpus else None,
-                "context": context,
-                "concurrency": world.choose((None, 8, 16, 64)),
-                "duration": None if world.chance(0.7) else world.choose((1, 8, 24)) * HOUR // MS,
-            },
-            constraints={
-                "engine": world.choose(_ENGINES),
-                "region": world.choose(REGIONS),
-                "autoscaling": world.chance(0.1),
-                "lb_port": 0,
-            },
-            client_defaults={"replicas": 1, "autoscaling": False, "lb_port": 0},
-            schema="simulation.Deploy/1",
-            body=body,
-        )
 
     def _deployed(self, life: Life, tenant: Tenant, outcome: str, at: int, old: Deployment | None) -> None:
         world = self.world
@@ -341,8 +256,11 @@ class Histories:
         asked = life.sealed.envelope.requested.resources
         calls = 0 if outcome == "unused" else world.spread(900, 50)
         used: dict[str, Amount] = {
-            "requests": calls, "output_tokens": calls * 180, "duration": (end - ready) // MS, "memory": _most(asked, "memory") * 3 // 4,
-        }  # fmt: skip
+            "requests": calls,
+            "output_tokens": calls * 180,
+            "duration": (end - ready) // MS,
+            "memory": _most(asked, "memory") * 3 // 4,
+        }
         facts: list[EventData] = [] if world.chance(0.05) else [Used(used)]
         last: EventData = _DONE
         if outcome == "revoked":
@@ -410,50 +328,6 @@ class Histories:
 
     # Evaluations and data
 
-    def _evaluation_ask(self, tenant: Tenant, at: int, code: str | None) -> Ask:
-        world = self.world
-        serving = world.serving(tenant, at)
-        target = Target("deployment", "sim-none" if serving is None else serving.reference)
-        if code == "target_forbidden":
-            target = Target("model", FORBIDDEN_MODEL)
-        samples = 100_000 if code == "resource_forbidden" else world.choose((50, 100, 200, 500, 1000))
-        task = world.choose(_TASKS)
-        return Ask(
-            kind="evaluation",
-            operation="evaluations.create",
-            entrypoint="POST /evaluations",
-            target=target,
-            requested={
-                "samples": samples,
-                "output_tokens": samples * world.choose((32, 64, 256)),
-                "duration": world.choose((None, 600_000, 3_600_000)),
-            },
-            constraints={"task": task, "shuffle": True if world.chance(0.3) else None},
-            schema="simulation.Evaluation/1",
-            body={"task": task, "limit": samples},
-            runs_on=None if serving is None else serving.envelope,
-        )
-
-    def _move_ask(self, tenant: Tenant, at: int, code: str | None) -> Ask:
-        world = self.world
-        size = 4096 if code == "resource_forbidden" else world.choose((1, 1, 2, 4, 8, 16, 64, 256))
-        dataset = world.choose(_DATASETS)
-        read = world.chance(0.4)
-        return Ask(
-            kind="data.move",
-            operation="retrieval.read" if read else "ingestion.create",
-            entrypoint="POST /retrieval" if read else "POST /ingestion",
-            target=Target("dataset", dataset),
-            requested={
-                "bytes": size * 64 * 1024**2,
-                "rows": size * 20_000,
-                "bandwidth": world.choose((None, "10MiB/s", "100MiB/s")),
-            },
-            constraints={"format": world.choose(("parquet", "jsonl", "csv")), "region": world.choose(REGIONS)},
-            schema="simulation.Move/1",
-            body={"dataset": dataset, "size": size},
-        )
-
     def _worked(self, life: Life, outcome: str, at: int) -> None:
         """A job that is started, gets something, works and ends."""
         world, kind = self.world, life.kind
@@ -482,10 +356,10 @@ class Histories:
             name = next(iter(given))
             given[name] = quantity(max(1, _most(given, name) // 2))
             because[name] = Why(*world.choose(_REDUCED))
-        limits = [fact for _, commit in life.commits for fact in commit.facts if fact.type == "limit"]
+        limits = [fact for _, commit in life.commits for fact in commit.facts if isinstance(fact, Limit)]
         for fact in limits:
-            for name, most in fact.resources.items():  # type: ignore[union-attr]
-                if _most(given, name) > most:
+            for name, most in fact.resources.items():
+                if isinstance(most, int) and _most(given, name) > most:
                     given[name] = quantity(most)
                     because[name] = Why("policy", f"ceiling of {name} in this environment")
         names = tuple(asked.constraints)
@@ -536,31 +410,12 @@ class Histories:
 
     # Inference, agents, upkeep
 
-    def _inference(
-        self, tenant: Tenant, outcome: str, at: int, parent: Life | None, subject: Subject, scope: Mapping[str, Any]
-    ) -> Life:
+    def _inference(self, tenant: Tenant, outcome: str, at: int, of: Mapping[str, Any]) -> Life:
+        """A turn, `of` whom and what."""
         world = self.world
         serving = world.serving(tenant, at) if world.chance(0.6) else None
         code = world.choose(_CODES) if outcome == "denied" else None
-        model = world.busy(MODELS) if serving is None else serving.model
-        if code == "target_forbidden":
-            model = FORBIDDEN_MODEL
-        tokens = 1_000_000 if code == "resource_forbidden" else world.choose(_SIZES)
-        ask = Ask(
-            kind="inference",
-            operation="chat.completions",
-            target=Target("model", model),
-            subject=world.busy(tenant.viewers) if code == "role_required" else subject,
-            scope=scope,
-            requested={"output_tokens": None if tokens == 64 else tokens, "requests": 1},
-            constraints={"model": model, "service_tier": "flex"} if world.chance(0.1) else {"model": model},
-            schema="openai.chat.completions/1",
-            body={"model": model, "max_tokens": tokens},
-            part_of=None if parent is None else parent.id,
-            runs_on=None if serving is None else serving.envelope,
-            idempotency_key=f"sim-key-{world.random.getrandbits(60):015x}" if world.chance(0.05) else None,
-        )
-        life = Life(world, ask, at)
+        life = Life(world, asks.turn(world, tenant, at, code, serving=serving, **of), at)
         took = world.spread(900 * MS, 30)
         if outcome == "observed":
             self._observed(life, took)
@@ -568,11 +423,7 @@ class Histories:
         if code is not None:
             self._denied(life, code)
             return life
-        limits, rule, why = (
-            self._limits(life)
-            if outcome != "violated"
-            else ({"output_tokens": 512}, "output-tokens-ceiling", "ceiling of a turn")
-        )
+        limits, rule, why = self._limits(life) if outcome != "violated" else _OF_A_TURN
         if not life.admit(at, limits=limits, rule=rule, why=why):
             return life
         if outcome == "rejected":
@@ -588,34 +439,13 @@ class Histories:
         tenant = life.sealed.envelope.identity.tenant
         digest = sha256(canonical(["observed", tenant, source, key]))
         seen = Observed(source, key, timestamp(moment(at - SECOND)), timestamp(moment(at - SECOND - took)))
-        used = Used({"output_tokens": self.world.choose(_SIZES), "requests": 1})
+        used = Used({"output_tokens": self.world.choose(asks.SIZES), "requests": 1})
         life.say(at, "simulation-collector", life.opening(digest), seen, used, _DONE)
 
-    def _agent(self, tenant: Tenant, outcome: str, at: int, children: int) -> list[Life]:
+    def _agent(self, tenant: Tenant, outcome: str, at: int, calls: int) -> list[Life]:
         world = self.world
         code = world.choose(_CODES) if outcome == "denied" else None
-        agent = world.busy(tenant.agents)
-        person = world.busy(tenant.people)
-        scope = world.busy(tenant.scopes)
-        steps = 1000 if code == "resource_forbidden" else world.choose((5, 10, 20, 50))
-        name = world.choose(_AGENTS)
-        ask = Ask(
-            kind="agent.run",
-            operation="agents.run",
-            entrypoint="POST /agents/runs",
-            target=Target("agent", f"sim-{name}"),
-            subject=replace(agent, delegation=((person.type, person.id),)),
-            scope=scope,
-            requested={
-                "steps": steps,
-                "tool_calls": max(children, steps),
-                "output_tokens": steps * 1024,
-                "duration": world.choose((60_000, 300_000, 900_000)),
-            },
-            constraints={"tools": list(_TOOLS[: 2 + steps % 5])},
-            schema="simulation.AgentRun/1",
-            body={"agent": name, "steps": steps},
-        )
+        ask = asks.run(world, tenant, code, calls)
         run = Life(world, ask, at)
         if code is not None:
             self._denied(run, code)
@@ -628,31 +458,18 @@ class Histories:
         if granted:
             end = min(run.end if run.state not in ("granted", "admitted") else granted[0] + 5 * MINUTE, world.until)
             room = max(1, end - granted[0])
-            for number in range(children):
-                when = min(granted[0] + room * (number + 1) // (children + 2) + 1, world.until)
-                below.append(self._child(tenant, run, when, number, ask.subject or agent, scope))
+            for number in range(calls):
+                when = min(granted[0] + room * (number + 1) // (calls + 2) + 1, world.until)
+                below.append(self._child(tenant, ask, run, when, number))
         return [run, *below]
 
-    def _child(
-        self, tenant: Tenant, run: Life, at: int, number: int, subject: Subject, scope: Mapping[str, Any]
-    ) -> Life:
+    def _child(self, tenant: Tenant, ask: Ask, run: Life, at: int, number: int) -> Life:
         world = self.world
         if number % 2 == 0:
             outcome = _OF_A_RUN[int(world.random.random() * len(_OF_A_RUN))]
-            return self._inference(tenant, outcome, at, run, subject, scope)
-        tool = world.busy(_TOOLS)
-        ask = Ask(
-            kind="agent.run",
-            operation="tools/call",
-            target=Target("tool", tool),
-            subject=subject,
-            scope=scope,
-            part_of=run.id,
-            requested={"tool_calls": 1},
-            schema="mcp.tools.call/1",
-            body={"name": tool, "arguments": {"n": number}},
-        )
-        life = Life(world, ask, at)
+            of = {"subject": ask.subject, "scope": ask.scope, "part_of": run.id}
+            return self._inference(tenant, outcome, at, of)
+        life = Life(world, asks.call(world, ask, run.id, number), at)
         draw = world.random.random()
         if draw < 0.05:
             self._denied(life, world.choose(_CODES))
@@ -667,19 +484,17 @@ class Histories:
 
     def _maintenance(self, outcome: str, at: int) -> Life:
         world = self.world
-        operation = world.choose(("logs.trim", "catalogue.refresh", "cache.clean"))
-        itself = Subject("service", "simulation")
-        rows = world.choose((100, 1000, 10_000))
-        ask = Ask(kind="maintenance", operation=operation, target=Target("backend", "simulation"), subject=itself, requested={"rows": rows})  # fmt: skip
-        life = Life(world, ask, at)
+        life = Life(world, asks.upkeep(world), at)
         life.admit(at, decided=False)
         self._given(life, at + MS, "enforced")
         self._ended(life, outcome, at + world.spread(2 * SECOND), 1000)
         return life
 
 
+_OF_A_TURN: Final = ({"output_tokens": 512}, "output-tokens-ceiling", "ceiling of a turn")
 #: How the turns of an agent end.
 _OF_A_RUN: Final = ("done",) * 36 + ("denied", "failed", "rejected", "late")
+_ASKS: Final = {"model.deploy": asks.deployment, "evaluation": asks.evaluation, "data.move": asks.move}
 _COUNTED: Final = frozenset({"output_tokens", "samples", "bytes", "rows", "steps", "tool_calls", "replicas"})
 
 
