@@ -19,8 +19,8 @@ ORDER = """
 version errors credentials resources values envelope lifecycle delta reckoning record tree bounds decision process
 mailbox threads answers isolation hooks grant budgets approvals ledger reconciliation observers counters family journal
 above reporting reconciler judge admission observed approver blocking controller facets policy telemetry adapters
-integrations review presentation cli_shared cli_admission cli_proof cli_projection cli_relay cli_totals cli_upkeep cli
-testing
+integrations review presentation simulation cli_shared cli_admission cli_proof cli_projection cli_relay cli_simulate
+cli_totals cli_upkeep cli testing
 """
 LEDGER_ORDER = """
 merkle chain projection schema exports commit balances submission contract writer spool sqlite_database
@@ -37,12 +37,14 @@ OPTIONAL = {
     "telemetry",
     "presentation",
     "review",
+    "simulation",
     "cli",
     "cli_shared",
     "cli_admission",
     "cli_proof",
     "cli_projection",
     "cli_relay",
+    "cli_simulate",
     "cli_totals",
     "cli_upkeep",
     "testing",

@@ -47,5 +47,6 @@ class Shares:
         self._at = offset
 
     def next(self) -> str:
+        """The next one."""
         self._at = (self._at + 0.6180339887498949) % 1.0
         return self._names[min(bisect(self._sums, self._at), len(self._names) - 1)]
