@@ -47,6 +47,7 @@ from execution_envelope.observed import MAX_SKEW
 from execution_envelope.observers import MAX_WAITING as MAX_UNTOLD
 from execution_envelope.reconciliation import PATIENCE, PROBE_TIMEOUT
 from execution_envelope.reporting import MAX_LINE
+from execution_envelope.simulation import MAX_COUNT, MAX_DAYS
 
 HERE = Path(__file__).parent / "reference"
 
@@ -237,6 +238,7 @@ def _limits() -> str:
         ("segments of an SQLite ledger that are not dropped", str(MAX_SEGMENTS), "the next one is refused"),
         ("envelopes of a projection in memory", str(MAX_IN_MEMORY), "`LedgerUnavailable`: make the folder writable"),
         ("findings of a verification", str(MAX_FINDINGS), "counted, not listed"),
+        ("`envelope simulate`", f"{MAX_COUNT} envelopes over {MAX_DAYS} days", "refused"),
     ]
     return "# Limits\n\n" + _table(("what", "limit", "beyond it"), rows)
 

@@ -313,7 +313,8 @@ class Histories:
         placed = world.choose(REGIONS) if draw > 0.9 else region
         if placed != region:
             because["region"] = Why("fallback", f"no room in {region}")
-        if draw < 0.3:
+        if draw < 0.3 and "concurrency" not in asked:
+            given["concurrency"] = quantity(4)
             life.say(at - MS, RUNNER, Effective("default", "default of the engine", {"concurrency": quantity(4)}))
         fact = Granted(
             given,

@@ -64,7 +64,7 @@ class Settings:
             ("seed", self.seed, 0, MAX_SEED),
             ("days", self.days, 1, MAX_DAYS),
         ):
-            if not isinstance(value, int) or not least <= value <= most:
+            if type(value) is not int or not least <= value <= most:
                 raise invalid(name, f"expected {least} to {most}, got {shown(value)}")
         if self.until.tzinfo is None or not 2000 <= self.until.astimezone(UTC).year < 5000:
             raise invalid(
