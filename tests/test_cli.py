@@ -43,7 +43,8 @@ COMMANDS = (
     *("", "list", "show", "verify", "tail"),
     *("hooks", "plan", "approve", "deny", "budgets"),
     *("keygen", "checkpoint", "prove", "check"),
-    *("project", "rebuild", "coverage", "totals", "relay", "simulate"),
+    *("project", "rebuild", "coverage", "totals", "relay"),
+    *("serve", "token", "simulate"),
     *("migrate", "segment", "segment new", "segment list", "segment export", "segment check", "segment drop"),
 )
 

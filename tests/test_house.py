@@ -19,8 +19,8 @@ ORDER = """
 version errors credentials resources values envelope lifecycle delta reckoning record tree bounds decision process
 mailbox threads answers isolation hooks grant budgets approvals ledger reconciliation observers counters family journal
 above reporting reconciler judge admission observed approver blocking controller facets policy telemetry adapters
-integrations review presentation simulation cli_shared cli_admission cli_proof cli_projection cli_relay cli_simulate
-cli_totals cli_upkeep cli testing
+integrations review presentation console simulation cli_shared cli_admission cli_proof cli_projection cli_relay
+cli_serve cli_simulate cli_totals cli_upkeep cli testing
 """
 LEDGER_ORDER = """
 merkle chain projection schema exports commit balances submission contract writer spool sqlite_database
@@ -35,6 +35,7 @@ OPTIONAL = {
     "integrations",
     "policy",
     "telemetry",
+    "console",
     "presentation",
     "review",
     "simulation",
@@ -44,6 +45,7 @@ OPTIONAL = {
     "cli_proof",
     "cli_projection",
     "cli_relay",
+    "cli_serve",
     "cli_simulate",
     "cli_totals",
     "cli_upkeep",
@@ -61,7 +63,7 @@ EXTRA = {
 }
 PUBLIC = tuple(
     f"execution_envelope.{module}"
-    for module in ("integrations", "adapters", "reconciliation", "policy", "telemetry", "budgets")
+    for module in ("integrations", "adapters", "reconciliation", "policy", "telemetry", "budgets", "console", "review")
 )
 MAX_LINES = 600
 

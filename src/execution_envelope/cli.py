@@ -10,7 +10,7 @@ import select
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
@@ -33,6 +33,7 @@ from execution_envelope import (
     cli_projection,
     cli_proof,
     cli_relay,
+    cli_serve,
     cli_simulate,
     cli_totals,
     cli_upkeep,
@@ -56,7 +57,6 @@ from execution_envelope.cli_shared import (
 )
 from execution_envelope.envelope import KINDS
 from execution_envelope.errors import Damaged, EnvelopeError, Exported, LedgerUnavailable, NotFound
-from execution_envelope.family import read_tree
 from execution_envelope.ledger import Finding, Ledger, Verification
 from execution_envelope.ledger import chain as chains
 from execution_envelope.ledger import verify as verify_ledger
@@ -65,10 +65,9 @@ from execution_envelope.ledger.commit import DAMAGED
 from execution_envelope.ledger.contract import Row
 from execution_envelope.ledger.projection import DAMAGED as DAMAGED_STATE
 from execution_envelope.ledger.projection import ProjectedEnvelope, Projection
-from execution_envelope.ledger.verification import of_envelope
 from execution_envelope.lifecycle import OPEN, TERMINAL
 from execution_envelope.record import Record
-from execution_envelope.tree import Tree
+from execution_envelope.review import Review
 from execution_envelope.version import __version__
 
 #: How often `tail` looks for new entries, in seconds.
@@ -220,9 +219,9 @@ def show(context: click.Context, url: str | None, as_json: bool, as_tree: bool, 
     """
     now, console = utc_now(), new_console()
     with opened(context, url) as ledger:
-        found = resolve(ledger, id)
+        found, review = resolve(ledger, id), Review(ledger, clock=utc_now)
         if as_tree:
-            tree = anyio.run(read_tree, _Trees(ledger), found)
+            tree = anyio.run(review.tree, found)
             if as_json:
                 print_json(presentation.tree_data(tree, now=now), indent=2)
             else:
@@ -230,7 +229,7 @@ def show(context: click.Context, url: str | None, as_json: bool, as_tree: bool, 
             return
         record = _record(ledger, found)
         try:
-            children, status = ledger.children(found), _chain_status(ledger, found)
+            children, status = review.children(record), review.chain(record)
             if as_json:
                 data = presentation.details(record, now=now, children=children, chain=status)
             else:
@@ -353,6 +352,7 @@ cli_admission.add_to(cli)
 cli_proof.add_to(cli)
 cli_projection.add_to(cli)
 cli_relay.add_to(cli)
+cli_serve.add_to(cli)
 cli_simulate.add_to(cli)
 cli_totals.add_to(cli)
 cli_upkeep.add_to(cli)
@@ -379,23 +379,6 @@ def _record(ledger: Ledger, id: str) -> Record:
     return stored.record()
 
 
-class _Trees:
-    """A ledger as trees are read."""
-
-    def __init__(self, ledger: Ledger) -> None:
-        self._ledger = ledger
-        self.ended: dict[str, Tree] = {}
-
-    async def read(self, *reference: str) -> Record:
-        return _record(self._ledger, ":".join(reference))
-
-    async def children(self, id: str) -> Sequence[str]:
-        return self._ledger.children(id)
-
-    def remember_ended(self, tree: Tree) -> None:
-        """Each is read once anyway."""
-
-
 def _listed(projection: Projection, size: int, **filters: Any) -> Iterator[str]:
     """Ids as the projection has them, newest first. Of a damaged one nobody can tell whether it fits: it is listed."""
     pages = [_pages(lambda before: projection.newest(size, before=before, fresh=False, **filters))]
@@ -409,13 +392,6 @@ def _pages(read: Callable[[str | None], list[ProjectedEnvelope]]) -> Iterator[Pr
     while page := read(before):
         yield from page
         before = page[-1].id
-
-
-def _chain_status(ledger: Ledger, id: str) -> presentation.ChainStatus:
-    """What recomputing this envelope's own entries, and the links that they hang on, says."""
-    rows = list(ledger.rows_of(id))
-    named = tuple(dict.fromkeys(row.chain for row in rows))
-    return presentation.ChainStatus(len(rows), named, tuple(of_envelope(ledger, id)))
 
 
 def _total(ledger: Ledger) -> int | None:

@@ -5,11 +5,11 @@ as markup. The JSON data keeps it all as it is.
 """
 
 from execution_envelope.presentation.data import attempted_data, details, entry_data, summary, whole
-from execution_envelope.presentation.facts import ChainStatus
 from execution_envelope.presentation.lists import attempted_table, entry_line, finding_text, list_row, list_table
 from execution_envelope.presentation.sheet import sheet
 from execution_envelope.presentation.text import clean, counted, when
 from execution_envelope.presentation.trees import tree_data, tree_picture
+from execution_envelope.review import ChainStatus
 
 __all__ = [
     "ChainStatus",

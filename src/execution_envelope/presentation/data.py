@@ -17,6 +17,7 @@ from execution_envelope.presentation.sentences import sentence
 from execution_envelope.presentation.text import milliseconds
 from execution_envelope.record import Record
 from execution_envelope.resources import VOCABULARY
+from execution_envelope.review import ChainStatus
 
 
 def summary(record: Record, *, now: datetime) -> dict[str, Any]:
@@ -43,7 +44,7 @@ def summary(record: Record, *, now: datetime) -> dict[str, Any]:
 
 
 def details(
-    record: Record, *, now: datetime, children: Sequence[str] = (), chain: facts.ChainStatus | None = None
+    record: Record, *, now: datetime, children: Sequence[str] = (), chain: ChainStatus | None = None
 ) -> dict[str, Any]:
     """Everything on the record."""
     created, sealed = record.envelope.correlation.created_at, facts.sealed(record)
@@ -154,7 +155,7 @@ def _part(part: facts.Part) -> dict[str, Any]:
     }
 
 
-def _chain(chain: facts.ChainStatus) -> dict[str, Any]:
+def _chain(chain: ChainStatus) -> dict[str, Any]:
     return {
         "sound": not chain.findings,
         "entries": chain.entries,

@@ -8,7 +8,6 @@ from typing import Any, Literal, get_args
 
 from execution_envelope.delta import Difference, Outcome, in_words
 from execution_envelope.envelope import Constraint
-from execution_envelope.ledger import Finding
 from execution_envelope.lifecycle import Effective, Granted, Ready, Released, Sealed, ended
 from execution_envelope.presentation.text import because, counted
 from execution_envelope.record import WHOLE, Record, Usage
@@ -44,15 +43,6 @@ class Part:
     grant: Granted
     released: bool
     ready: bool
-
-
-@dataclass(frozen=True, slots=True)
-class ChainStatus:
-    """What recomputing one envelope's entries says, in the chains that they are in."""
-
-    entries: int
-    chains: tuple[str, ...]
-    findings: tuple[Finding, ...]
 
 
 def resource_lines(record: Record) -> list[Line]:

@@ -18,7 +18,7 @@ from rich.text import Text
 from execution_envelope.envelope import Constraint
 from execution_envelope.lifecycle import Late, ended
 from execution_envelope.presentation import facts
-from execution_envelope.presentation.facts import ChainStatus, Line, Part, target
+from execution_envelope.presentation.facts import Line, Part, target
 from execution_envelope.presentation.lists import finding_text
 from execution_envelope.presentation.sentences import sentence
 from execution_envelope.presentation.text import (
@@ -39,6 +39,7 @@ from execution_envelope.presentation.text import (
 )
 from execution_envelope.record import Attempts, Record
 from execution_envelope.resources import UNKNOWN, Quantity, human
+from execution_envelope.review import ChainStatus
 
 #: Below this width the difference stands under its row instead of in a column of its own.
 _WIDE: Final = 96

@@ -1,0 +1,44 @@
+"""The application: pages and API, over one ledger. Everything that answers knows who asks first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from fastapi import FastAPI
+
+from execution_envelope.console import api, signin
+from execution_envelope.console.access import Authenticator
+from execution_envelope.console.headers import BodyLimit, SecurityHeaders
+from execution_envelope.console.limits import RateLimits
+from execution_envelope.console.problems import answer_errors
+from execution_envelope.console.schema import describe
+from execution_envelope.console.shared import Console
+from execution_envelope.controller import AdmissionController
+from execution_envelope.review import Review
+from execution_envelope.version import __version__
+
+
+def create_app(
+    review: Review,
+    *,
+    authenticators: Sequence[Authenticator],
+    controller: AdmissionController | None = None,
+    replays: Path | None = None,
+    limits: RateLimits | None = None,
+) -> FastAPI:
+    """The console over a ledger. It may be mounted anywhere in another application.
+
+    With a `controller` those who may can approve, deny and revoke: as requests of their own, on which its policy
+    decides. `limits` say how much one caller may ask.
+    """
+    # Who sees the description is known too, so FastAPI does not serve it.
+    app = FastAPI(title="execution envelope", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
+    app.state.console = Console(review, authenticators, controller, replays, limits or RateLimits())
+    answer_errors(app)
+    app.add_middleware(BodyLimit)
+    app.add_middleware(SecurityHeaders)  # the last one added is the first to see a request
+    app.include_router(signin.router)
+    app.include_router(api.router, prefix="/api")
+    describe(app)
+    return app
