@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -20,14 +21,15 @@ from hypothesis import given, settings
 from hypothesis.strategies import integers
 
 from execution_envelope.budgets import Key, standing
-from execution_envelope.envelope import KINDS, SealedEnvelope, timestamp
+from execution_envelope.envelope import KINDS, SealedEnvelope, seal, timestamp
 from execution_envelope.errors import InvalidField
 from execution_envelope.ledger import Ledger, MemoryLedger, SqliteLedger, open_ledger, verify
 from execution_envelope.ledger import chain as chains
 from execution_envelope.ledger.commit import Commit, KeyTaken, SequenceConflict
-from execution_envelope.lifecycle import CAUSES, TERMINAL, Denied, Granted, Observed
+from execution_envelope.lifecycle import CAUSES, TERMINAL, Admitted, Bound, Denied, EventData, Granted, Observed, Sealed
 from execution_envelope.record import Record
 from execution_envelope.simulation import MAX_COUNT, Settings, Simulation, store
+from execution_envelope.testing import ask
 from execution_envelope.values import canonical, sha256
 from tests.test_cli import complains, run, spawn
 
@@ -231,6 +233,28 @@ class SimulatedContract:
         projection.rebuild()
         assert {id: projection.get(id, fresh=False) for id in ids} == followed
 
+    def test_a_reference_that_is_handed_on_twice_in_one_group_is_found(self, tmp_path: Path) -> None:
+        made: list[Commit] = []
+        for number, before in enumerate((None, "a", "b")):
+            id = "abc"[number]
+            sealed = seal(ask(supersedes=before), id=id, now=UNTIL)
+            opening = Sealed(sealed.digest, sealed.request_digest)
+            facts: list[EventData] = [
+                opening,
+                Admitted(undecided=True),
+                Bound("deployment", "d", "test", timestamp(UNTIL)),
+            ]
+            # The first is stored already when the others are looked at.
+            cut = 3 if before is None else 2
+            made.append(Commit(id, 0, timestamp(UNTIL), "test", facts[:cut], sealed))
+            if facts[cut:]:
+                made.append(Commit(id, cut, timestamp(UNTIL), "test", facts[cut:]))
+        with closing(self.make_ledger(tmp_path)) as ledger:
+            store(ledger, iter(made))
+            assert ledger.find("deployment", "d") == "c"
+            assert [one[2:] for one in ledger.references()] == [(1, "a"), (2, "b"), (3, "c")]
+            assert verify(ledger, jobs=1).findings == ()
+
     def test_a_second_one_is_added(self, tmp_path: Path) -> None:
         with closing(self.make_ledger(tmp_path)) as ledger:
             for seed in (1, 2):
@@ -352,7 +376,7 @@ def test_without_a_ledger_it_says_how_to_name_one() -> None:
 )
 def test_settings_are_checked(change: dict[str, Any], field: str) -> None:
     with pytest.raises(InvalidField) as caught:
-        Settings(**{"count": 1, "seed": 1, "until": UNTIL, "days": 1} | change)
+        dataclasses.replace(of(1), **change)
     assert caught.value.field == field
 
 
