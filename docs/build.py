@@ -58,6 +58,7 @@ from execution_envelope.review.explain.wording import MAX_NAME, MAX_QUOTE
 from execution_envelope.reviewer import MAX_REVOCATIONS, REVOKE_TIMEOUT
 from execution_envelope.reviewing import MAX_REVIEWS, MAX_SILENCE
 from execution_envelope.reviewing import MAX_THREADS as MAX_REVIEW_THREADS
+from execution_envelope.simulation import MAX_COUNT, MAX_DAYS
 
 HERE = Path(__file__).parent / "reference"
 
@@ -291,6 +292,7 @@ def _limits() -> str:
         ("the cursor of a page", f"{MAX_CURSOR} characters", "refused, `after` is named"),
         ("envelopes that one page looks at", str(LOOK), "the page ends early and says how far it looked back"),
         ("findings of a verification", str(MAX_FINDINGS), "counted, not listed"),
+        ("`envelope simulate`", f"{MAX_COUNT} envelopes over {MAX_DAYS} days", "refused"),
     ]
     return "# Limits\n\n" + _table(("what", "limit", "beyond it"), rows)
 

@@ -44,7 +44,7 @@ COMMANDS = (
     *("hooks", "plan", "approve", "deny", "budgets", "review", "revoke"),
     *("keygen", "checkpoint", "prove", "check"),
     *("project", "rebuild", "coverage", "totals", "relay", "replay"),
-    *("serve", "token"),
+    *("serve", "token", "simulate"),
     *("migrate", "segment", "segment new", "segment list", "segment export", "segment check", "segment drop"),
 )
 
