@@ -201,7 +201,8 @@ def _behind(accounts: Accounts) -> str:
     behind = accounts.lag.entries
     if accounts.taken is None:
         return "some of the newest not taken in yet" if behind else "complete"
-    return f"{counted(accounts.taken, 'entry')} of the ledger taken in, {counted(behind, 'entry') if behind else 'none'} behind"
+    missing = counted(behind, "entry") if behind else "none"
+    return f"{counted(accounts.taken, 'entry')} of the ledger taken in, {missing} behind"
 
 
 def _amount(resource: str, sums: Mapping[Side, Sum], side: Side) -> Text:
