@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any, Final
 
@@ -25,7 +25,7 @@ from execution_envelope.console.app import create_app
 from execution_envelope.console.limits import RateLimits
 from execution_envelope.envelope import decode, timestamp
 from execution_envelope.ledger import Ledger
-from execution_envelope.ledger.rollups import Question
+from execution_envelope.ledger.rollups import Dimension, Question
 from execution_envelope.query import Query
 from execution_envelope.review import Review
 from execution_envelope.review.candidate import Source
@@ -230,10 +230,11 @@ def _accounted(run: Run, ledger: Ledger, name: str) -> Row:
     projection = ledger.projection()
     since = UNTIL - timedelta(days=29)
     days = since.date().isoformat(), UNTIL.date().isoformat()
+    whose: tuple[Mapping[Dimension, str], ...] = ({}, {"tenant": LARGEST})
     questions = [
         Question(*days, by=by, where=where, tenants=tenants)
         for by in GROUPS
-        for where in ({}, {"tenant": LARGEST})
+        for where in whose
         for tenants in READERS.values()
     ]
     times: dict[str, list[float]] = {}
