@@ -17,22 +17,22 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from execution_envelope import cli_projection, lifecycle
-from execution_envelope.envelope import Ask, Subject, seal, timestamp
+from execution_envelope.envelope import Ask, seal, timestamp
+from execution_envelope.errors import InvalidField
 from execution_envelope.ledger import AttemptedRequest, Ledger, MemoryLedger, SqliteLedger, projector
 from execution_envelope.ledger.commit import Commit
 from execution_envelope.ledger.projection import (
     COVERAGE,
     RARE,
-    AmountKey,
-    CountKey,
+    Accounts,
     Lag,
+    Page,
     ProjectedEnvelope,
-    Sum,
     project,
-    searchable,
     terms,
 )
 from execution_envelope.ledger.projector import Projector
+from execution_envelope.ledger.rollups import CUBES, Question, Totals
 from execution_envelope.lifecycle import (
     ASKED,
     NOTES,
@@ -55,10 +55,11 @@ from execution_envelope.lifecycle import (
     Violation,
     Why,
 )
+from execution_envelope.query import Query
 from execution_envelope.record import Record
 from execution_envelope.resources import MAX_AMOUNT, Quantity, per_replica
 from execution_envelope.testing import START, ask
-from tests import strategies
+from tests import naive, strategies
 
 # What a projection shows, and what it should
 
@@ -69,50 +70,42 @@ class Shown:
 
     rows: dict[str, ProjectedEnvelope]
     terms: dict[str, list[str]]
-    counts: dict[CountKey, int]
-    amounts: dict[AmountKey, Sum]
+    totals: dict[str, list[Totals]]
 
 
 TERMS = sorted(COVERAGE.keys() | RARE)
+#: Of every sort of roll-up everything that is in it, by days and by weeks.
+QUESTIONS = {
+    f"{cube} by {time}": Question("0001-01-01", "9999-12-31", (time, *names))
+    for cube, names in CUBES.items()
+    for time in ("day", "week")
+}
 
 
 def shown(projection: Any) -> Shown:
     """By what is there, without catching up."""
     assert isinstance(projection, Projector)
-    rows = {row.id: row for row in projection.newest(10**6, fresh=False)}
+    rows = {row.id: row for row in projection.stream(None, fresh=False)}
     with projection._looked_at(False) as store:
-        counts, amounts = store.rolled_up("", "~")
+        totals = {by: store.totals(question)[0] for by, question in QUESTIONS.items()}
         found = {term: store.ids(term) for term in TERMS}
     coverage = projection.coverage(10**6, fresh=False)
     assert coverage.envelopes == len(rows)
     for term, covered in coverage.of.items():
         assert (covered.count, list(covered.newest)) == (len(found[term]), found[term][::-1])
-    return Shown(rows, {term: ids for term, ids in found.items() if ids}, counts, amounts)
+    return Shown(rows, {term: ids for term, ids in found.items() if ids}, totals)
 
 
 def folded(ledger: Ledger) -> Shown:
     """Every record, one after the other, added up the plain way."""
-    folded = Shown({}, {}, {}, {})
+    folded = Shown({}, {}, {})
     for id in ledger.newest(10**6):
         stored = ledger.read(id)
         assert stored is not None
         row = folded.rows[id] = project(stored.record())
         for term in terms(row):
             folded.terms.setdefault(term, []).insert(0, id)
-        where = (row.created_at[:10], searchable(row.tenant), searchable(row.project), row.kind)
-        key = CountKey(*where, row.state)
-        folded.counts[key] = folded.counts.get(key, 0) + 1
-        for side, amounts in (("requested", row.requested), ("granted", row.granted), ("used", row.used)):
-            for name, amount in amounts.items():
-                if name != "context":
-                    one = Sum(
-                        int(isinstance(amount, int)),
-                        amount if isinstance(amount, int) else 0,
-                        int(amount == "unknown"),
-                        int(amount == "unlimited"),
-                    )
-                    of = AmountKey(*where, name, side)  # type: ignore[arg-type]
-                    folded.amounts[of] = folded.amounts.get(of, Sum()) + one
+    folded.totals = {by: naive.totals(folded.rows.values(), question) for by, question in QUESTIONS.items()}
     return folded
 
 
@@ -179,8 +172,8 @@ class ProjectionContract:
     def test_it_starts_empty(self, tmp_path: Path) -> None:
         with self.opened(tmp_path) as (ledger, projection):
             assert projection.catch_up() == projection.lag() == Lag(0, 0)
-            assert (projection.newest(9), projection.open(), projection.get("x")) == ([], [], None)
-            assert projection.totals("2026-01-01", "2026-12-31") == []
+            assert (projection.search(None, limit=9), projection.open(), projection.get("x")) == (Page(()), [], None)
+            assert projection.totals(Question("2026-01-01", "2026-12-31")) == Accounts([], 0, Lag(0, 0))
             assert projection.coverage().envelopes == 0
             assert ledger.projection() is projection
 
@@ -192,8 +185,8 @@ class ProjectionContract:
             assert projection.lag() == Lag(3, 1)
             assert projection.get(commit.envelope).state == "admitted"
             ledger.commit(later(commit.envelope, 2, Granted({"gpu": Quantity(1000)}, "enforced")))
-            assert projection.newest(1, fresh=False)[0].state == "admitted"
-            assert projection.newest(1)[0].state == "granted"
+            assert projection.search(None, limit=1, fresh=False).rows[0].state == "admitted"
+            assert projection.search(None, limit=1).rows[0].state == "granted"
             assert projection.open() == [commit.envelope]
             ledger.commit(later(commit.envelope, 3, Completed()))
             assert projection.open() == []
@@ -209,65 +202,31 @@ class ProjectionContract:
             assert projection.catch_up(progress=told.append) == Lag(0, 0)
             assert told == [4, 3]
 
-    def test_newest_by_whatever_is_asked(self, tmp_path: Path) -> None:
+    def test_a_search_catches_up_and_a_stream_shows_what_was_there(self, tmp_path: Path) -> None:
         with self.opened(tmp_path) as (ledger, projection):
-            facts: list[tuple[EventData, ...]] = [
-                (Denied("quota", "x"),),
-                (Held("look", "x"),),
-                (Admitted(), Completed()),
-                (Admitted(),),
-                (Admitted(), Rejected("x", "x")),
-            ]
-            for number in range(40):
-                owner = f"t{number % 3}"
-                scope = {"project": f"p{number % 2}"}
-                sort = ("inference", "agent.run")[number % 4 == 0]
-                made = ask(subject=Subject("user", "u", tenant=owner), scope=scope, kind=sort)
-                ledger.commit(admission(made, *facts[number % 5]))
-            rows = sorted(folded(ledger).rows.values(), key=lambda row: row.id, reverse=True)
-            for tenant in (None, "t1", "nobody"):
-                for kind in (None, "agent.run"):
-                    for states in ((), ("completed",), ("denied", "rejected"), ("held",), ("admitted", "completed")):
-                        for part in (None, "p1"):
-                            expected = [
-                                row
-                                for row in rows
-                                if tenant in (None, row.tenant)
-                                and kind in (None, row.kind)
-                                and part in (None, row.project)
-                                and (not states or row.state in states)
-                            ]
-                            asked = {"tenant": tenant, "kind": kind, "states": states, "project": part}
-                            assert projection.newest(5, **asked) == expected[:5]
-                            if len(expected) > 2:
-                                assert projection.newest(9, before=expected[1].id, **asked) == expected[2:11]
+            for number in range(7):
+                ledger.commit(admission(ask(), Denied("policy", "x") if number % 2 else Admitted()))
+            query = Query.parse("state=denied and code=policy", START)
+            first = projection.search(query, limit=2)
+            rows = sorted(
+                (row for row in folded(ledger).rows.values() if row.state == "denied"), key=lambda row: row.id
+            )
+            assert list(first.rows) == rows[:0:-1] and first.next is not None
+            stream = projection.stream(query)
+            assert next(stream) == rows[-1]
+            ledger.commit(admission(ask(), Denied("policy", "x")))
+            assert list(stream) == rows[-2::-1]
+            assert projection.search(query, limit=9, after=first.next).rows == (rows[0],)
+            assert len(projection.search(query, limit=9).rows) == 4
 
-    def test_totals_add_up_by_group_beyond_64_bits(self, tmp_path: Path) -> None:
-        with self.opened(tmp_path) as (ledger, projection):
-            large = {"memory": {"amount": MAX_AMOUNT, "per": "replica"}, "replicas": MAX_AMOUNT}
-            for tenant in ("a", "a", "b"):
-                made = ask(subject=Subject("user", "u", tenant=tenant), requested=large, scope={})
-                ledger.commit(admission(made))
-                projection.catch_up()
-            commit = admission(ask(requested={"gpu": "unknown", "cpu": "unlimited", "rows": 0}))
-            ledger.commit(commit)
-            day = timestamp(START)[:10]
-            [a, acme, b] = projection.totals(day, day, by=["tenant"])
-            assert (a.group, acme.group, b.group) == ({"tenant": "a"}, {"tenant": "acme"}, {"tenant": "b"})
-            assert a.states == {"admitted": 2}
-            assert a.amounts["memory"] == {"requested": Sum(2, 2 * MAX_AMOUNT**2)}
-            assert acme.amounts == {
-                "gpu": {"requested": Sum(unknown=1)},
-                "cpu": {"requested": Sum(unlimited=1)},
-                "rows": {"requested": Sum(known=1)},
-            }
-            [whole] = projection.totals(day, day)
-            assert (whole.states, whole.group) == ({"admitted": 4}, {})
-            assert whole.amounts["memory"]["requested"] == Sum(3, 3 * MAX_AMOUNT**2)
-            assert projection.totals(day, day, tenant="b", by=["day", "kind"]) == [
-                type(b)({"day": day, "kind": "model.deploy"}, b.states, b.amounts)
-            ]
-            assert projection.totals("2027-01-01", "2028-01-01") == []
+    def test_a_page_has_a_size_and_a_cursor(self, tmp_path: Path) -> None:
+        with self.opened(tmp_path) as (_, projection):
+            for limit in (0, -1, 1001, True, "3", None):
+                with pytest.raises(InvalidField, match=r"expected 1 to 1000.* - at `limit`"):
+                    projection.search(None, limit=limit)
+            for after in ("x" * 201, "\0", "\ud800", 7, b"x"):
+                with pytest.raises(InvalidField, match=r"expected `next` of another page.* - at `after`"):
+                    projection.search(None, limit=1, after=after)
 
     def test_coverage_says_what_nobody_knows(self, tmp_path: Path) -> None:
         with self.opened(tmp_path) as (ledger, projection):
@@ -292,7 +251,7 @@ class ProjectionContract:
             projection.catch_up()
             assert shown(projection) == before
             projection.drop()
-            assert shown(projection) == Shown({}, {}, {}, {})
+            assert shown(projection) == Shown({}, {}, {by: [] for by in QUESTIONS})
             assert projection.lag().entries == 11
             projection.rebuild()
             assert shown(projection) == before
@@ -311,7 +270,7 @@ class ProjectionContract:
                         ledger.commit(commit)
                         assert projection.get(commit.envelope).state == "admitted"
                         ledger.commit(later(commit.envelope, 2, Completed()))
-                        assert projection.newest(50, states=["completed"])
+                        assert projection.search(Query.parse("state=completed", START), limit=50).rows
                         assert commit.envelope not in projection.open()
                 except BaseException as error:
                     failed.append(error)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -71,8 +71,16 @@ class SqliteSession:
 
     def all(self, query: str, **values: Any) -> list[Any]:
         """See `Session`."""
+        return self.found(self._sql[query], values)
+
+    def template(self, query: str) -> str:
+        """See `Session`."""
+        return self._sql[query]
+
+    def found(self, sql: str, values: Mapping[str, Any]) -> list[Any]:
+        """See `Session`."""
         assert self._connection is not None
-        return self._connection.execute(self._sql[query], values).fetchall()
+        return self._connection.execute(sql, values).fetchall()
 
     def many(self, query: str, rows: Iterable[Sequence[Any]]) -> None:
         """See `Session`."""
@@ -114,7 +122,6 @@ class SqliteSession:
             where, timeout=WAIT, isolation_level=None, check_same_thread=False, cached_statements=128
         )
         try:
-            connection.create_function("exact_sum", 2, _exact_sum, deterministic=True)
             if not self._made(connection):
                 connection.execute(f"PRAGMA page_size = {_PAGE_SIZE}")
                 connection.execute("PRAGMA journal_mode = WAL")
@@ -280,11 +287,6 @@ def _code(error: BaseException | None) -> int:
     """SQLite's primary result code; -1 where it is not SQLite's error."""
     code = getattr(error, "sqlite_errorcode", None)
     return -1 if code is None else code & 0xFF
-
-
-def _exact_sum(one: str, other: str) -> str:
-    """SQLite's own numbers would overflow into inexact ones, in silence."""
-    return str(int(one) + int(other))
 
 
 @cache

@@ -19,17 +19,20 @@ UPDATE projection_state SET epoch = %s, generation = 0
 -- name: forget_envelopes
 TRUNCATE projection_envelopes
 
+-- name: forget_entries
+TRUNCATE projection_entries
+
+-- name: forget_shapes
+TRUNCATE projection_shapes
+
+-- name: forget_tenant_shapes
+TRUNCATE projection_tenant_shapes
+
 -- name: forget_terms
 TRUNCATE projection_terms
 
 -- name: forget_coverage
 TRUNCATE projection_coverage
-
--- name: forget_counts
-TRUNCATE projection_counts
-
--- name: forget_amounts
-TRUNCATE projection_amounts
 
 -- name: forget_positions
 TRUNCATE projection_positions
@@ -43,10 +46,30 @@ ON CONFLICT (chain) DO UPDATE SET
     id = excluded.id, position = excluded.position, ended = excluded.ended, unreadable = excluded.unreadable
 
 -- name: save_envelope
-INSERT INTO projection_envelopes (id, tenant, kind, state, project, body) VALUES (%s, %s, %s, %s, %s, %s)
+INSERT INTO projection_envelopes (id, body) VALUES (%s, %s) ON CONFLICT (id) DO UPDATE SET body = excluded.body
+
+-- name: save_entry
+INSERT INTO projection_entries (id, shape, tenant, subject, target, project, environment, purpose, owner, part_of,
+    created, ended, requested, granted, used)
+VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s)
 ON CONFLICT (id) DO UPDATE SET
-    tenant = excluded.tenant, kind = excluded.kind, state = excluded.state, project = excluded.project,
-    body = excluded.body
+    shape = excluded.shape, tenant = excluded.tenant, subject = excluded.subject, target = excluded.target,
+    project = excluded.project, environment = excluded.environment, purpose = excluded.purpose, owner = excluded.owner,
+    part_of = excluded.part_of, created = excluded.created, ended = excluded.ended, requested = excluded.requested,
+    granted = excluded.granted, used = excluded.used
+
+-- name: save_shape
+INSERT INTO projection_shapes (shape, body, count) VALUES (%s, %s, 0)
+
+-- name: add_shape
+UPDATE projection_shapes SET count = count + %s WHERE shape = %s
+
+-- name: add_tenant_shape
+INSERT INTO projection_tenant_shapes (tenant, shape, count) VALUES (%s, %s, %s)
+ON CONFLICT (tenant, shape) DO UPDATE SET count = projection_tenant_shapes.count + excluded.count
+
+-- name: trim_tenant_shape
+DELETE FROM projection_tenant_shapes WHERE tenant = %s AND shape = %s AND count = 0
 
 -- name: find_term
 INSERT INTO projection_terms (term, id) VALUES (%s, %s)
@@ -58,63 +81,78 @@ DELETE FROM projection_terms WHERE term = %s AND id = %s
 INSERT INTO projection_coverage (term, count) VALUES (%s, %s)
 ON CONFLICT (term) DO UPDATE SET count = projection_coverage.count + excluded.count
 
--- name: add_count
-INSERT INTO projection_counts (day, tenant, project, kind, state, count) VALUES (%s, %s, %s, %s, %s, %s)
-ON CONFLICT (day, tenant, project, kind, state) DO UPDATE SET count = projection_counts.count + excluded.count
-
--- name: trim_count
-DELETE FROM projection_counts WHERE day = %s AND tenant = %s AND project = %s AND kind = %s AND state = %s AND count = 0
-
--- name: add_amount
-INSERT INTO projection_amounts (day, tenant, project, kind, resource, side, known, total, unknown, unlimited)
-VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s)
-ON CONFLICT (day, tenant, project, kind, resource, side) DO UPDATE SET
-    known = projection_amounts.known + excluded.known, total = projection_amounts.total + excluded.total,
-    unknown = projection_amounts.unknown + excluded.unknown,
-    unlimited = projection_amounts.unlimited + excluded.unlimited
-
--- name: trim_amount
-DELETE FROM projection_amounts
-WHERE day = %s AND tenant = %s AND project = %s AND kind = %s AND resource = %s AND side = %s
-AND known = 0 AND unknown = 0 AND unlimited = 0
-
 -- name: rows
 SELECT body FROM projection_envelopes WHERE id IN (SELECT json_array_elements_text(%(ids)s::json))
 
 -- name: get
 SELECT body FROM projection_envelopes WHERE id = %(id)s
 
--- name: newest
-SELECT body FROM projection_envelopes
-WHERE id < %(before)s
-AND (%(states)s::text IS NULL OR state IN (SELECT json_array_elements_text(%(states)s::json)))
-ORDER BY id DESC LIMIT %(limit)s
+-- name: shapes
+SELECT shape, body FROM projection_shapes WHERE shape > %(after)s ORDER BY shape
 
--- name: newest_of_tenant
-SELECT body FROM projection_envelopes
-WHERE tenant = %(tenant)s AND id < %(before)s AND (%(kind)s::text IS NULL OR kind = %(kind)s)
-AND (%(project)s::text IS NULL OR project = %(project)s)
-AND (%(states)s::text IS NULL OR state IN (SELECT json_array_elements_text(%(states)s::json)))
-ORDER BY id DESC LIMIT %(limit)s
+-- name: shape_counts
+SELECT shape, count FROM projection_shapes WHERE count > 0
 
--- name: newest_of_project
-SELECT body FROM projection_envelopes
-WHERE project = %(project)s AND id < %(before)s AND (%(kind)s::text IS NULL OR kind = %(kind)s)
-AND (%(states)s::text IS NULL OR state IN (SELECT json_array_elements_text(%(states)s::json)))
-ORDER BY id DESC LIMIT %(limit)s
+-- name: tenant_shape_counts
+SELECT tenant, shape, count FROM projection_tenant_shapes
+WHERE tenant IN (SELECT json_array_elements_text(%(tenants)s::json))
 
--- name: newest_of_kind
-SELECT body FROM projection_envelopes
-WHERE kind = %(kind)s AND id < %(before)s
-AND (%(states)s::text IS NULL OR state IN (SELECT json_array_elements_text(%(states)s::json)))
-ORDER BY id DESC LIMIT %(limit)s
+-- name: entries
+SELECT id FROM projection_entries WHERE id < %(before)s AND id >= %(floor)s ORDER BY id DESC LIMIT %(limit)s
 
--- name: newest_of_term
-SELECT e.body FROM projection_terms AS t JOIN projection_envelopes AS e ON e.id = t.id
-WHERE t.term = %(term)s AND t.id < %(before)s AND (%(tenant)s::text IS NULL OR e.tenant = %(tenant)s)
-AND (%(kind)s::text IS NULL OR e.kind = %(kind)s) AND (%(project)s::text IS NULL OR e.project = %(project)s)
-AND (%(states)s::text IS NULL OR e.state IN (SELECT json_array_elements_text(%(states)s::json)))
-ORDER BY t.id DESC LIMIT %(limit)s
+-- name: entries_of_project
+-- The pairs are compared and ordered as a whole, so that no other index will do.
+SELECT id FROM projection_entries
+WHERE (project, id) < (%(value)s, %(before)s) AND (project, id) >= (%(value)s, %(floor)s)
+ORDER BY project DESC, id DESC LIMIT %(limit)s
+
+-- name: entries_of_subject
+SELECT id FROM projection_entries
+WHERE (subject, id) < (%(value)s, %(before)s) AND (subject, id) >= (%(value)s, %(floor)s)
+ORDER BY subject DESC, id DESC LIMIT %(limit)s
+
+-- name: entries_of_shapes
+SELECT j.number - 1, (SELECT json_agg(id)::text FROM (
+    SELECT id FROM projection_entries
+    WHERE (shape, id) < ((j.run ->> 0)::bigint, j.run ->> 1) AND (shape, id) >= ((j.run ->> 0)::bigint, j.run ->> 2)
+    ORDER BY shape DESC, id DESC LIMIT %(limit)s) AS e)
+FROM json_array_elements(%(runs)s::json) WITH ORDINALITY AS j (run, number)
+
+-- name: entries_of_tenants
+SELECT j.number - 1, (SELECT json_agg(id)::text FROM (
+    SELECT id FROM projection_entries
+    WHERE (tenant, shape, id) < (j.run ->> 3, (j.run ->> 0)::bigint, j.run ->> 1)
+    AND (tenant, shape, id) >= (j.run ->> 3, (j.run ->> 0)::bigint, j.run ->> 2)
+    ORDER BY tenant DESC, shape DESC, id DESC LIMIT %(limit)s) AS e)
+FROM json_array_elements(%(runs)s::json) WITH ORDINALITY AS j (run, number)
+
+-- name: created
+SELECT created FROM projection_entries WHERE id = %(id)s
+
+-- name: fitting
+SELECT e.id FROM projection_entries AS e
+WHERE e.id IN (SELECT json_array_elements_text(%(ids)s::json)) AND ({where})
+
+-- name: where_shape
+e.shape IN (SELECT json_array_elements_text({value}::json)::bigint)
+
+-- name: where_equal
+e.{column} IN (SELECT json_array_elements_text({value}::json))
+
+-- name: where_contains
+strpos(lower(e.{column}), {value}::text) > 0
+
+-- name: where_since
+e.{column} <> '' AND e.{column} >= {value}
+
+-- name: where_before
+e.{column} <> '' AND e.{column} < {value}
+
+-- name: amount
+(e.{column} ->> {value}::text)::bigint
+
+-- name: value
+%({name})s
 
 -- name: oldest_of_term
 SELECT id FROM projection_terms WHERE term = %(term)s ORDER BY id
@@ -127,14 +165,6 @@ SELECT term, count FROM projection_coverage
 
 -- name: unreadable
 SELECT coalesce(sum(unreadable), 0)::bigint FROM projection_positions
-
--- name: counts
-SELECT day, tenant, project, kind, state, count FROM projection_counts
-WHERE day >= %(day_from)s AND day <= %(day_to)s AND (%(tenant)s::text IS NULL OR tenant = %(tenant)s)
-
--- name: amounts
-SELECT day, tenant, project, kind, resource, side, known, total, unknown, unlimited FROM projection_amounts
-WHERE day >= %(day_from)s AND day <= %(day_to)s AND (%(tenant)s::text IS NULL OR tenant = %(tenant)s)
 
 -- name: session
 SELECT set_config('synchronous_commit', 'off', false), set_config('statement_timeout', '60s', false),
@@ -152,3 +182,38 @@ FROM pg_namespace WHERE nspname = current_schema()
 SELECT p.envelope, e.body, e.sealed
 FROM places AS p LEFT JOIN events AS e ON e.chain = p.chain AND e.position = p.position
 WHERE p.envelope = ANY (%(ids)s::text[]) ORDER BY p.envelope, p.sequence
+
+-- name: forget_rollups
+TRUNCATE projection_rollups
+
+-- name: rollups_there
+SELECT dims, body FROM projection_rollups
+WHERE cube = %(cube)s AND span = %(span)s AND begins = %(begins)s AND dims IN (SELECT json_array_elements_text(%(dims)s::json))
+
+-- name: save_rollup
+INSERT INTO projection_rollups (cube, span, begins, dims, tenant, body) VALUES (%s, %s, %s, %s, %s, %s)
+ON CONFLICT (cube, span, begins, dims) DO UPDATE SET body = excluded.body
+
+-- name: drop_rollup
+DELETE FROM projection_rollups WHERE cube = %s AND span = %s AND begins = %s AND dims = %s
+
+-- name: rollup_days
+SELECT min(begins), max(begins) FROM projection_rollups WHERE cube = %(cube)s AND span = 1
+
+-- name: rollups
+SELECT begins, dims, body FROM projection_rollups
+WHERE cube = %(cube)s AND span = %(span)s AND begins >= %(begins)s AND begins <= %(ends)s
+AND (%(tenants)s::text IS NULL OR tenant IN (SELECT json_array_elements_text(%(tenants)s::json)))
+ORDER BY begins
+
+-- name: rollup_days_there
+SELECT DISTINCT begins FROM projection_rollups WHERE cube = %(cube)s AND span = 1
+
+-- name: weeks
+SELECT begins FROM projection_weeks
+
+-- name: save_week
+INSERT INTO projection_weeks (begins) VALUES (%s)
+
+-- name: forget_weeks
+TRUNCATE projection_weeks

@@ -19,17 +19,20 @@ UPDATE projection_state SET epoch = ?, generation = 0
 -- name: forget_envelopes
 DELETE FROM projection_envelopes
 
+-- name: forget_entries
+DELETE FROM projection_entries
+
+-- name: forget_shapes
+DELETE FROM projection_shapes
+
+-- name: forget_tenant_shapes
+DELETE FROM projection_tenant_shapes
+
 -- name: forget_terms
 DELETE FROM projection_terms
 
 -- name: forget_coverage
 DELETE FROM projection_coverage
-
--- name: forget_counts
-DELETE FROM projection_counts
-
--- name: forget_amounts
-DELETE FROM projection_amounts
 
 -- name: forget_positions
 DELETE FROM projection_positions
@@ -43,10 +46,30 @@ ON CONFLICT (chain) DO UPDATE SET
     id = excluded.id, position = excluded.position, ended = excluded.ended, unreadable = excluded.unreadable
 
 -- name: save_envelope
-INSERT INTO projection_envelopes (id, tenant, kind, state, project, body) VALUES (?, ?, ?, ?, ?, ?)
+INSERT INTO projection_envelopes (id, body) VALUES (?, ?) ON CONFLICT (id) DO UPDATE SET body = excluded.body
+
+-- name: save_entry
+INSERT INTO projection_entries (id, shape, tenant, subject, target, project, environment, purpose, owner, part_of,
+    created, ended, requested, granted, used)
+VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
 ON CONFLICT (id) DO UPDATE SET
-    tenant = excluded.tenant, kind = excluded.kind, state = excluded.state, project = excluded.project,
-    body = excluded.body
+    shape = excluded.shape, tenant = excluded.tenant, subject = excluded.subject, target = excluded.target,
+    project = excluded.project, environment = excluded.environment, purpose = excluded.purpose, owner = excluded.owner,
+    part_of = excluded.part_of, created = excluded.created, ended = excluded.ended, requested = excluded.requested,
+    granted = excluded.granted, used = excluded.used
+
+-- name: save_shape
+INSERT INTO projection_shapes (shape, body, count) VALUES (?, ?, 0)
+
+-- name: add_shape
+UPDATE projection_shapes SET count = count + ? WHERE shape = ?
+
+-- name: add_tenant_shape
+INSERT INTO projection_tenant_shapes (tenant, shape, count) VALUES (?, ?, ?)
+ON CONFLICT (tenant, shape) DO UPDATE SET count = count + excluded.count
+
+-- name: trim_tenant_shape
+DELETE FROM projection_tenant_shapes WHERE tenant = ? AND shape = ? AND count = 0
 
 -- name: find_term
 INSERT INTO projection_terms (term, id) VALUES (?, ?)
@@ -58,59 +81,74 @@ DELETE FROM projection_terms WHERE term = ? AND id = ?
 INSERT INTO projection_coverage (term, count) VALUES (?, ?)
 ON CONFLICT (term) DO UPDATE SET count = count + excluded.count
 
--- name: add_count
-INSERT INTO projection_counts (day, tenant, project, kind, state, count) VALUES (?, ?, ?, ?, ?, ?)
-ON CONFLICT (day, tenant, project, kind, state) DO UPDATE SET count = count + excluded.count
-
--- name: trim_count
-DELETE FROM projection_counts WHERE day = ? AND tenant = ? AND project = ? AND kind = ? AND state = ? AND count = 0
-
--- name: add_amount
-INSERT INTO projection_amounts (day, tenant, project, kind, resource, side, known, total, unknown, unlimited)
-VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
-ON CONFLICT (day, tenant, project, kind, resource, side) DO UPDATE SET
-    known = known + excluded.known, total = exact_sum(total, excluded.total), unknown = unknown + excluded.unknown,
-    unlimited = unlimited + excluded.unlimited
-
--- name: trim_amount
-DELETE FROM projection_amounts
-WHERE day = ? AND tenant = ? AND project = ? AND kind = ? AND resource = ? AND side = ?
-AND known = 0 AND unknown = 0 AND unlimited = 0
-
 -- name: rows
 SELECT body FROM projection_envelopes WHERE id IN (SELECT value FROM json_each(:ids))
 
 -- name: get
 SELECT body FROM projection_envelopes WHERE id = :id
 
--- name: newest
-SELECT body FROM projection_envelopes
-WHERE id < :before AND (:states IS NULL OR state IN (SELECT value FROM json_each(:states)))
-ORDER BY id DESC LIMIT :limit
+-- name: shapes
+SELECT shape, body FROM projection_shapes WHERE shape > :after ORDER BY shape
 
--- name: newest_of_tenant
-SELECT body FROM projection_envelopes INDEXED BY projection_by_tenant
-WHERE tenant = :tenant AND id < :before AND (:kind IS NULL OR kind = :kind)
-AND (:project IS NULL OR project = :project) AND (:states IS NULL OR state IN (SELECT value FROM json_each(:states)))
-ORDER BY id DESC LIMIT :limit
+-- name: shape_counts
+SELECT shape, count FROM projection_shapes WHERE count > 0
 
--- name: newest_of_project
-SELECT body FROM projection_envelopes INDEXED BY projection_by_project
-WHERE project = :project AND id < :before AND (:kind IS NULL OR kind = :kind)
-AND (:states IS NULL OR state IN (SELECT value FROM json_each(:states)))
-ORDER BY id DESC LIMIT :limit
+-- name: tenant_shape_counts
+SELECT tenant, shape, count FROM projection_tenant_shapes WHERE tenant IN (SELECT value FROM json_each(:tenants))
 
--- name: newest_of_kind
-SELECT body FROM projection_envelopes INDEXED BY projection_by_kind
-WHERE kind = :kind AND id < :before AND (:states IS NULL OR state IN (SELECT value FROM json_each(:states)))
-ORDER BY id DESC LIMIT :limit
+-- name: entries
+SELECT id FROM projection_entries WHERE id < :before AND id >= :floor ORDER BY id DESC LIMIT :limit
 
--- name: newest_of_term
-SELECT e.body FROM projection_terms AS t CROSS JOIN projection_envelopes AS e ON e.id = t.id
-WHERE t.term = :term AND t.id < :before AND (:tenant IS NULL OR e.tenant = :tenant)
-AND (:kind IS NULL OR e.kind = :kind) AND (:project IS NULL OR e.project = :project)
-AND (:states IS NULL OR e.state IN (SELECT value FROM json_each(:states)))
-ORDER BY t.id DESC LIMIT :limit
+-- name: entries_of_project
+SELECT id FROM projection_entries INDEXED BY projection_by_project
+WHERE project = :value AND id < :before AND id >= :floor ORDER BY id DESC LIMIT :limit
+
+-- name: entries_of_subject
+SELECT id FROM projection_entries INDEXED BY projection_by_subject
+WHERE subject = :value AND id < :before AND id >= :floor ORDER BY id DESC LIMIT :limit
+
+-- name: entries_of_shapes
+SELECT j.key, (SELECT json_group_array(id) FROM (
+    SELECT id FROM projection_entries INDEXED BY projection_by_shape
+    WHERE shape = json_extract(j.value, '$[0]')
+    AND id < json_extract(j.value, '$[1]') AND id >= json_extract(j.value, '$[2]')
+    ORDER BY id DESC LIMIT :limit))
+FROM json_each(:runs) AS j
+
+-- name: entries_of_tenants
+SELECT j.key, (SELECT json_group_array(id) FROM (
+    SELECT id FROM projection_entries INDEXED BY projection_by_tenant
+    WHERE tenant = json_extract(j.value, '$[3]') AND shape = json_extract(j.value, '$[0]')
+    AND id < json_extract(j.value, '$[1]') AND id >= json_extract(j.value, '$[2]')
+    ORDER BY id DESC LIMIT :limit))
+FROM json_each(:runs) AS j
+
+-- name: created
+SELECT created FROM projection_entries WHERE id = :id
+
+-- name: fitting
+SELECT e.id FROM projection_entries AS e WHERE e.id IN (SELECT value FROM json_each(:ids)) AND ({where})
+
+-- name: where_shape
+e.shape IN (SELECT value FROM json_each({value}))
+
+-- name: where_equal
+e.{column} IN (SELECT value FROM json_each({value}))
+
+-- name: where_contains
+instr(lower(e.{column}), {value}) > 0
+
+-- name: where_since
+e.{column} <> '' AND e.{column} >= {value}
+
+-- name: where_before
+e.{column} <> '' AND e.{column} < {value}
+
+-- name: amount
+json_extract(e.{column}, '$.' || {value})
+
+-- name: value
+:{name}
 
 -- name: oldest_of_term
 SELECT id FROM projection_terms WHERE term = :term ORDER BY id
@@ -123,14 +161,6 @@ SELECT term, count FROM projection_coverage
 
 -- name: unreadable
 SELECT coalesce(sum(unreadable), 0) FROM projection_positions
-
--- name: counts
-SELECT day, tenant, project, kind, state, count FROM projection_counts
-WHERE day >= :day_from AND day <= :day_to AND (:tenant IS NULL OR tenant = :tenant)
-
--- name: amounts
-SELECT day, tenant, project, kind, resource, side, known, total, unknown, unlimited FROM projection_amounts
-WHERE day >= :day_from AND day <= :day_to AND (:tenant IS NULL OR tenant = :tenant)
 
 -- name: log_chains
 SELECT number, id FROM chains ORDER BY number
@@ -147,3 +177,38 @@ WHERE place > (:chain << 32) + :after AND place <= (:chain << 32) + :until ORDER
 SELECT p.envelope, e.body, e.sealed FROM json_each(:ids) AS j
 CROSS JOIN places AS p ON p.envelope = j.value LEFT JOIN events AS e ON e.place = p.place
 ORDER BY p.envelope, p.sequence
+
+-- name: forget_rollups
+DELETE FROM projection_rollups
+
+-- name: rollups_there
+SELECT dims, body FROM projection_rollups
+WHERE cube = :cube AND span = :span AND begins = :begins AND dims IN (SELECT value FROM json_each(:dims))
+
+-- name: save_rollup
+INSERT INTO projection_rollups (cube, span, begins, dims, tenant, body) VALUES (?, ?, ?, ?, ?, ?)
+ON CONFLICT (cube, span, begins, dims) DO UPDATE SET body = excluded.body
+
+-- name: drop_rollup
+DELETE FROM projection_rollups WHERE cube = ? AND span = ? AND begins = ? AND dims = ?
+
+-- name: rollup_days
+SELECT min(begins), max(begins) FROM projection_rollups WHERE cube = :cube AND span = 1
+
+-- name: rollups
+SELECT begins, dims, body FROM projection_rollups
+WHERE cube = :cube AND span = :span AND begins >= :begins AND begins <= :ends
+AND (:tenants IS NULL OR tenant IN (SELECT value FROM json_each(:tenants)))
+ORDER BY begins
+
+-- name: rollup_days_there
+SELECT DISTINCT begins FROM projection_rollups WHERE cube = :cube AND span = 1
+
+-- name: weeks
+SELECT begins FROM projection_weeks
+
+-- name: save_week
+INSERT INTO projection_weeks (begins) VALUES (?)
+
+-- name: forget_weeks
+DELETE FROM projection_weeks
