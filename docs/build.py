@@ -334,7 +334,8 @@ as it is when its page is read.
 
 Whatever is asked of what many envelopes have in common (kind, operation, state, outcome, cause, hooks, code,
 resource, flags) and of tenants and the time of creation is found without looking at anything else, however rare it
-is. For the rest envelopes that may match are looked at one by one, {look} of them for one page. A page that found
+is, where up to {sure} different combinations of these are left. For the rest envelopes that may match are looked at
+one by one, {look} of them for one page. A page that found
 too few among them ends early, says how far it looked back (`looked_back_to`), and has a cursor as any other:
 nothing is left out in silence. `Projection.stream` and `envelope list --json --all` go on by themselves.
 
