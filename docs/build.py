@@ -33,7 +33,8 @@ from execution_envelope.adapters.declared import (
     Raw,
 )
 from execution_envelope.admission import MAX_CONFLICTS
-from execution_envelope.controller import ATTEMPTED_BURST, ATTEMPTED_PER_SECOND, AdmissionController
+from execution_envelope.attempted import ATTEMPTED_BURST, ATTEMPTED_PER_SECOND
+from execution_envelope.controller import AdmissionController
 from execution_envelope.decision import CODES
 from execution_envelope.family import MAX_LEVELS, MAX_PARENTS, MAX_TREE
 from execution_envelope.ledger.chain import Entry
@@ -51,6 +52,13 @@ from execution_envelope.observed import MAX_SKEW
 from execution_envelope.observers import MAX_WAITING as MAX_UNTOLD
 from execution_envelope.reconciliation import PATIENCE, PROBE_TIMEOUT
 from execution_envelope.reporting import MAX_LINE
+from execution_envelope.review.explain.explanation import MAX_SENTENCES
+from execution_envelope.review.explain.sections import MAX_ACCOUNTS
+from execution_envelope.review.explain.wording import MAX_NAME, MAX_QUOTE
+from execution_envelope.reviewer import MAX_REVOCATIONS, REVOKE_TIMEOUT
+from execution_envelope.reviewing import MAX_REVIEWS, MAX_SILENCE
+from execution_envelope.reviewing import MAX_THREADS as MAX_REVIEW_THREADS
+from execution_envelope.simulation import MAX_COUNT, MAX_DAYS
 
 HERE = Path(__file__).parent / "reference"
 
@@ -214,6 +222,27 @@ def _limits() -> str:
         ),
         ("commits that one observer was not told of yet", str(MAX_UNTOLD), "left out and counted: `observer_dropped`"),
         ("answer of an owner to reconciliation", f"{PROBE_TIMEOUT:g} s", "*unknown*: nothing is ended"),
+        ("answer of an owner that is asked to revoke", f"{REVOKE_TIMEOUT:g} s", "*unknown*: it is asked again"),
+        (
+            "answers of owners to requests to revoke one execution",
+            str(MAX_REVOCATIONS),
+            "recorded only where the owner, or whether it refuses, is another; counted",
+        ),
+        (
+            "executions that are reviewed, and owners asked to revoke, at a time",
+            str(MAX_REVIEWS),
+            "the next ones wait their turn",
+        ),
+        (
+            "times that one reviewer does not answer in time, in one round",
+            str(MAX_SILENCE),
+            "not asked any more in that round: counted, `reviews_left_out`",
+        ),
+        (
+            "threads of one reviewer that is not async",
+            str(MAX_REVIEW_THREADS),
+            "the next ones wait within its time",
+        ),
         (
             "lease of a process that cannot be looked at from here",
             f"{PATIENCE:g} s without being renewed",
@@ -241,6 +270,21 @@ def _limits() -> str:
         ),
         ("segments of an SQLite ledger that are not dropped", str(MAX_SEGMENTS), "the next one is refused"),
         ("envelopes of a projection in memory", str(MAX_IN_MEMORY), "`LedgerUnavailable`: make the folder writable"),
+        (
+            "sentences of one section of an explanation",
+            str(MAX_SENTENCES),
+            "the last one says how many more there are",
+        ),
+        (
+            "a name, and a text, that an explanation quotes",
+            f"{MAX_NAME} and {MAX_QUOTE} characters",
+            "cut; how long it was is said",
+        ),
+        (
+            "accounts of budgets of which an explanation says how they stand now",
+            str(MAX_ACCOUNTS),
+            "left out: `envelope budgets`",
+        ),
         ("a query", f"{query.MAX_LENGTH} characters", "refused, `query` is named"),
         ("values and flags in a query", str(query.MAX_TERMS), "refused, `query` is named"),
         ("parentheses and `not` in a query", f"{query.MAX_DEPTH} deep", "refused, `query` is named"),
@@ -248,6 +292,7 @@ def _limits() -> str:
         ("the cursor of a page", f"{MAX_CURSOR} characters", "refused, `after` is named"),
         ("envelopes that one page looks at", str(LOOK), "the page ends early and says how far it looked back"),
         ("findings of a verification", str(MAX_FINDINGS), "counted, not listed"),
+        ("`envelope simulate`", f"{MAX_COUNT} envelopes over {MAX_DAYS} days", "refused"),
     ]
     return "# Limits\n\n" + _table(("what", "limit", "beyond it"), rows)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
@@ -96,3 +98,48 @@ def asks(draw: st.DrawFn) -> Ask:
         idempotency_key=draw(st.none() | texts.filter(bool)),
         facets=draw(st.dictionaries(names, st.tuples(texts, optional_text, json_values), max_size=2)),
     )
+
+
+_expressions = st.sampled_from(
+    [
+        "requested.resources.gpu.amount <= 4000",
+        'has(requested.resources.gpu) && requested.resources.gpu.stated == "amount"',
+        'scope.environment == "prod"',
+        'scope.environment != "prod" || "operator" in identity.roles',
+        'scope.hints.a == "x"',
+        "size(scope.hints) < 2",
+        "has(scope.hints.b)",
+        'execution.operation == "chat"',
+        "size(identity.roles) > 0",
+        "true",
+        "1",
+    ]
+)
+_rules = st.fixed_dictionaries(
+    {"expression": _expressions},
+    optional={
+        "when": _expressions,
+        "match": st.fixed_dictionaries(
+            {},
+            optional={
+                "kinds": st.lists(st.sampled_from(KINDS), min_size=1, max_size=3),
+                "operations": st.just(["chat"]),
+                "environments": st.just(["prod"]),
+            },
+        ),
+        "action": st.sampled_from(["deny", "hold", "warn", "audit"]),
+        "message": st.just("said"),
+        "messageExpression": st.sampled_from(['"with " + execution.kind', "scope.environment", "1"]),
+        "limits": st.sampled_from(
+            [{"gpu": 1}, {"memory": "1GiB", "gpu": 2}, {"region": ["eu", "us"]}, {"region": ["us"]}]
+        ),
+        "obligations": st.sampled_from([[{"name": "log"}], [{"name": "log", "required": False}, {"name": "tell"}]]),
+    },
+)
+
+
+@st.composite
+def policies(draw: st.DrawFn) -> str:
+    """The text of a policy file that is right: rules that refuse, hold, warn, limit, oblige, or cannot be evaluated."""
+    rules = draw(st.lists(_rules, max_size=5))
+    return json.dumps({"rules": [{"name": f"rule-{place}", **rule} for place, rule in enumerate(rules)]})

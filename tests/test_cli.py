@@ -41,11 +41,11 @@ from execution_envelope.testing import FakeClock
 
 PAGE = Path(__file__).parent.parent / "docs" / "reference" / "cli.md"
 COMMANDS = (
-    *("", "list", "show", "verify", "tail"),
-    *("hooks", "plan", "approve", "deny", "budgets"),
+    *("", "list", "show", "explain", "verify", "tail"),
+    *("hooks", "plan", "approve", "deny", "budgets", "review", "revoke"),
     *("keygen", "checkpoint", "prove", "check"),
-    *("project", "rebuild", "coverage", "totals", "relay"),
-    *("serve", "token"),
+    *("project", "rebuild", "coverage", "totals", "relay", "replay"),
+    *("serve", "token", "simulate"),
     *("migrate", "segment", "segment new", "segment list", "segment export", "segment check", "segment drop"),
 )
 

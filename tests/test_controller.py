@@ -34,8 +34,8 @@ from execution_envelope import (
     Rule,
     Subject,
     Violation,
+    attempted,
 )
-from execution_envelope import controller as controllers
 from execution_envelope import decision as hook_rules
 from execution_envelope import reconciliation as reconciling
 from execution_envelope.errors import ReadOnly, ReferenceTaken, Unidentified
@@ -857,9 +857,9 @@ async def test_two_reconcilers_at_once_never_disagree(tmp_path: Path) -> None:
 async def test_attempted_requests_are_bounded_and_their_drops_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     controller = AdmissionController(MemoryLedger(), clock=FakeClock())
     now = [1000.0]
-    monkeypatch.setattr(controllers.time, "monotonic", lambda: now[0])
-    controller._refilled = now[0]
-    burst = controllers.ATTEMPTED_BURST
+    monkeypatch.setattr(attempted.time, "monotonic", lambda: now[0])
+    controller._attempted._refilled = now[0]
+    burst = attempted.ATTEMPTED_BURST
     for number in range(burst + 50):
         await controller.attempted("POST /x", "unidentified", status=401, detail=str(number), request_id="r")
     kept = controller.ledger.attempted(999)
@@ -870,8 +870,8 @@ async def test_attempted_requests_are_bounded_and_their_drops_counted(monkeypatc
     for _ in range(40):
         await controller.attempted("POST /x", "unreadable", status=400)
     kept = controller.ledger.attempted(999)
-    assert len(kept) == burst + controllers.ATTEMPTED_PER_SECOND
-    assert [note.dropped for note in kept[: controllers.ATTEMPTED_PER_SECOND]] == [0] * 19 + [50]
+    assert len(kept) == burst + attempted.ATTEMPTED_PER_SECOND
+    assert [note.dropped for note in kept[: attempted.ATTEMPTED_PER_SECOND]] == [0] * 19 + [50]
     assert controller.counters["attempted"] == len(kept) + controller.counters["attempted_dropped"]
 
 

@@ -390,7 +390,7 @@ def test_a_report_counts_once_for_each_part() -> None:
 def test_the_calls_cover_what_a_handle_may_say() -> None:
     said = {kind for kind, _ in CALLS.values()}
     by_others = {"sealed", "verdict", "admitted", "held", "denied", "limit", "violation", "bound", "error", "late"}
-    by_others |= {"approval", "budgeted", "observed", "reported"}
+    by_others |= {"approval", "budgeted", "observed", "reported", "review", "revocation"}
     by_the_backend = {"expired", "revoked", "abandoned"}
     assert said | by_others | by_the_backend == set(TYPES)
     assert issubclass(IllegalTransition, EnvelopeError) and Fact

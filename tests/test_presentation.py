@@ -34,9 +34,9 @@ from execution_envelope import (
 from execution_envelope.ledger import Finding, MemoryLedger
 from execution_envelope.ledger.chain import Closed, Entry, Opened
 from execution_envelope.presentation.facts import short_delta
-from execution_envelope.presentation.sentences import SENTENCES, sentence
 from execution_envelope.presentation.text import span
 from execution_envelope.process import Process
+from execution_envelope.sentences import SENTENCES, sentence
 
 NOW = datetime(2026, 5, 1, 13, 0, tzinfo=UTC)
 HOSTILE = "only \x1b[31mred\x1b[0m \x9b31m [bold]loud[/bold] :smile: \u202eevil\nnew line\x07"
@@ -201,6 +201,20 @@ def test_every_event_type_has_a_sentence() -> None:
         (lifecycle.Completed("unknown"), "completed, what was granted is unknown"),
         (lifecycle.Failed("died", ""), "failed (died)"),
         (lifecycle.Cancelled(), "cancelled"),
+        (lifecycle.Review("policy", "1", "keep", revision="r2"), "may go on by review of policy 1, policy revision r2"),
+        (
+            lifecycle.Review("policy", "2", "flag", "role_required", "only operators"),
+            "flagged by review of policy 2 (role_required): only operators",
+        ),
+        (
+            lifecycle.Review("user:kim", "1", "revoke", text="it leaks", admission="e"),
+            "to be revoked by review of user:kim: it leaks",
+        ),
+        (lifecycle.Revocation("node", "refused", "it is pinned"), "its owner node refused to revoke it: it is pinned"),
+        (
+            lifecycle.Revocation("node", "unknown", "no answer"),
+            "its owner node did not confirm that it was revoked: no answer",
+        ),
         (lifecycle.Revoked("by review"), "revoked: by review"),
         (lifecycle.Abandoned("its process is gone"), "abandoned: its process is gone"),
         (lifecycle.Late(lifecycle.Ready("r0")), "after the end: r0 serves"),

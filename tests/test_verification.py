@@ -602,7 +602,7 @@ def test_a_process_that_ends_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyP
     many(tmp_path / "l.db", 20)
     with closing(SqliteLedger(tmp_path / "l.db")) as ledger:
         for program, message in (
-            ("raise SystemExit(3)", "a process that verifies to answer, it ended"),
+            ("raise SystemExit(3)", "a process that reads the ledger to answer, it ended"),
             (processes.PROGRAM.replace("open_ledger(u,", "open_ledger(u + 'x',"), "there is no file"),
         ):
             monkeypatch.setattr(processes, "PROGRAM", program)

@@ -6,7 +6,6 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
-from types import TracebackType
 from typing import Any, Final, Literal
 
 import anyio
@@ -18,11 +17,12 @@ from execution_envelope.bounds import beyond_limits, used_beyond_limits
 from execution_envelope.budgets import Prices, is_enforced, unbounded
 from execution_envelope.credentials import marker, scrub, shown
 from execution_envelope.decision import told
-from execution_envelope.envelope import Ask, Envelope, timestamp
+from execution_envelope.envelope import Envelope, timestamp
 from execution_envelope.errors import (
     IllegalTransition,
     InvalidField,
     LedgerUnavailable,
+    NotLive,
     OpenChildren,
     OpenObligations,
     ReadOnly,
@@ -108,6 +108,11 @@ class Admission:
     def obligations(self) -> Mapping[str, lifecycle.Obligation]:
         """Name -> what has to be done along with the execution, and how far it has come."""
         return self._record.obligations
+
+    @property
+    def revoking(self) -> lifecycle.Event | None:
+        """The review by which it is to be revoked, as this handle last saw it: stop, and `confirm_revoke`."""
+        return self._record.revoking
 
     @property
     def warnings(self) -> Sequence[str]:
@@ -342,6 +347,19 @@ class Admission:
         """The end because whoever asked no longer wants it."""
         await self._say(lifecycle.Cancelled(None if message is None else self._text(message)), by=by)
 
+    async def confirm_revoke(self, evidence: str, *, by: str | None = None) -> None:
+        """The end, by the owner, because a review asked to revoke it: it does not run any more. `evidence` says how
+        that was seen. Raises `NotLive`, and records nothing, when nobody asked."""
+        text = self._text(evidence)
+
+        async def plan(record: Record) -> _Plan:
+            # Others ask: this handle may not have seen it yet. Then the write below finds that it is behind.
+            if not (record.was_to_be_revoked or (await self._journal.read(record.id)).was_to_be_revoked):
+                raise NotLive(f"expected a request to revoke {record.id}, there is none", envelope_id=record.id)
+            return _Plan([] if record.state == "revoked" else [lifecycle.Revoked(text)])
+
+        await self._write(plan, by=by)
+
     async def leave(self, *, failed: tuple[str, str] | None = None, cancelled: str | None = None) -> None:
         """Leave the block: `failed` is ``(code, message)`` of an error, `cancelled` why nobody waits any more.
 
@@ -571,29 +589,3 @@ def _leaving(record: Record, failed: tuple[str, str] | None, cancelled: str | No
         return [lifecycle.Completed(None if record.grants else "unknown")]
     code, message = scrub(failed[0]), scrub(failed[1])
     return [lifecycle.Rejected(code, message) if record.state == "admitted" else lifecycle.Failed(code, message)]
-
-
-class Block:
-    """``async with``: enters by `begin`, leaves by `Admission.leave`."""
-
-    def __init__(self, begin: Callable[[Ask], Awaitable[Admission]], ask: Ask) -> None:
-        self._begin = begin
-        self._ask = ask
-        self._admission: Admission | None = None
-
-    async def __aenter__(self) -> Admission:
-        self._admission = await self._begin(self._ask)
-        return self._admission
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        assert self._admission is not None
-        if error is None:
-            await self._admission.leave()
-        elif isinstance(error, Exception):
-            await self._admission.leave(failed=(type(error).__name__, str(error)))
-        else:
-            # Cancelled, or the process is about to end: nothing is said of the execution itself.
-            name = "cancelled" if isinstance(error, anyio.get_cancelled_exc_class()) else type(error).__name__
-            await self._admission.leave(cancelled=f"{name} while it was resolved")

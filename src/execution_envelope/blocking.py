@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, contextmanager
 from functools import partial
 from typing import Any, Protocol, TypeVar, Unpack
@@ -18,6 +18,7 @@ from execution_envelope.judge import Plan
 from execution_envelope.observed import Seen
 from execution_envelope.reconciliation import Prober, Reconciliation
 from execution_envelope.record import Record
+from execution_envelope.reviewer import Carried, Reviewer, ReviewRound, Revokers
 from execution_envelope.tree import Tree
 
 T = TypeVar("T")
@@ -38,6 +39,9 @@ class Seam(Protocol):
     async def record(self, ask: Ask, **seen: Unpack[Seen]) -> Record: ...
     async def approve(self, *reference: str, by: Subject, reason: str) -> Record: ...
     async def deny(self, *reference: str, by: Subject, reason: str) -> Record: ...
+    async def revoke(self, *reference: str, by: Subject, reason: str) -> Record: ...
+    async def review(self, reviewers: Sequence[Reviewer], *, by: str) -> ReviewRound: ...
+    async def carry_out(self, revokers: Revokers, *, by: str) -> Carried: ...
     async def reconcile(
         self, probers: Mapping[str, Prober], *, everything: bool = False, by: str = "reconcile"
     ) -> Reconciliation: ...
@@ -176,6 +180,18 @@ class BlockingController:
     ) -> Reconciliation:
         """Look after every open envelope, as `AdmissionController.reconcile`. Probers are async here too."""
         return self._loop.run(self._controller.reconcile, probers, everything=everything, by=by)
+
+    def revoke(self, *reference: str, by: Subject, reason: str) -> Record:
+        """Ask the owner of a live execution to take it away, as `AdmissionController.revoke`."""
+        return self._loop.run(self._controller.revoke, *reference, by=by, reason=reason)
+
+    def review(self, reviewers: Sequence[Reviewer], *, by: str = "review") -> ReviewRound:
+        """Ask reviewers about every live execution, as `AdmissionController.review`."""
+        return self._loop.run(self._controller.review, reviewers, by=by)
+
+    def carry_out(self, revokers: Revokers, *, by: str = "revoke") -> Carried:
+        """Ask owners to stop what is to be revoked, as `AdmissionController.carry_out`. Revokers are async here too."""
+        return self._loop.run(self._controller.carry_out, revokers, by=by)
 
     def close(self) -> None:
         """Tell observers what they wait for, and let go of the ledger, as `AdmissionController.aclose`."""

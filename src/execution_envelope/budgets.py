@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Any, Final, Literal, NamedTuple, TypeAlias, get_args
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 import msgspec
 
@@ -179,6 +179,16 @@ class Budget:
         # No value is written with a `#`, so that no other account is taken for it.
         digest = hashlib.sha256(account.encode()).hexdigest()[:40]
         return f"{account[: MAX_ACCOUNT - 41]}#{digest}"
+
+    def tenants_of(self, account: str) -> frozenset[str | None] | None:
+        """Whose an account of this budget is; None where that cannot be told: of everybody together, or cut."""
+        values = account.split("/")[1:]
+        if "#" in account or len(values) != len(self.per):
+            return None
+        if "tenant" in self.per:
+            value = values[list(self.per).index("tenant")]
+            return frozenset({None if value == "-" else unquote(value)})
+        return frozenset(self.match["tenant"]) if "tenant" in self.match else None
 
 
 def _dimension(envelope: Envelope, name: str) -> str | None:

@@ -30,11 +30,15 @@ except ImportError as missing:
 
 from execution_envelope import (
     cli_admission,
+    cli_explain,
     cli_list,
     cli_projection,
     cli_proof,
     cli_relay,
+    cli_replay,
+    cli_review,
     cli_serve,
+    cli_simulate,
     cli_totals,
     cli_upkeep,
     presentation,
@@ -98,9 +102,9 @@ class _Command(click.Group):
 def cli(context: click.Context, url: str | None) -> None:
     """Look into a ledger of execution envelopes: who asked for what, and what was really given.
 
-    Only `approve`, `deny`, `migrate` and `segment` change the ledger; `checkpoint` keeps a copy inside, `relay` how far
-    it came, and `list`, `coverage`, `project` and `rebuild` write the projection beside it. Exit status: 0 all right, 1
-    something does not fit, 2 cannot answer.
+    Only `approve`, `deny`, `review`, `revoke`, `migrate` and `segment` change the ledger; `checkpoint` keeps a copy
+    inside, `relay` how far it came, and `list`, `coverage`, `project` and `rebuild` write the projection beside it.
+    Exit status: 0 all right, 1 something does not fit, 2 cannot answer.
     """
     context.obj = url
     if context.invoked_subcommand is None:
@@ -254,8 +258,12 @@ cli_admission.add_to(cli)
 cli_list.add_to(cli)
 cli_proof.add_to(cli)
 cli_projection.add_to(cli)
+cli_explain.add_to(cli)
 cli_relay.add_to(cli)
+cli_replay.add_to(cli)
+cli_review.add_to(cli)
 cli_serve.add_to(cli)
+cli_simulate.add_to(cli)
 cli_totals.add_to(cli)
 cli_upkeep.add_to(cli)
 

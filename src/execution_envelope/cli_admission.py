@@ -106,7 +106,7 @@ def plan(name: str | None, as_json: bool, file: Any) -> None:
     """
     ask = _ask(file.read())
     with named_controller(click.get_current_context(), name) as controller:
-        found = _run(controller, lambda: controller.plan(ask))
+        found = run(lambda: controller.plan(ask))
     if as_json:
         print_json(_plan_data(found), indent=2)
     else:
@@ -115,7 +115,8 @@ def plan(name: str | None, as_json: bool, file: Any) -> None:
         raise SystemExit(1)
 
 
-def _subject_options(command: Callable[..., None]) -> Callable[..., None]:
+def subject_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Options that say who says something, and why."""
     for option in reversed(_SUBJECT):
         command = option(command)
     return command
@@ -124,7 +125,7 @@ def _subject_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.command()
 @controller_option
 @json_option
-@_subject_options
+@subject_options
 @click.argument("id", metavar="ID")
 def approve(name: str | None, as_json: bool, id: str, **said: Any) -> None:
     """Let a held request go on: its caller sends it again and is admitted.
@@ -137,7 +138,7 @@ def approve(name: str | None, as_json: bool, id: str, **said: Any) -> None:
 @click.command()
 @controller_option
 @json_option
-@_subject_options
+@subject_options
 @click.argument("id", metavar="ID")
 def deny(name: str | None, as_json: bool, id: str, **said: Any) -> None:
     """Refuse a held request: it stays denied."""
@@ -216,11 +217,21 @@ def named_controller(context: click.Context, name: str | None) -> Iterator[Admis
         anyio.run(found.aclose)
 
 
-def _run(controller: AdmissionController, call: Callable[[], Awaitable[T]]) -> T:
+def run(call: Callable[[], Awaitable[T]]) -> T:
+    """Call it in an event loop."""
+
     async def run() -> T:
         return await call()
 
     return anyio.run(run)
+
+
+def subject_of(who: str | None, tenant: str | None, roles: tuple[str, ...]) -> Subject:
+    """Who says so, by the `subject_options`."""
+    sort, colon, subject = (who or f"user:{_login()}").partition(":")
+    if not colon or not sort or not subject:
+        raise Problem(f"expected TYPE:ID such as user:dana, got `{who}` - at --as")
+    return Subject(sort, subject, tenant=tenant, roles=roles, method="command line")
 
 
 def _say(
@@ -234,15 +245,12 @@ def _say(
     roles: tuple[str, ...],
     reason: str,
 ) -> None:
-    sort, colon, subject = (who or f"user:{_login()}").partition(":")
-    if not colon or not sort or not subject:
-        raise Problem(f"expected TYPE:ID such as user:dana, got `{who}` - at --as")
-    by = Subject(sort, subject, tenant=tenant, roles=roles, method="command line")
+    by = subject_of(who, tenant, roles)
     with named_controller(click.get_current_context(), name) as controller:
         say = controller.approve if decision == "approve" else controller.deny
         id = resolve(controller.ledger, id)
         try:
-            record = _run(controller, lambda: say(id, by=by, reason=reason))
+            record = run(lambda: say(id, by=by, reason=reason))
         except (Denied, Held) as refused:
             raise Problem(f"{by.id} may not {decision}: {refused}") from refused
     said = record.approval

@@ -43,6 +43,8 @@ ADVICE: Final = {
     "unstated": "grant with `because={...}`, or state the step with `admission.effective(...)`",
     "violations": "`envelope show ID` names the bound and who went beyond it",
     "observed": "let them come through the seam; `envelope show ID` says by which log they are known",
+    "flagged": "`envelope show ID` says by whom and why; `envelope revoke ID` takes it away",
+    "revoking": "`controller.carry_out` asks their owners again; `envelope show ID` says what they answered",
     "undecided": "register a decider that covers the kind",
     "damaged": "run `envelope verify`",
     "unreadable": "run `envelope verify`",

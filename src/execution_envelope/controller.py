@@ -5,7 +5,6 @@ The seam records; it places and schedules nothing. What it cannot record it does
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -21,9 +20,11 @@ from msgspec.structs import replace as replace_struct
 from execution_envelope import decision as decisions
 from execution_envelope import lifecycle
 from execution_envelope.above import Above
-from execution_envelope.admission import MAX_CONFLICTS, Admission, Block
+from execution_envelope.admission import MAX_CONFLICTS, Admission
 from execution_envelope.approvals import Approvals, decided_just_now, expired, lapsed, lasting, said_before
 from execution_envelope.approver import Approver, Said
+from execution_envelope.attempted import AttemptedRequests
+from execution_envelope.block import Block
 from execution_envelope.blocking import BlockingController
 from execution_envelope.budgets import Budgets
 from execution_envelope.credentials import scrub, shown
@@ -46,7 +47,7 @@ from execution_envelope.family import read_tree
 from execution_envelope.hooks import HookChain
 from execution_envelope.journal import Journal
 from execution_envelope.judge import Judge, Judgement, Plan
-from execution_envelope.ledger import AttemptedRequest, Ledger, open_ledger
+from execution_envelope.ledger import Ledger, open_ledger
 from execution_envelope.ledger.commit import BudgetExhausted, KeyRow, KeyTaken, SequenceConflict, Siblings
 from execution_envelope.ledger.contract import Conservation
 from execution_envelope.lifecycle import EventData
@@ -55,11 +56,10 @@ from execution_envelope.observers import Observers
 from execution_envelope.reconciler import Reconciler
 from execution_envelope.reconciliation import Prober, Reconciliation
 from execution_envelope.record import Record
+from execution_envelope.reviewer import Carried, Reviewer, ReviewRound, Revokers
+from execution_envelope.reviewing import Reviewing
 from execution_envelope.tree import Tree
 
-#: Attempted requests a process records in a second, and at once; the rest are counted as dropped.
-ATTEMPTED_PER_SECOND: Final = 20
-ATTEMPTED_BURST: Final = 100
 MAX_RUN_ON: Final = 1000  #: How many envelopes that others run on a process remembers.
 
 T = TypeVar("T")
@@ -133,8 +133,8 @@ class AdmissionController:
         self._reconciler = Reconciler(self._journal)
         self._approver = Approver(self._journal, self._judge, self._reconciler, self._admitted_by_somebody)
         self._recorder = Recorder(self._journal, self._judge, self._sealed, self._handle)
-        self._tokens = float(ATTEMPTED_BURST)
-        self._refilled = time.monotonic()
+        self._reviewing = Reviewing(self._journal, self._admitted_by_somebody)
+        self._attempted = AttemptedRequests(self._journal)
 
     @property
     def component(self) -> str:
@@ -144,6 +144,10 @@ class AdmissionController:
     def hooks(self) -> Sequence[Hook]:
         """Deciders and observers, in order."""
         return self._hooks.hooks
+
+    @property
+    def budgets(self) -> Budgets:
+        return self._judge.budgets
 
     @property
     def counters(self) -> Counter[str]:
@@ -306,35 +310,39 @@ class AdmissionController:
         await self._settle()
         return await self._reconciler.look_after(probers, everything=everything, by=by)
 
+    async def review(
+        self, reviewers: Sequence[Reviewer], *, by: str = "review", progress: Callable[[int], None] | None = None
+    ) -> ReviewRound:
+        """Ask reviewers about every live execution, and record what they say that is new. Ends nothing.
+        `progress` is told how many were looked at.
+
+        A reviewer that fails or does not answer in time says nothing, which is recorded once for each envelope, and
+        counted. Raises `InvalidField` for reviewers that are declared wrongly, and `LedgerUnavailable`.
+        """
+        return await self._reviewing.review(reviewers, by=by, progress=progress)
+
+    async def revoke(self, *reference: str, by: Subject, reason: str) -> Record:
+        """Ask the owner of a live execution to take it away, as `by`: it is *revoked* when the owner confirms.
+
+        A request of its own, of kind `maintenance` and operation `envelope.revoke`, decided as that of `approve`. Said
+        once more by the same one it is nothing new. Raises `Denied` and `Held` of that, `NotLive`, `NotFound` and
+        `InvalidField`. Returns the record of the execution.
+        """
+        return await self._reviewing.revoke(await self.read(*reference), by, reason)
+
+    async def carry_out(self, revokers: Revokers, *, by: str = "revoke") -> Carried:
+        """Ask the owners of all that is to be revoked to stop it, and record *revoked* where they confirm.
+
+        `revokers` maps an owner's name to what asks it. What is part of it is asked for first. What an owner refuses,
+        or does not answer, stays open, is recorded when it is new, and is asked for again by the next call.
+        """
+        return await self._reviewing.carry_out(revokers, by=by)
+
     async def attempted(
         self, surface: str, reason: str, *, status: int, detail: str = "", request_id: str | None = None
     ) -> None:
         """Note a request that never became one: rate-limited, what is left out is counted. Never raises."""
-        self.counters["attempted"] += 1
-        now = time.monotonic()
-        self._tokens = min(ATTEMPTED_BURST, self._tokens + (now - self._refilled) * ATTEMPTED_PER_SECOND)
-        self._refilled = now
-        if self._tokens < 1:
-            self.counters["attempted_dropped"] += 1
-            self.counters["attempted_dropped_since"] += 1
-            return
-        self._tokens -= 1
-        dropped = self.counters.pop("attempted_dropped_since", 0)
-        note = AttemptedRequest(
-            timestamp(self._journal.now()),
-            scrub(surface),
-            scrub(reason),
-            status,
-            scrub(detail),
-            request_id and scrub(request_id),
-            dropped,
-        )
-        try:
-            await self._journal.call(self.ledger.note, note)
-        except LedgerUnavailable:
-            # The request was refused anyway; what is lost is the trace of it, and that is counted.
-            self.counters["attempted_dropped"] += 1
-            self.counters["attempted_dropped_since"] += dropped + 1
+        await self._attempted.note(surface, reason, status, detail, request_id)
 
     def blocking(self) -> BlockingController:
         """The same seam for threads and scripts without an event loop."""

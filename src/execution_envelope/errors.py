@@ -14,6 +14,7 @@
     ├── Violation           a grant went beyond a limit or a parent; it *is* recorded
     ├── IllegalTransition   the lifecycle has no such step; nothing was recorded
     ├── NotHeld             there is no held request to approve or deny; nothing was recorded
+    ├── NotLive             there is no live execution to revoke, or nobody asked to revoke it; nothing was recorded
     ├── SelfApproval        nobody approves what they asked for themselves; nothing was recorded
     ├── OpenObligations     a required obligation is open, so there is no clean end; nothing was recorded
     ├── OpenChildren        an envelope that is part of it is open, so there is no clean end; nothing was recorded
@@ -149,6 +150,15 @@ class IllegalTransition(EnvelopeError):
 
 class NotHeld(EnvelopeError):
     """There is no held request to approve or deny: it was decided already. Nothing was recorded."""
+
+    def __init__(self, message: str, *, envelope_id: str) -> None:
+        super().__init__(message)
+        self.envelope_id = envelope_id
+
+
+class NotLive(EnvelopeError):
+    """There is no live execution to revoke: it is held, was only observed, has ended, or, where somebody confirms,
+    nobody asked to revoke it. Nothing was recorded."""
 
     def __init__(self, message: str, *, envelope_id: str) -> None:
         super().__init__(message)

@@ -28,7 +28,7 @@ from execution_envelope.ledger.commit import BudgetExhausted, Commit, SequenceCo
 from execution_envelope.ledger.contract import Conservation
 from execution_envelope.ledger.spool import Spool
 from execution_envelope.ledger.submission import Outcome, Submission
-from execution_envelope.lifecycle import TERMINAL, Bound, Budgeted, Event, EventData, Fact, Late, Sealed, Violation
+from execution_envelope.lifecycle import ORDERED, TERMINAL, Budgeted, Event, EventData, Fact, Late, Sealed, Violation
 from execution_envelope.mailbox import mailbox
 from execution_envelope.record import Record, check
 from execution_envelope.tree import Tree
@@ -300,7 +300,7 @@ class Journal:
             (fact for fact in (*facts[:1], *(e.data for e in record.events[:1])) if isinstance(fact, Sealed)), None
         )
         mode = self.mode(record.envelope, None if sealed is None else sealed.key)
-        if mode.window_ms is not None and any(isinstance(fact, Bound) for fact in facts):
+        if mode.window_ms is not None and any(fact.type in ORDERED for fact in facts):
             return STRICT
         return mode
 

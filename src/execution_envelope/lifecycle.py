@@ -69,6 +69,8 @@ _EXECUTING: Final = frozenset(
         "obligation",
         "budgeted",
         "reported",
+        "review",
+        "revocation",
     }
 )
 
@@ -81,6 +83,10 @@ NOTES: Final[Mapping[str, frozenset[str]]] = {
     "granted": _EXECUTING,
     **{state: frozenset({"late"}) for state in sorted(TERMINAL)},
 }
+
+
+#: Events that others act upon: on the disk before anybody is told of them, however their kind is written.
+ORDERED: Final = frozenset({"bound", "review", "revocation", "revoked"})
 
 
 class Why(msgspec.Struct, frozen=True):
@@ -357,7 +363,7 @@ class Violation(_Data, frozen=True, tag="violation"):
 
 class Error(_Data, frozen=True, tag="error"):
     """An error that did not end the execution: while its block was left, because its owner closes it; or of the
-    observer `hook`, one for each observer and envelope."""
+    observer or reviewer `hook`, one for each and envelope."""
 
     text: str
     hook: str | None = None
@@ -390,8 +396,35 @@ class Cancelled(_Data, frozen=True, tag="cancelled"):
     message: str | None = None
 
 
+class Review(_Data, frozen=True, tag="review"):
+    """What a reviewer said of a live execution: *keep*, *flag* or *revoke*. It ends nothing: *revoke* asks the owning
+    backend to take it away, and stands until the end or until the same reviewer says another thing.
+
+    `reviewer` is the name of one that is run, or the person, `type:id`, who was admitted to say so under the envelope
+    `admission`. `revision` is that of the policy it judged by, `policies` the rules in it that determined the verdict.
+    """
+
+    reviewer: str
+    version: str
+    verdict: Literal["keep", "flag", "revoke"]
+    code: str | None = None
+    text: str | None = None
+    revision: str | None = None
+    policies: tuple[str, ...] = ()
+    admission: str | None = None
+
+
+class Revocation(_Data, frozen=True, tag="revocation"):
+    """What the `owner` said when it was asked to take the execution away, and did not confirm it. It is asked again;
+    the same answer is recorded once."""
+
+    owner: str
+    answer: Literal["refused", "unknown"]
+    text: str
+
+
 class Revoked(_Data, frozen=True, tag="revoked"):
-    """The owning backend confirmed that it took the execution away."""
+    """The owning backend confirmed that it took the execution away, as a review had asked."""
 
     message: str | None = None
 
@@ -421,6 +454,8 @@ Fact: TypeAlias = (
     | Released
     | Ready
     | Reported
+    | Review
+    | Revocation
     | Used
     | Violation
     | Error

@@ -87,10 +87,13 @@ class Reconciler:
         return chain, None if chain is None else await self._journal.call(self._journal.ledger.writer, chain)
 
     async def _abandon(self, seen: Record, evidence: str, by: str) -> bool:
-        """End it, unless anything was recorded since it was looked at."""
+        """End it, unless anything was recorded since it was looked at. What was to be revoked is not abandoned: that it
+        is gone is what was asked for."""
+        revoking = seen.revoking is not None
+        end = lifecycle.Revoked(scrub(evidence)) if revoking else lifecycle.Abandoned(scrub(evidence))
         try:
-            await self._journal.write([(seen, [lifecycle.Abandoned(scrub(evidence))])], by=by)
+            await self._journal.write([(seen, [end])], by=by)
         except SequenceConflict:
             return False
-        self._journal.counters["abandoned"] += 1
+        self._journal.counters["revoked" if revoking else "abandoned"] += 1
         return True

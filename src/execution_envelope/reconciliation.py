@@ -32,7 +32,8 @@ class Liveness:
 
     @classmethod
     def gone(cls, evidence: str) -> Liveness:
-        """The owner no longer knows it. It will be recorded as abandoned, with this evidence."""
+        """The owner no longer knows it. It will be recorded as abandoned, with this evidence; or as revoked, where that
+        was asked for."""
         return cls("gone", evidence)
 
     @classmethod

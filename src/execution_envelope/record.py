@@ -32,6 +32,7 @@ from execution_envelope.lifecycle import (
     Ready,
     Released,
     Reported,
+    Review,
     Verdict,
     Violation,
     legal_from,
@@ -270,6 +271,32 @@ class Record:
     def approval(self) -> Event | None:
         """The newest event in which an approver said something."""
         return next((event for event in reversed(self.events) if isinstance(event.data, Approval)), None)
+
+    @property
+    def reviews(self) -> dict[str, Event]:
+        """Reviewer -> the event of what it said last, while it was open."""
+        return {event.data.reviewer: event for event in self.events if isinstance(event.data, Review)}
+
+    @property
+    def revoking(self) -> Event | None:
+        """The review by which it is to be revoked, which its owner has not confirmed: the first of those that stand."""
+        return self._standing("revoke")
+
+    @property
+    def was_to_be_revoked(self) -> bool:
+        """Whether any review asked to revoke it, taken back since or not: what its owner confirms was asked for."""
+        return any(isinstance(event.data, Review) and event.data.verdict == "revoke" for event in self.events)
+
+    @property
+    def flagged(self) -> Event | None:
+        """The review that flags it, while it is open: the first of those that stand."""
+        return self._standing("flag")
+
+    def _standing(self, verdict: str) -> Event | None:
+        if not self.is_open:
+            return None
+        found = [event for event in self.reviews.values() if getattr(event.data, "verdict", None) == verdict]
+        return min(found, key=lambda event: event.sequence, default=None)
 
     @property
     def hints_read(self) -> dict[str, list[str]]:

@@ -19,6 +19,7 @@ from execution_envelope import (
 from execution_envelope.integrations.fastapi import Caller as EnvelopeCaller
 from execution_envelope.policy.file import PolicyFile
 from execution_envelope.reconciliation import Liveness, Prober
+from execution_envelope.reviewer import Revoker, Stop
 from execution_envelope.telemetry.prometheus import PrometheusObserver
 from proving_ground.auth import CurrentCaller
 from proving_ground.catalog import ENGINE, Catalog
@@ -236,6 +237,11 @@ class EnvelopeRecorder:
             # Its engines have ended, whatever is left to do.
             await admission.fail("OBLIGATIONS_OPEN", str(open_ones), by=by)
 
+    async def revoked(self, deployment: Deployment, sentence: str) -> None:
+        admission = await self._of(deployment)
+        pids = ", ".join(str(instance.pid) for instance in deployment.instances if instance.pid is not None)
+        await admission.confirm_revoke(f"engines with pid {pids} have ended" if pids else "it ran no engine")
+
 
 async def _used(admission: Admission, part: str, usage: Usage) -> None:
     await admission.used(
@@ -306,6 +312,24 @@ def _gpus(deployment: Deployment, instance: Instance, route: Mapping[str, str]) 
         by=RAY,
         because=said,
     )
+
+
+def revoker(supervisor: Supervisor) -> Revoker:
+    """Asks the supervisor to take a deployment away."""
+
+    async def stop(record: Record, why: str) -> Stop:
+        reference = record.references["deployment"]
+        deployment = supervisor.deployments.get(UUID(reference))
+        if deployment is None:
+            return Stop.stopped(f"the backend has no deployment {reference}")
+        await supervisor.revoke(deployment, why)
+        pids = [str(instance.pid) for instance in deployment.instances if instance.pid is not None]
+        left = ", ".join(pids) or "none"
+        if not deployment.ended:
+            return Stop.unknown(f"{deployment.status}, engines with pid {left}")
+        return Stop.stopped(f"{deployment.status}, engines with pid {left} have ended")
+
+    return stop
 
 
 def prober(supervisor: Supervisor) -> Prober:

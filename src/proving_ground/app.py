@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse
 from execution_envelope.integrations.fastapi import install
 from execution_envelope.telemetry.prometheus import metrics_app
 from proving_ground import agent_routes, catalog_routes, data_routes, evaluation_routes, runtime, serving
-from proving_ground.admission import SUPERVISOR, EnvelopeRecorder, open_seam, prober
+from proving_ground.admission import SUPERVISOR, EnvelopeRecorder, open_seam, prober, revoker
 from proving_ground.agent_tools import load_servers
 from proving_ground.agents import AgentRuns
 from proving_ground.auth import RunTokens, TokenFile
@@ -23,6 +23,7 @@ from proving_ground.console import open_console
 from proving_ground.evaluation import EVALUATION, Evaluations
 from proving_ground.jobs import JOBS, Jobs, JobStore
 from proving_ground.jobs import prober as job_prober
+from proving_ground.jobs import revoker as job_revoker
 from proving_ground.local import LocalCluster
 from proving_ground.machine import this_node
 from proving_ground.maintenance import Maintenance
@@ -81,8 +82,10 @@ def create_app(settings: Settings, *, catalog: Catalog | None = None) -> FastAPI
             await supervisor.recover()
             await jobs.recover()
             probers = {SUPERVISOR: prober(supervisor), JOBS: job_prober(jobs)}
-            maintenance = Maintenance(controller, probers, supervisor, jobs)
+            revokers = {SUPERVISOR: revoker(supervisor), JOBS: job_revoker(jobs)}
+            maintenance = Maintenance(controller, probers, revokers, seam.policy, settings.review, supervisor, jobs)
             await maintenance.reconcile(everything=True)
+            await maintenance.review()
             await maintenance.clean_up()
             work = (maintenance.run(), watch(seam.policy))
             beside = [asyncio.create_task(one) for one in work]

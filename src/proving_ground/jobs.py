@@ -29,6 +29,7 @@ from execution_envelope import (
     Tree,
 )
 from execution_envelope.reconciliation import Liveness, Prober
+from execution_envelope.reviewer import Revoker, Stop
 from proving_ground.auth import Caller, RunTokens
 
 log = logging.getLogger(__name__)
@@ -42,6 +43,10 @@ KEPT_ENDED: Final = 1000
 MAX_OPEN: Final = 64
 #: How long the children of a job that ends have to end by themselves, in seconds.
 CHILDREN_SECONDS: Final = 5.0
+
+#: What `Job.stopped_by` begins with when a review asked for its end, and why follows.
+REVOKE: Final = "review: "
+REVOKED: Final = "REVOKED"
 
 Status = Literal["REQUESTED", "RUNNING", "COMPLETED", "FAILED", "CANCELLED"]
 _End = tuple[Status, str | None, str]
@@ -96,6 +101,12 @@ class Job:
     @property
     def ended(self) -> bool:
         return self.status in ENDED
+
+    @property
+    def revoked(self) -> str | None:
+        """Why it is to end because its record asks for that; None when somebody, or nobody, stopped it otherwise."""
+        by = self.stopped_by or ""
+        return by.removeprefix(REVOKE) if by.startswith(REVOKE) else None
 
 
 class JobStore:
@@ -279,7 +290,9 @@ class Jobs:
             await running
         except asyncio.CancelledError:
             end: _End | None = ("FAILED", "BACKEND_STOPPED", "the backend ended while it ran; ask again")
-            if job.stopped_by is not None:
+            if job.revoked is not None:
+                end = ("CANCELLED", REVOKED, job.revoked)
+            elif job.stopped_by is not None:
                 end = ("CANCELLED", "CANCELLED", f"stopped by {job.stopped_by}")
             elif resumable and self._closing:
                 end = None  # the next backend goes on with it
@@ -321,7 +334,9 @@ class Jobs:
             await self._end_children(work.admission, sentence or "its parent has ended")
             # Others may have written to it: how it ends depends on the newest state.
             admission = await self._controller.resume(id, by=JOBS)
-            if status == "CANCELLED":
+            if code == REVOKED:
+                await admission.confirm_revoke(f"the {job.kind} has ended")
+            elif status == "CANCELLED":
                 await admission.cancel(sentence, by=job.stopped_by)
             elif code is not None:
                 await _badly(admission, code, sentence)
@@ -380,7 +395,7 @@ def _recorded(record: Record) -> _End:
     state = record.state
     if state == "completed":
         return "COMPLETED", None, ""
-    status: Status = "CANCELLED" if state == "cancelled" else "FAILED"
+    status: Status = "CANCELLED" if state in ("cancelled", "revoked") else "FAILED"
     data = next(event.data for event in reversed(record.events) if event.data.type == state)
     said = getattr(data, "message", None) or getattr(data, "evidence", None)
     return status, getattr(data, "code", state.upper()), said or f"it is {state} on the record"
@@ -391,6 +406,23 @@ async def _badly(admission: Admission, code: str, sentence: str) -> None:
         await admission.fail(code, sentence)
     else:
         await admission.reject(code, sentence)
+
+
+def revoker(jobs: Jobs) -> Revoker:
+    """Ends a job because its record asks for that."""
+
+    async def stop(record: Record, why: str) -> Stop:
+        bound = record.bound
+        assert bound is not None  # or nobody would be asked
+        job = jobs.jobs.get(UUID(bound.reference))
+        if job is None:
+            return Stop.stopped(f"the backend has no {bound.kind} {bound.reference}")
+        await jobs.cancel(job, f"{REVOKE}{why}")
+        if not job.ended:
+            return Stop.unknown(f"{job.status}, {job.done} of {job.total or 'unknown'} done")
+        return Stop.stopped(f"the {job.kind} has ended: {job.status}")
+
+    return stop
 
 
 def prober(jobs: Jobs) -> Prober:

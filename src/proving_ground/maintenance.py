@@ -1,10 +1,11 @@
-"""What this backend does of its own accord: it looks after open envelopes and forgets what is old, through the seam."""
+"""What this backend does of its own accord, through the seam: it looks after open envelopes, reviews what runs by the
+policy as it is now, ends what is to be revoked, and forgets what is old."""
 
 import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Final
+from typing import Final, Literal
 
 from execution_envelope import (
     Admission,
@@ -18,19 +19,23 @@ from execution_envelope import (
     Subject,
     Target,
 )
+from execution_envelope.policy.file import PolicyFile
 from execution_envelope.reconciliation import Prober
+from execution_envelope.reviewer import PolicyReviewer, Revokers
 from proving_ground.jobs import Jobs
 from proving_ground.supervisor import Supervisor
 
 log = logging.getLogger(__name__)
 
-#: How often both are done, in seconds, beside once at start.
+#: How often all are done, in seconds, beside once at start; what runs is reviewed when the policy changes, too.
 EVERY_SECONDS: Final = 300.0
+#: How often it is looked, in seconds, whether the policy changed, and whether anything is to be revoked.
+LOOK_SECONDS: Final = 0.5
 #: The most that one envelope of a clean-up takes away.
 MAX_ROWS: Final = 1000
 #: Who asks: this backend, for nobody else.
 ITSELF: Final = Subject("service", "proving-ground", method="internal")
-_OPERATIONS: Final = ("backend.reconcile", "backend.clean_up")
+_OPERATIONS: Final = ("backend.reconcile", "backend.clean_up", "backend.review")
 
 
 def _own(envelope: Envelope) -> Decision:
@@ -44,13 +49,26 @@ ALLOWED: Final = Rule("the-backend-itself", _own, kinds=frozenset({"maintenance"
 
 
 class Maintenance:
-    """`probers` ask the owners of open envelopes; `supervisor` and `jobs` forget what has ended long ago."""
+    """`probers` ask the owners of open envelopes, `revokers` have them end one; `supervisor` and `jobs` forget what has
+    ended long ago. What `policy` would not admit any more is flagged or revoked, by `verdict`."""
 
     def __init__(
-        self, controller: AdmissionController, probers: Mapping[str, Prober], supervisor: Supervisor, jobs: Jobs
+        self,
+        controller: AdmissionController,
+        probers: Mapping[str, Prober],
+        revokers: Revokers,
+        policy: PolicyFile,
+        verdict: Literal["flag", "revoke"],
+        supervisor: Supervisor,
+        jobs: Jobs,
     ) -> None:
         self._controller = controller
         self._probers = probers
+        self._revokers = revokers
+        self._policy = policy
+        self._reviewer = PolicyReviewer(policy.decider, verdict=verdict)
+        self._reviewed: str | None = None
+        """The revision of the policy by which all that ran was reviewed."""
         self._supervisor = supervisor
         self._jobs = jobs
 
@@ -64,6 +82,28 @@ class Maintenance:
                 await _used(admission, len(asked), begun)
         except Refused as refused:
             log.warning("open envelopes are not looked after: %s", refused)
+
+    async def review(self) -> None:
+        """Review what runs by the policy as it is now. Policy may refuse it, which is logged."""
+        revision = self._policy.revision
+        try:
+            async with self._controller.admit(_ask(_OPERATIONS[2])) as admission:
+                begun = time.monotonic()
+                found = await self._controller.review([self._reviewer])
+                await _used(admission, found.looked_at, begun)
+        except Refused as refused:
+            log.warning("what runs is not reviewed: %s", refused)
+        self._reviewed = revision
+
+    async def _review_changes(self) -> None:
+        if self._policy.revision != self._reviewed:
+            await self.review()
+
+    async def carry_out(self) -> None:
+        """End what is to be revoked. What each one is revoked for was admitted, so this is no request of its own."""
+        found = await self._controller.carry_out(self._revokers)
+        for id, evidence in found.revoked:
+            log.warning("revoked %s: %s", id, evidence)
 
     async def clean_up(self) -> None:
         """Forget all deployments and jobs that ended long ago, in rounds of `MAX_ROWS`, each with an envelope.
@@ -89,8 +129,11 @@ class Maintenance:
         return gone
 
     async def run(self) -> None:
-        """Both again and again, for ever."""
+        """All of it again and again, for ever."""
         await asyncio.gather(
+            _every(LOOK_SECONDS, self.carry_out, "what is to be revoked could not be ended"),
+            _every(LOOK_SECONDS, self._review_changes, "what runs could not be reviewed"),
+            _every(EVERY_SECONDS, self.review, "what runs could not be reviewed"),
             _every(EVERY_SECONDS, self.reconcile, "open envelopes could not be looked after"),
             _every(EVERY_SECONDS, self.clean_up, "nothing could be cleaned up"),
         )

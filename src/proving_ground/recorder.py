@@ -5,8 +5,9 @@ For one deployment the calls come in this order, one at a time:
     effective -> attempt* -> placed -> (enforced -> ready) per instance -> released per instance -> stopped | failed
     effective? -> attempt* -> rejected | stopped                (nothing was granted)
 
-Exactly one of `stopped`, `failed`, `rejected` comes, last. An exception out of any call before `released` fails the
-deployment with code RECORDER_FAILED; out of the later ones it is logged, as the engines have ended by then.
+Exactly one of `stopped`, `failed`, `rejected` or, in the place of any of them, `revoked` comes, last. An exception out
+of any call before `released` fails the deployment with code RECORDER_FAILED; out of the later ones it is logged, as the
+engines have ended by then.
 """
 
 from collections.abc import Mapping, Sequence
@@ -47,3 +48,6 @@ class Recorder(Protocol):
 
     async def stopped(self, deployment: Deployment, usage: Sequence[Usage]) -> None:
         """It was asked to end, and has; one usage per instance that ran."""
+
+    async def revoked(self, deployment: Deployment, sentence: str) -> None:
+        """Its record asked for its end, as `sentence` says, and it has ended."""

@@ -41,6 +41,8 @@ class Settings:
     the tenant's own directory and memory."""
     cluster: Literal["local", "ray"] = "local"
     """Where engines run: as children of the backend, or on a Ray cluster."""
+    review: Literal["flag", "revoke"] = "flag"
+    """What becomes of running executions that a changed policy would not admit any more."""
     ray_address: str = "auto"
     """`host:port` of the cluster's head; `auto` finds the cluster that this machine is a node of."""
     placement_seconds: float = 300.0
@@ -49,7 +51,7 @@ class Settings:
     @classmethod
     def from_env(cls, env: Mapping[str, str] = os.environ) -> "Settings":
         """Read PORT, DATA, TOKENS, KEEP_ENGINES, NODE_MEMORY (`600MiB`), NODE_CORES, RETRY_SECONDS, POLICY, LOG,
-        CLUSTER, RAY_ADDRESS, PLACEMENT_SECONDS, TOOLS and SOURCES."""
+        CLUSTER, RAY_ADDRESS, PLACEMENT_SECONDS, TOOLS, SOURCES and REVIEW."""
         data = Path(env.get("DATA", ".data"))
         return cls(
             data=data,
@@ -60,6 +62,7 @@ class Settings:
             node_cores=int(_number(env, "NODE_CORES", 1, 1, 1024)) if "NODE_CORES" in env else None,
             retry_seconds=_number(env, "RETRY_SECONDS", 5.0, 0.01, 3600),
             policy=Path(env["POLICY"]) if "POLICY" in env else EXAMPLE,
+            review=_review(env),
             cluster=_cluster(env),
             ray_address=_address(env),
             placement_seconds=_number(env, "PLACEMENT_SECONDS", 300.0, 1, 86_400),
@@ -87,6 +90,15 @@ def _switch(env: Mapping[str, str], name: str) -> bool:
     if text not in ("0", "1", "false", "true", "no", "yes"):
         raise ValueError(f"expected 0 or 1, got `{text}` - at {name}")
     return text in ("1", "true", "yes")
+
+
+def _review(env: Mapping[str, str]) -> Literal["flag", "revoke"]:
+    text = env.get("REVIEW", "flag")
+    if text == "flag":
+        return "flag"
+    if text != "revoke":
+        raise ValueError(f"expected flag or revoke, got `{text}` - at REVIEW")
+    return "revoke"
 
 
 def _cluster(env: Mapping[str, str]) -> Literal["local", "ray"]:

@@ -22,6 +22,8 @@ from proving_ground.resolver import Placement, Unsatisfiable, effective
 from proving_ground.store import Store
 
 SAMPLE_SECONDS = 1.0
+REVOKED = "REVOKED"
+"""The last error code of a deployment that was taken away because a review asked for that."""
 KEPT_ENDED = 1000
 """Ended deployments that stay listed; older ones are forgotten, with their logs."""
 
@@ -85,12 +87,21 @@ class Supervisor:
 
     async def stop(self, deployment: Deployment, *, force: bool = False) -> None:
         """End it and wait for its end; harmless when it has ended. `force` kills engines without patience."""
+        await self._interrupt(deployment, "STOPPED", None, "", force=force)
+
+    async def revoke(self, deployment: Deployment, sentence: str) -> None:
+        """The same because its record asks for it: its users see an error that says so."""
+        await self._interrupt(deployment, "ERROR", REVOKED, sentence)
+
+    async def _interrupt(
+        self, deployment: Deployment, status: Status, code: str | None, sentence: str, *, force: bool = False
+    ) -> None:
         task = self._tasks.get(deployment.id)
         if task is not None and deployment.id not in self._ending:
             task.cancel()
             await asyncio.wait([task])
         if deployment.id in self._ending or not deployment.ended:
-            await self._end(deployment, "STOPPED", None, "", force=force)
+            await self._end(deployment, status, code, sentence, force=force)
 
     async def recover(self) -> None:
         """At start: take over engines that were kept, and fail what was lost with the last backend."""
@@ -246,7 +257,7 @@ class Supervisor:
         self, deployment: Deployment, status: Status, code: str | None, sentence: str, force: bool, tell: bool
     ) -> None:
         deployment.last_error_code, deployment.last_error_message = code, sentence or None
-        if code is not None:  # callers learn of a failure before the other replicas have ended
+        if code not in (None, REVOKED):  # callers learn of a failure before the other replicas have ended
             self._become(deployment, status)
         engines = [instance.engine for instance in deployment.instances if instance.engine is not None]
         patience = 0.0 if force else STOP_SECONDS
@@ -270,6 +281,8 @@ class Supervisor:
         if code is None:
             usage = [instance.usage for instance in deployment.instances if instance.usage is not None]
             await self._tell_of_the_end(self._recorder.stopped(deployment, usage))
+        elif code == REVOKED:
+            await self._tell_of_the_end(self._recorder.revoked(deployment, sentence))
         elif deployment.instances:
             await self._tell_of_the_end(self._recorder.failed(deployment, code, sentence))
         else:

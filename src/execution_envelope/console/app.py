@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fastapi import FastAPI
 
-from execution_envelope.console import api, signin
+from execution_envelope.console import api, pages, reading, signin
 from execution_envelope.console.access import Authenticator
 from execution_envelope.console.headers import BodyLimit, SecurityHeaders
 from execution_envelope.console.limits import RateLimits
@@ -39,6 +39,8 @@ def create_app(
     app.add_middleware(BodyLimit)
     app.add_middleware(SecurityHeaders)  # the last one added is the first to see a request
     app.include_router(signin.router)
+    app.include_router(reading.router, prefix="/api")
     app.include_router(api.router, prefix="/api")
+    pages.add_to(app)
     describe(app)
     return app

@@ -11,6 +11,7 @@ from fastapi import Request
 from fastapi.responses import HTMLResponse
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from execution_envelope.budgets import Budgets
 from execution_envelope.console.access import Authenticator, Principal
 from execution_envelope.console.limits import RateLimits
 from execution_envelope.console.sessions import Session, Sessions
@@ -51,6 +52,11 @@ class Console:
         """What time it is, in UTC."""
         return self.review.clock
 
+    @property
+    def budgets(self) -> Budgets:
+        """The budgets of the controller that decides here; none without one."""
+        return Budgets() if self.controller is None else self.controller.budgets
+
     def authenticate(self, token: str) -> Principal | None:
         """Who holds a token. In a thread."""
         for authenticator in self.authenticators:
@@ -64,6 +70,10 @@ class Console:
         session: Session | None = getattr(request.state, "session", None)
         who: Principal | None = getattr(request.state, "who", None)
         text = self.templates.get_template(template).render(
-            base=request.scope.get("root_path", ""), csrf="" if session is None else session.csrf, who=who, **values
+            base=request.scope.get("root_path", ""),
+            csrf="" if session is None else session.csrf,
+            who=who,
+            request=request,
+            **values,
         )
         return HTMLResponse(text)

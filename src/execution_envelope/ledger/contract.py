@@ -101,6 +101,26 @@ class Step(NamedTuple):
     before: bytes | None
 
 
+#: The events that say what was decided of a request, by hooks and by approvers.
+DECIDING = ("sealed", "verdict", "admitted", "denied", "held", "observed", "approval", "obligation")
+
+
+class Deciding(NamedTuple):
+    """One event of `DECIDING`: its columns and its bytes, which are None where the entry is missing.
+
+    `closed` says, beside the first event of an envelope only, whether the ledger takes that for ended.
+    """
+
+    envelope: str
+    sequence: int
+    type: str
+    chain: int
+    position: int
+    closed: bool
+    body: bytes | None
+    sealed: bytes | None
+
+
 @dataclass(frozen=True, slots=True)
 class Conservation:
     """What became of the events that were acknowledged by this process: emitted = stored + dropped + pending."""
@@ -249,6 +269,10 @@ class Ledger(Protocol):
 
     def events_of(self, envelopes: Sequence[str], types: Sequence[str]) -> Iterator[Step]:
         """The steps of these envelopes, a thousand at most, whose type is one of these; in the order of `steps`."""
+        ...
+
+    def decisions(self, *, after: str = "", until: str | None = None) -> Iterator[Deciding]:
+        """The events of `DECIDING` by envelope and sequence, of envelopes behind `after` up to and with `until`."""
         ...
 
     def splits(self, size: int) -> list[str]:

@@ -18,10 +18,12 @@ from execution_envelope.ledger.balances import Balances
 from execution_envelope.ledger.chain import Chain, Link
 from execution_envelope.ledger.commit import BudgetExhausted, Commit, KeyRow, KeyTaken, SequenceConflict, Stored
 from execution_envelope.ledger.contract import (
+    DECIDING,
     MAX_ATTEMPTED,
     AttemptedRequest,
     ChainHead,
     Conservation,
+    Deciding,
     Moment,
     Row,
     Step,
@@ -293,6 +295,11 @@ class MemoryLedger:
                         Step(id, event.sequence, event.data.type, numbers[chain], position, closed, row, before)
                     )
             return found
+
+    def decisions(self, *, after: str = "", until: str | None = None) -> Iterator[Deciding]:
+        for id, sequence, type, chain, position, closed, row, _ in self.steps(after=after, until=until):
+            if type in DECIDING and row is not None:
+                yield Deciding(id, sequence, type, chain, position, sequence == 0 and closed, row.body, row.sealed)
 
     def splits(self, size: int) -> list[str]:
         with self._lock:

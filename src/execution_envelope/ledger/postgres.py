@@ -25,10 +25,12 @@ from execution_envelope.ledger import projection_postgres, schema
 from execution_envelope.ledger.balances import SINCE, too_old
 from execution_envelope.ledger.commit import Commit, KeyRow, SequenceConflict, Stored
 from execution_envelope.ledger.contract import (
+    DECIDING,
     MAX_ATTEMPTED,
     AttemptedRequest,
     ChainHead,
     Conservation,
+    Deciding,
     Moment,
     Row,
     Step,
@@ -260,6 +262,12 @@ class PostgresLedger:
                 names.update(self._all("chains"))
             row = None if body is None else Row(names.setdefault(number, ""), position, body, hash, sealed)
             yield Step(envelope, sequence, type, number, position, closed, row, before)
+
+    def decisions(self, *, after: str = "", until: str | None = None) -> Iterator[Deciding]:
+        start: tuple[str, int] = (after, schema.MAX_POSITION)
+        while page := self._all("decisions", *start, until or _TEXT_END, list(DECIDING), _PAGE):
+            yield from map(Deciding._make, page)
+            start = (page[-1][0], page[-1][1])
 
     def splits(self, size: int) -> list[str]:
         found, last = list[str](), ""

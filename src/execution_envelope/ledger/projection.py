@@ -15,10 +15,10 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Final, Literal, NamedTuple, Protocol, TypeAlias
+from typing import Final, Literal, Protocol, TypeAlias
 
 import msgspec
 
@@ -29,6 +29,7 @@ from execution_envelope.criteria import searchable as searchable
 from execution_envelope.delta import granted_totals
 from execution_envelope.envelope import Envelope, Scoped
 from execution_envelope.errors import InvalidField
+from execution_envelope.ledger.rollups import Changed, Question, Totals
 from execution_envelope.lifecycle import (
     OPEN,
     TERMINAL,
@@ -44,7 +45,7 @@ from execution_envelope.lifecycle import (
 )
 from execution_envelope.query import Query
 from execution_envelope.record import Record
-from execution_envelope.resources import UNKNOWN, VOCABULARY, Amount
+from execution_envelope.resources import Amount
 
 #: Of the rows, the roll-ups and the tables. A projection of another version is dropped and made again.
 VERSION: Final = 4
@@ -61,18 +62,16 @@ COVERAGE: Final[Mapping[str, str]] = {
     "unstated": "granted other than asked, and nobody said why",
     "violations": "granted beyond a bound",
     "observed": "recorded after the fact: they went past the seam, and no decider was asked",
+    "flagged": "open, and a reviewer says that somebody should look at it",
+    "revoking": "to be revoked, and its owner has not confirmed it",
     "undecided": "admitted while no decider covered the kind",
     "damaged": "whose entries in the ledger cannot be read as a record",
 }
 #: States that envelopes can be found by beside what coverage counts: all ends but the most frequent one.
 RARE: Final = TERMINAL - {"completed"}
-#: Not even for different executions does a sum of it mean anything.
-_NOT_ADDED: Final = frozenset(name for name in VOCABULARY if name == "context")
+#: Fields of a row that are terms of it.
+_NOTED: Final = ("ungranted", "unstated", "violations", "observed", "undecided", "flagged", "revoking")
 
-By: TypeAlias = Literal["day", "tenant", "project", "kind"]
-#: What a part of another execution asked for and was granted stands within what that one did, and is summed apart; used
-#: amounts exclude children.
-Side: TypeAlias = Literal["requested", "granted", "used", "requested_within", "granted_within"]
 #: Told how many more entries were taken in.
 Progress: TypeAlias = Callable[[int], None]
 
@@ -82,7 +81,9 @@ class ProjectedEnvelope(msgspec.Struct, frozen=True, omit_defaults=True):
 
     `events` is how many events it is made of. Of an `observed` one `began_at` is when it began, or ended where that is
     not known. `ungranted`: nobody granted, and it is open or completed; `unstated`: how many differences nobody
-    explained. `project` is the workroom where no project is named. Of a damaged one there is only the id.
+    explained; `flagged` and `revoking`: what stands of reviews, while it is open; `was_granted`: somebody granted,
+    whatever it was; `by_default`: resources that only a default of the client asks for. `project` is the workroom where
+    no project is named. Of a damaged one there is only the id.
 
     `outcomes` and `causes` are those of its differences, `causes` also of its effective values; `hooks` were asked,
     `refused_by` denied or held, `would_refuse` too, in shadow; `codes` are of verdicts, refusals and failures. All of
@@ -112,6 +113,8 @@ class ProjectedEnvelope(msgspec.Struct, frozen=True, omit_defaults=True):
     unstated: int = 0
     violations: int = 0
     late: int = 0
+    flagged: bool = False
+    revoking: bool = False
     requested: Mapping[str, Amount] = {}
     granted: Mapping[str, Amount] = {}
     used: Mapping[str, Amount] = {}
@@ -121,6 +124,8 @@ class ProjectedEnvelope(msgspec.Struct, frozen=True, omit_defaults=True):
     refused_by: tuple[str, ...] = ()
     would_refuse: tuple[str, ...] = ()
     codes: tuple[str, ...] = ()
+    was_granted: bool = False
+    by_default: tuple[str, ...] = ()
 
     @property
     def resources(self) -> tuple[str, ...]:
@@ -249,6 +254,8 @@ def project(record: Record) -> ProjectedEnvelope:
         unstated=sum(difference.unstated for difference in differences),
         violations=len(record.violations),
         late=sum(type(event.data) is Late for event in record.events),
+        flagged=record.flagged is not None,
+        revoking=record.revoking is not None,
         requested=_requested(envelope),
         granted=record.granted if has_grants else {},
         used={name: usage.amount for name, usage in record.used.items()},
@@ -258,6 +265,10 @@ def project(record: Record) -> ProjectedEnvelope:
         refused_by=tuple(sorted(refused_by)),
         would_refuse=tuple(sorted(would_refuse)),
         codes=tuple(sorted(codes)),
+        was_granted=has_grants,
+        by_default=tuple(
+            name for name, quantity in envelope.requested.resources.items() if quantity.provenance == "client_default"
+        ),
     )
 
 
@@ -283,53 +294,12 @@ def terms(row: ProjectedEnvelope) -> frozenset[str]:
     """What the envelope is found by, and counted under, beside its tenant: of `COVERAGE` and `RARE`."""
     if row.damaged:
         return frozenset({DAMAGED})
-    found = {name for name in ("ungranted", "unstated", "violations", "observed", "undecided") if getattr(row, name)}
+    found = {name for name in _NOTED if getattr(row, name)}
     if row.state in OPEN:
         found.add("open")
     elif row.state in RARE:
         found.add(row.state)
     return frozenset(found)
-
-
-# Roll-ups
-
-
-class CountKey(NamedTuple):
-    """Of which envelopes a count is; no tenant and no project are empty."""
-
-    day: str
-    tenant: str
-    project: str
-    kind: str
-    state: str
-
-
-class AmountKey(NamedTuple):
-    """Of which amounts a sum is; no tenant and no project are empty."""
-
-    day: str
-    tenant: str
-    project: str
-    kind: str
-    resource: str
-    side: Side
-
-
-class Sum(msgspec.Struct, frozen=True):
-    """Amounts of so many envelopes. Those that are unknown or unlimited are counted apart, never as zero."""
-
-    known: int = 0
-    total: int = 0
-    unknown: int = 0
-    unlimited: int = 0
-
-    def __add__(self, other: Sum) -> Sum:
-        return Sum(
-            self.known + other.known,
-            self.total + other.total,
-            self.unknown + other.unknown,
-            self.unlimited + other.unlimited,
-        )
 
 
 @dataclass(slots=True)
@@ -343,9 +313,7 @@ class Changes:
     found: list[tuple[str, str]] = field(default_factory=list)
     lost: list[tuple[str, str]] = field(default_factory=list)
     coverage: Counter[str] = field(default_factory=Counter)
-    counts: Counter[CountKey] = field(default_factory=Counter)
-    #: By what `AmountKey` and `Sum` name: known, total, unknown, unlimited.
-    amounts: dict[tuple[str, ...], list[int]] = field(default_factory=dict)
+    rolled: Changed = field(default_factory=Changed)
 
     def add(self, old: ProjectedEnvelope | None, new: ProjectedEnvelope) -> None:
         """One row in place of another; nothing at all when they are the same."""
@@ -367,22 +335,8 @@ class Changes:
         self.coverage["envelopes"] += sign
         for term in terms(row):
             self.coverage[term] += sign
-        if row.damaged:
-            return
-        where = (row.day, searchable(row.tenant), searchable(row.project), row.kind)
-        self.counts[CountKey(*where, row.state)] += sign
-        within = "" if row.part_of is None else "_within"
-        sides = ((f"requested{within}", row.requested), (f"granted{within}", row.granted), ("used", row.used))
-        for side, amounts in sides:
-            for resource, amount in amounts.items():
-                if resource in _NOT_ADDED:
-                    continue
-                cell = self.amounts.setdefault((*where, resource, side), [0, 0, 0, 0])
-                if isinstance(amount, int):
-                    cell[0] += sign
-                    cell[1] += sign * amount
-                else:
-                    cell[2 if amount == UNKNOWN else 3] += sign
+        if not row.damaged:
+            self.rolled.add(row, sign)
 
 
 # What is asked of a projection
@@ -422,12 +376,15 @@ class Coverage:
 
 
 @dataclass(frozen=True, slots=True)
-class Totals:
-    """Roll-ups of one group: envelopes by state, and amounts by resource and side."""
+class Accounts:
+    """What roll-ups say, group by group, and as of where: so many entries of the log are taken in, so many are not.
 
-    group: Mapping[By, str]
-    states: Mapping[str, int]
-    amounts: Mapping[str, Mapping[Side, Sum]]
+    `taken` is None for who does not see all tenants: they are everybody's.
+    """
+
+    totals: Sequence[Totals]
+    taken: int | None
+    lag: Lag
 
 
 @dataclass(frozen=True, slots=True)
@@ -517,17 +474,11 @@ class Projection(Protocol):
         """What has no outcome, no grant, no reason, no decider; each with the newest ids, so many of them."""
         ...
 
-    def totals(
-        self,
-        day_from: str,
-        day_to: str,
-        *,
-        by: Sequence[By] = (),
-        tenant: str | None = None,
-        project: str | None = None,
-        fresh: bool = True,
-    ) -> list[Totals]:
-        """Roll-ups over the UTC days of admission from one to the other (``2026-05-01``), both included."""
+    def totals(self, question: Question, *, fresh: bool = True) -> Accounts:
+        """Roll-ups over the UTC days of admission, of what the question names. Raises `InvalidField` too.
+
+        What comes while it reads is behind: with `fresh` the lag counts what was recorded after the call began.
+        """
         ...
 
     @property
@@ -538,20 +489,3 @@ class Projection(Protocol):
     def close(self) -> None:
         """Let go of what it holds; a later call opens it again."""
         ...
-
-
-def grouped(
-    counts: Iterable[tuple[CountKey, int]], amounts: Iterable[tuple[AmountKey, Sum]], by: Sequence[By]
-) -> list[Totals]:
-    """Roll-ups added up by group, in the order of the groups."""
-    states: dict[tuple[str, ...], Counter[str]] = {}
-    sums: dict[tuple[str, ...], dict[str, dict[Side, Sum]]] = {}
-    for count, number in counts:
-        states.setdefault(tuple(getattr(count, name) for name in by), Counter())[count.state] += number
-    for key, amount in amounts:
-        sides = sums.setdefault(tuple(getattr(key, name) for name in by), {}).setdefault(key.resource, {})
-        sides[key.side] = sides.get(key.side, Sum()) + amount
-    return [
-        Totals(dict(zip(by, group, strict=True)), dict(states.get(group, {})), sums.get(group, {}))
-        for group in sorted(states.keys() | sums.keys())
-    ]

@@ -28,10 +28,12 @@ from execution_envelope.ledger import projection_sqlite, schema, sqlite_database
 from execution_envelope.ledger.balances import SINCE, too_old
 from execution_envelope.ledger.commit import Commit, KeyRow, SequenceConflict, Stored
 from execution_envelope.ledger.contract import (
+    DECIDING,
     MAX_ATTEMPTED,
     AttemptedRequest,
     ChainHead,
     Conservation,
+    Deciding,
     Moment,
     Row,
     Step,
@@ -293,6 +295,12 @@ class SqliteLedger:
             )
             for envelope, sequence, type, number, position, closed, body, hash, sealed, before in page
         ]
+
+    def decisions(self, *, after: str = "", until: str | None = None) -> Iterator[Deciding]:
+        start: tuple[str, int] = (after, schema.MAX_POSITION)
+        while page := self._all("decisions", *start, until or _TEXT_END, json.dumps(DECIDING), _PAGE):
+            yield from map(Deciding._make, page)
+            start = page[-1][:2]
 
     def splits(self, size: int) -> list[str]:
         found, last = list[str](), ""

@@ -1,4 +1,4 @@
-"""Processes that recompute parts of a ledger, each with a connection of its own.
+"""Processes that read parts of a ledger, each with a connection of its own: to recompute them, or for whatever else.
 
 Not `multiprocessing`: that runs the caller's main script again in each process, and a script that writes to a ledger
 and verifies it would write once more.
@@ -15,7 +15,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from typing import Any, Final
+from typing import Any, Final, Self
 
 import msgspec
 
@@ -48,19 +48,20 @@ PROGRAM: Final = (
 )
 
 
-class Workers:
-    """`jobs` processes, killed when the block is left."""
+class Processes:
+    """`jobs` processes that each run `program` with `first` as their first line; killed when the block is left."""
 
-    def __init__(self, jobs: int, url: str, heads: Mapping[int, Head]) -> None:
-        self._first = msgspec.json.encode(_Task(url, dict(heads)))
+    def __init__(self, jobs: int, program: str, first: bytes) -> None:
+        self._first = first
+        self._program = program
         self._jobs = jobs
         self._processes: list[subprocess.Popen[bytes]] = []
 
-    def __enter__(self) -> Workers:
+    def __enter__(self) -> Self:
         path = os.pathsep.join(entry for entry in sys.path if entry)
         for _ in range(self._jobs):
             process = subprocess.Popen(
-                [sys.executable, "-c", PROGRAM],
+                [sys.executable, "-c", self._program],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 env=os.environ | {"PYTHONPATH": path},
@@ -75,50 +76,77 @@ class Workers:
             with suppress(BrokenPipeError), process:
                 pass
 
-    def run(self, parts: Sequence[Part]) -> Iterator[Tally]:
-        """What each part comes to, as it is done. Raises `LedgerUnavailable`."""
-        waiting = deque(parts)
-        answers: queue.SimpleQueue[_Failed | _Done] = queue.SimpleQueue()
+    def answers(self, lines: Sequence[bytes]) -> Iterator[bytes]:
+        """The line that each of these lines is answered with, as they come. Raises `LedgerUnavailable` when a process
+        ends."""
+        waiting = deque(lines)
+        answers: queue.SimpleQueue[bytes] = queue.SimpleQueue()
         for process in self._processes:
             threading.Thread(target=self._feed, args=(process, waiting, answers), daemon=True).start()
-        for _ in parts:
+        for _ in lines:
             answer = answers.get()
-            if isinstance(answer, _Failed):
-                raise LedgerUnavailable(answer.message)
-            yield answer.tally
+            if not answer.endswith(b"\n"):
+                raise LedgerUnavailable("expected a process that reads the ledger to answer, it ended")
+            yield answer
 
-    def _feed(
-        self, process: subprocess.Popen[bytes], waiting: deque[Part], answers: queue.SimpleQueue[_Failed | _Done]
-    ) -> None:
-        """In a thread for each process: one part after the other."""
+    def _feed(self, process: subprocess.Popen[bytes], waiting: deque[bytes], answers: queue.SimpleQueue[bytes]) -> None:
+        """In a thread for each process: one line after the other."""
         assert process.stdin is not None and process.stdout is not None
         try:
             process.stdin.write(self._first + b"\n")
             while waiting:
                 try:
-                    part = waiting.popleft()
+                    line = waiting.popleft()
                 except IndexError:
                     return
-                process.stdin.write(msgspec.json.encode(part) + b"\n")
+                process.stdin.write(line + b"\n")
                 process.stdin.flush()
-                answers.put(_answer(process.stdout.readline()))
-        except (OSError, ValueError, msgspec.MsgspecError):
-            answers.put(_Failed("expected a process that verifies to answer, it ended"))
+                answers.put(process.stdout.readline())
+        except (OSError, ValueError):
+            answers.put(b"")
+
+
+def serve(begin: Callable[[bytes], Callable[[bytes], bytes]]) -> None:
+    """In a process of its own: `begin` is called with the first line, and what it returns with each further one."""
+    # Who started it ends it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    lines, out = sys.stdin.buffer, sys.stdout.buffer
+    answer = begin(lines.readline())
+    for line in lines:
+        out.write(answer(line) + b"\n")
+        out.flush()
+
+
+class Workers(Processes):
+    """Processes that recompute parts of a ledger."""
+
+    def __init__(self, jobs: int, url: str, heads: Mapping[int, Head]) -> None:
+        super().__init__(jobs, PROGRAM, msgspec.json.encode(_Task(url, dict(heads))))
+
+    def run(self, parts: Sequence[Part]) -> Iterator[Tally]:
+        """What each part comes to, as it is done. Raises `LedgerUnavailable`."""
+        for line in self.answers([msgspec.json.encode(part) for part in parts]):
+            answer = _answer(line)
+            if isinstance(answer, _Failed):
+                raise LedgerUnavailable(answer.message)
+            yield answer.tally
 
 
 def work(open_ledger: Callable[[str], Ledger]) -> None:
     """In a process of its own: read parts from stdin, answer on stdout."""
-    # Who started it ends it.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    lines, out = sys.stdin.buffer, sys.stdout.buffer
-    task = _task(lines.readline())
-    ledger = open_ledger(task.url)
-    for line in lines:
-        answer: Any
-        try:
-            answer = _Done(recompute(ledger, task.heads, _part(line)))
-        except EnvelopeError as error:
-            answer = _Failed(str(error))
-        out.write(msgspec.json.encode(answer) + b"\n")
-        out.flush()
-    ledger.close()
+
+    def begin(first: bytes) -> Callable[[bytes], bytes]:
+        task = _task(first)
+        ledger = open_ledger(task.url)
+
+        def answer(line: bytes) -> bytes:
+            found: Any
+            try:
+                found = _Done(recompute(ledger, task.heads, _part(line)))
+            except EnvelopeError as error:
+                found = _Failed(str(error))
+            return msgspec.json.encode(found)
+
+        return answer
+
+    serve(begin)

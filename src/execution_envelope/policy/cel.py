@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Final, Literal, TypeAlias, get_args
+from typing import Any, Final, Literal, TypeAlias, cast, get_args
 
 import cel
 
-from execution_envelope import approvals
 from execution_envelope.credentials import brief, shown
-from execution_envelope.decision import CODES, Decision, Duty
+from execution_envelope.decision import ABOUT_OTHERS, CODES, Decision, Duty
 from execution_envelope.envelope import KINDS, Envelope, Scoped
 from execution_envelope.policy.expression import Expression, wanted
 from execution_envelope.policy.limits import least
@@ -24,7 +23,7 @@ Action: TypeAlias = Literal["deny", "warn", "audit", "hold"]
 ACTIONS: Final[tuple[str, ...]] = get_args(Action)
 
 #: How many combinations of matching rules are remembered with what has to be read for them.
-_MAX_PLANS: Final = 1024
+MAX_PLANS: Final = 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,11 +58,16 @@ class CelRule:
         return sum(one.size for one in found if one is not None)
 
     @property
-    def about_approvals(self) -> bool:
-        """Whether it says who may approve: it names the operation, or the kind alone."""
+    def reads(self) -> frozenset[tuple[str, ...]]:
+        """The paths in the view that its expressions may read."""
+        found = (self.when, self.expression, self.message_expression)
+        return frozenset[tuple[str, ...]]().union(*(one.reads for one in found if one is not None))
+
+    def is_about(self, operation: str) -> bool:
+        """Whether it says who may approve, or revoke: it names that operation, or the kind alone."""
         operations = self.match.get("operations")
         if operations is not None:
-            return approvals.OPERATION in operations
+            return operation in operations
         return "maintenance" in self.match.get("kinds", ())
 
 
@@ -92,7 +96,7 @@ MATCHABLE: Final[Mapping[str, Callable[[Envelope], str | None]]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class _Plan:
+class Plan:
     """The rules that match together, and what of the envelope their expressions read.
 
     Most requests violate nothing. Where the rules set nothing either, `checks`, the compiled `when` and `expression` of
@@ -126,7 +130,7 @@ class _Index:
     def __init__(self, rules: Sequence[CelRule]) -> None:
         self._rules = rules
         self._all = (1 << len(rules)) - 1
-        self._plans: dict[int, _Plan] = {}
+        self._plans: dict[int, Plan] = {}
         self._fields: list[tuple[Callable[[Envelope], str | None], Mapping[str | None, int], int]] = []
         for name, read in MATCHABLE.items():
             free = sum(1 << place for place, rule in enumerate(rules) if name not in rule.match)
@@ -138,18 +142,18 @@ class _Index:
                     of_value[value] = of_value.get(value, free) | 1 << place
             self._fields.append((read, of_value, free))
 
-    def matching(self, envelope: Envelope) -> _Plan:
+    def matching(self, envelope: Envelope) -> Plan:
         chosen = self._all
         for read, of_value, free in self._fields:
             chosen &= of_value.get(read(envelope), free)
         plan = self._plans.get(chosen)
         if plan is None:
             plan = self._planned(chosen)
-            if len(self._plans) < _MAX_PLANS:
+            if len(self._plans) < MAX_PLANS:
                 self._plans[chosen] = plan
         return plan
 
-    def _planned(self, chosen: int) -> _Plan:
+    def _planned(self, chosen: int) -> Plan:
         rules = tuple(rule for place, rule in enumerate(self._rules) if chosen >> place & 1)
         expressions = [
             one for rule in rules for one in (rule.when, rule.expression, rule.message_expression) if one is not None
@@ -158,7 +162,7 @@ class _Index:
         checks = None
         if not any(rule.limits or rule.obligations for rule in rules):
             checks = tuple((_execute(rule.when), _execute(rule.expression)) for rule in rules)
-        return _Plan(rules, wanted(reads) if expressions else None, checks)
+        return Plan(rules, wanted(reads) if expressions else None, checks)
 
 
 def _execute(expression: Expression | None) -> Any:
@@ -188,35 +192,42 @@ class CelRules:
         """Abstains where no rule covers the kind, and none matches; else allows what no rule refuses. Deny beats hold
         beats warn.
 
-        Who may approve is allowed by a rule that names ``maintenance`` or the operation, and by no other: a rule for
-        everything that nobody wrote for approvals is no answer to that.
+        Who may approve, or revoke, is allowed by a rule that names ``maintenance`` or the operation, and by no other: a
+        rule for everything that nobody wrote for that is no answer to it.
 
         A rule that cannot be evaluated is named in `errors`; where it might have refused, or set a limit, it denies
         with ``hook_error``.
         """
-        index = self._indexes.get(envelope.execution.kind)
-        if index is None:
-            return self._abstain
-        plan = index.matching(envelope)
-        approving = envelope.execution.operation == approvals.OPERATION
-        if not plan.rules:
-            # Rules that are only for other operations say nothing of this one.
-            covered = envelope.execution.kind in self._covered and not approving
-            return self._allow if covered else self._abstain
+        plan = self.plan(envelope)
+        if plan is None or not plan.rules:
+            return self.unmatched(envelope)
+        operation = envelope.execution.operation
+        about_others = operation in ABOUT_OTHERS
         context = None if plan.wanted is None else cel.Context(view(envelope, plan.wanted))
-        if not (envelope.scope.hints or approving) and plan.holds(context):
+        if not (envelope.scope.hints or about_others) and plan.holds(context):
             return self._allow
-        heard = _Heard(context, envelope.scope.hints)
+        heard = Heard(context, envelope.scope.hints)
         for rule in plan.rules:
             heard.judge(rule)
-        if approving:
-            return heard.of_an_approval(self.revision)
+        if about_others:
+            return heard.about_another(operation, self.revision)
         if heard.plain:
             return self._allow
         return heard.decision(self.revision)
 
+    def plan(self, envelope: Envelope) -> Plan | None:
+        """The rules that match; None where none covers the kind."""
+        index = self._indexes.get(envelope.execution.kind)
+        return None if index is None else index.matching(envelope)
 
-class _Heard:
+    def unmatched(self, envelope: Envelope) -> Decision:
+        """What is said where no rule matches."""
+        # Rules that are only for other operations say nothing of this one.
+        covered = envelope.execution.kind in self._covered and envelope.execution.operation not in ABOUT_OTHERS
+        return self._allow if covered else self._abstain
+
+
+class Heard:
     """What the rules said of one envelope so far."""
 
     __slots__ = ("_applied", "_context", "_errors", "_failed", "_hints", "_kept", "_read", "_violated")
@@ -230,6 +241,27 @@ class _Heard:
         self._errors: list[str] = []
         self._failed: list[str] = []
         self._applied: list[CelRule] = []
+
+    def add(self, other: Heard) -> None:
+        """What was heard of other rules, that come after these."""
+        for mine, its in (
+            (self._violated, other._violated),
+            (self._kept, other._kept),
+            (self._errors, other._errors),
+            (self._failed, other._failed),
+            (self._applied, other._applied),
+        ):
+            cast(list[Any], mine).extend(its)
+        self._read.update(other._read)
+
+    @property
+    def silent(self) -> bool:
+        """Nothing to say at all, and no hint was read."""
+        return not (self._violated or self._kept or self._errors or self._read)
+
+    def forget(self) -> None:
+        """Keep what was heard, and nothing of the envelope."""
+        self._context, self._hints = None, {}
 
     @property
     def plain(self) -> bool:
@@ -277,13 +309,13 @@ class _Heard:
                 self._errors.append(str(failed))
         return rule.message or f"rule {rule.name} is violated"
 
-    def of_an_approval(self, revision: str | None) -> Decision:
-        """All of it together, where it takes a rule that is about approvals to allow it."""
+    def about_another(self, operation: str, revision: str | None) -> Decision:
+        """All of it together, where it takes a rule that is about this operation to allow it."""
         decision = self.decision(revision)
         if decision.outcome not in ("allow", "warn"):
             return decision
         # One that was violated and only warns, or could not be evaluated, allows nobody.
-        about = [rule.name for rule in self._applied if rule.about_approvals]
+        about = [rule.name for rule in self._applied if rule.is_about(operation)]
         if not about:
             return Decision("abstain", revision=revision, errors=decision.errors, hints=decision.hints)
         return replace(decision, policies=tuple(dict.fromkeys((*decision.policies, *about))))

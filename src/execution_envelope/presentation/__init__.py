@@ -5,7 +5,9 @@ as markup. The JSON data keeps it all as it is.
 """
 
 from execution_envelope.presentation.data import attempted_data, details, entry_data, summary, whole
+from execution_envelope.presentation.explanations import explanation_data, explanation_text
 from execution_envelope.presentation.lists import attempted_table, entry_line, finding_text, list_row, list_table
+from execution_envelope.presentation.replays import replay_sheet
 from execution_envelope.presentation.sheet import sheet
 from execution_envelope.presentation.text import clean, counted, when
 from execution_envelope.presentation.trees import tree_data, tree_picture
@@ -20,9 +22,12 @@ __all__ = [
     "details",
     "entry_data",
     "entry_line",
+    "explanation_data",
+    "explanation_text",
     "finding_text",
     "list_row",
     "list_table",
+    "replay_sheet",
     "sheet",
     "summary",
     "tree_data",

@@ -13,11 +13,11 @@ from execution_envelope.ledger import AttemptedRequest
 from execution_envelope.ledger.chain import Closed, Opened
 from execution_envelope.lifecycle import Admitted, EventData, Late
 from execution_envelope.presentation import facts
-from execution_envelope.presentation.sentences import sentence
 from execution_envelope.presentation.text import milliseconds
 from execution_envelope.record import Record
 from execution_envelope.resources import VOCABULARY
 from execution_envelope.review import ChainStatus
+from execution_envelope.sentences import sentence
 
 
 def summary(record: Record, *, now: datetime) -> dict[str, Any]:
@@ -36,6 +36,8 @@ def summary(record: Record, *, now: datetime) -> dict[str, Any]:
         "target": whole(execution.target),
         "state": record.state,
         "observed": record.observed is not None,
+        "flagged": record.flagged is not None,
+        "revoking": record.revoking is not None,
         "open": record.is_open,
         "delta": facts.tally(record),
         "delta_in_words": facts.short_delta(record),
@@ -59,6 +61,7 @@ def details(
         "shadow": next((e.data.shadow for e in record.events if isinstance(e.data, Admitted)), None),
         "ungranted": record.ungranted,
         "ready": record.ready,
+        "reviews": [_stored(event.data) for event in record.reviews.values()],
         "reported": whole(list(record.reported.values())),
         "envelope": _stored(record.envelope),
         "children": children,

@@ -173,8 +173,10 @@ def who(record: Record) -> str:
 
 
 def states(record: Record) -> list[str]:
-    """Its state; before that, of one that was recorded after the fact, that it was."""
-    return ["observed", record.state] if record.observed is not None and record.state != "observed" else [record.state]
+    """Its state; before that, of one that was recorded after the fact, that it was; behind it what reviews say."""
+    before = ["observed"] if record.observed is not None and record.state != "observed" else []
+    reviewed = {"revoking": record.revoking, "flagged": record.flagged}
+    return [*before, record.state, *(word for word, event in reviewed.items() if event is not None)]
 
 
 def target(record: Record) -> str:

@@ -16,11 +16,10 @@ from rich.table import Table
 from rich.text import Text
 
 from execution_envelope.envelope import Constraint
-from execution_envelope.lifecycle import Late, ended
+from execution_envelope.lifecycle import Late, Revocation, ended
 from execution_envelope.presentation import facts
 from execution_envelope.presentation.facts import Line, Part, target
 from execution_envelope.presentation.lists import finding_text
-from execution_envelope.presentation.sentences import sentence
 from execution_envelope.presentation.text import (
     STYLES,
     ago,
@@ -40,6 +39,7 @@ from execution_envelope.presentation.text import (
 from execution_envelope.record import Attempts, Record
 from execution_envelope.resources import UNKNOWN, Quantity, human
 from execution_envelope.review import ChainStatus
+from execution_envelope.sentences import sentence
 
 #: Below this width the difference stands under its row instead of in a column of its own.
 _WIDE: Final = 96
@@ -321,6 +321,8 @@ def _standing(record: Record, held: Sequence[Part]) -> Iterator[RenderableType]:
         facts.append(safe(f"limit: {name} only {' or '.join(map(plain_value, values))}, set by {hook}"))
     if record.state == "held" and record.hold is not None:
         facts += [safe(line) for line in _waiting(record)]
+    if record.revoking is not None or record.flagged is not None:
+        facts += [safe(line, "magenta") for line in _reviewed(record)]
     unstated = sum(difference.unstated for difference in record.differences)
     if unstated:
         facts.append(Text(f"unstated: {unstated} without a reason given", style="red"))
@@ -343,6 +345,16 @@ def _waiting(record: Record) -> Iterator[str]:
         expires = getattr(hold.data, "expires_at", None)
         until = f" until {when(expires)}" if expires else ""
         yield f"it waits for approval{until}: envelope approve {record.id} --reason WHY"
+
+
+def _reviewed(record: Record) -> Iterator[str]:
+    """What stands of reviews, and what the owner answered last to who wants it revoked."""
+    for event in record.reviews.values():
+        if getattr(event.data, "verdict", None) != "keep":
+            yield sentence(event.data)
+    if record.revoking is not None:
+        answers = [event for event in record.events if isinstance(event.data, Revocation)]
+        yield "not confirmed by its owner yet" + (f"; {sentence(answers[-1].data)}" if answers else "")
 
 
 def _each_part(record: Record, held: Sequence[Part]) -> RenderableType:

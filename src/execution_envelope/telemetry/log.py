@@ -12,7 +12,7 @@ from execution_envelope.credentials import shown
 from execution_envelope.decision import Declaration, Observation
 from execution_envelope.envelope import Envelope
 from execution_envelope.errors import InvalidField
-from execution_envelope.lifecycle import Error, Event, EventData, Late, Verdict
+from execution_envelope.lifecycle import Error, Event, EventData, Late, Review, Verdict
 from execution_envelope.telemetry.redaction import check_rules, outgoing
 
 #: Every key that a line may have, beside those of the logger itself.
@@ -38,15 +38,19 @@ KEYS: Final[Mapping[str, str]] = {
 }
 
 #: Events that somebody should look at.
-_WARNINGS: Final = frozenset({"denied", "rejected", "failed", "abandoned", "violation", "error"})
+_WARNINGS: Final = frozenset(
+    {"denied", "rejected", "failed", "abandoned", "violation", "error", "revocation", "revoked"}
+)
 
 
 class LogObserver:
     """Writes each event as a line ``envelope.<type>`` with the `KEYS` that it has.
 
     With the standard library they are fields of the record (`extra`): how they look is the host's formatter's to say.
-    The level is *error* for a hook that failed, *warning* for what was denied, rejected, failed, abandoned or beyond a
-    bound, and else *info*. `redact` names what is removed, by paths of these keys: ``["subject", "data.message"]``.
+    The level is *error* for a hook that failed, *warning* for what was denied, rejected, failed, abandoned, revoked,
+    flagged or beyond a bound, and else *info*.
+
+    `redact` names what is removed, by paths of these keys: ``["subject", "data.message"]``.
 
     Raises `InvalidField` for rules that are none, and for what is no logger.
     """
@@ -106,4 +110,6 @@ def _level(data: EventData) -> int:
     fact = data.fact if isinstance(data, Late) else data
     if (isinstance(fact, Verdict) and fact.failure is not None) or (isinstance(fact, Error) and fact.hook is not None):
         return logging.ERROR
+    if isinstance(fact, Review):
+        return logging.INFO if fact.verdict == "keep" else logging.WARNING
     return logging.WARNING if fact.type in _WARNINGS else logging.INFO

@@ -67,6 +67,9 @@ ATTRIBUTES: Final[Mapping[str, str]] = {
     "execution_envelope.event.sequence": "of a span's event: its number in the envelope",
     "execution_envelope.event.by": "of a span's event: component that recorded it",
     "execution_envelope.hook": "of a span's event: hook that decided, limited or failed",
+    "execution_envelope.reviewer": "of a review: who reviewed, or asked to revoke",
+    "execution_envelope.verdict": "of a review: `keep`, `flag` or `revoke`",
+    "execution_envelope.answer": "of a revocation: what the owner answered, `refused` or `unknown`",
     "execution_envelope.decision": "of a verdict: what the hook said; of an approval, what the approver said",
     "execution_envelope.code": "of a verdict, a denial, a hold or a failure: reason code",
     "execution_envelope.failure": "of a verdict: how the hook failed",
@@ -111,6 +114,8 @@ _TOLD: Final = frozenset(
         "granted",
         "released",
         "ready",
+        "review",
+        "revocation",
     }
     | {"violation", "error", "obligation"}
     | TERMINAL
@@ -119,6 +124,9 @@ _TOLD: Final = frozenset(
 _FIELDS: Final = {
     "hook": "execution_envelope.hook",
     "decision": "execution_envelope.decision",
+    "reviewer": "execution_envelope.reviewer",
+    "verdict": "execution_envelope.verdict",
+    "answer": "execution_envelope.answer",
     "code": "execution_envelope.code",
     "failure": "execution_envelope.failure",
     "duration_us": "execution_envelope.duration_us",

@@ -288,6 +288,13 @@ class LedgerContract(BalanceContract):
                 steps[4],
                 steps[7],
             ]
+            decided = list(ledger.decisions())
+            assert [one[:5] for one in decided] == [step[:5] for step in steps if step.type != "cancelled"]
+            assert [one.envelope for one in decided if one.closed] == [ids[1]]
+            assert [(one.body, one.sealed) for one in decided] == [
+                (step.row.body, step.row.sealed) for step in steps if step.row and step.type != "cancelled"
+            ]
+            assert list(ledger.decisions(after=ids[0], until=ids[2])) == decided[2:6]
             splits = ledger.splits(4)
             assert splits == sorted(splits) and set(splits) <= set(ids) and 1 <= len(splits) <= 3
             assert ledger.splits(100) == [] and ledger.strays() == []

@@ -228,6 +228,18 @@ LEFT JOIN closings AS c ON c.envelope = p.envelope
 WHERE p.envelope = ANY (%s::text[]) AND p.type = ANY (%s::text[])
 ORDER BY p.envelope, p.sequence
 
+-- name: decisions
+-- The page first, as above.
+SELECT p.envelope, p.sequence, p.type, p.chain, p.position,
+    p.sequence = 0 AND EXISTS (SELECT 1 FROM closings AS c WHERE c.envelope = p.envelope), e.body, e.sealed
+FROM (
+    SELECT * FROM places WHERE (envelope, sequence) > (%s::text, %s::bigint) AND envelope <= %s::text
+        AND type = ANY (%s::text[])
+    ORDER BY envelope, sequence LIMIT %s::int
+) AS p
+LEFT JOIN events AS e ON e.chain = p.chain AND e.position = p.position
+ORDER BY p.envelope, p.sequence
+
 -- name: split
 SELECT envelope FROM places WHERE envelope > %s::text ORDER BY envelope LIMIT 1 OFFSET %s::int
 

@@ -113,6 +113,15 @@ LEFT JOIN closings AS c ON c.envelope = p.envelope
 WHERE p.envelope IN (SELECT value FROM json_each(?)) AND p.type IN (SELECT value FROM json_each(?))
 ORDER BY p.envelope, p.sequence
 
+-- name: decisions
+SELECT p.envelope, p.sequence, p.type, p.place >> 32, p.place & 4294967295,
+    p.sequence = 0 AND EXISTS (SELECT 1 FROM closings AS c WHERE c.envelope = p.envelope), e.body, e.sealed
+FROM places AS p
+LEFT JOIN events AS e ON e.place = p.place
+WHERE (p.envelope, p.sequence) > (CAST(? AS TEXT), ?) AND p.envelope <= ?
+    AND p.type IN (SELECT value FROM json_each(?))
+ORDER BY p.envelope, p.sequence LIMIT ?
+
 -- name: split
 SELECT envelope FROM places WHERE envelope > ? ORDER BY envelope LIMIT 1 OFFSET ?
 

@@ -7,8 +7,8 @@ from typing import Any, Final
 
 from execution_envelope.ledger.chain import Closed, Opened
 from execution_envelope.lifecycle import EventData
-from execution_envelope.presentation.text import amounts, because, counted, pairs, plain_value, when
 from execution_envelope.resources import human
+from execution_envelope.words import amounts, because, counted, pairs, plain_value, when
 
 
 def sentence(data: EventData | Opened | Closed) -> str:
@@ -38,7 +38,8 @@ def _verdict(data: Any) -> str:
     hook, code = f"{data.hook} {data.version}", f" ({data.code})" if data.code else ""
     if data.failure is not None:
         failure = because(data.failure, data.message)
-        return f"{hook} failed ({failure}); its failure mode {data.failure_mode} was applied{code}"
+        mode = f"; its failure mode {data.failure_mode} was applied" if data.failure_mode else ""
+        return f"{hook} failed ({failure}){mode}{code}"
     said = because(f"{hook} says {data.decision}{code}", data.message)
     return said + (f"; at most {amounts(data.limits)}" if data.limits else "")
 
@@ -47,6 +48,18 @@ def _approval(data: Any) -> str:
     said = "approved" if data.decision == "approve" else "refused"
     until = f", to be taken up until {when(data.expires_at)}" if data.expires_at else ""
     return f"{said} by {data.approver}: {data.reason}{until}"
+
+
+def _review(data: Any) -> str:
+    verdict = {"keep": "may go on", "flag": "flagged", "revoke": "to be revoked"}[data.verdict]
+    by = data.reviewer if data.admission else f"{data.reviewer} {data.version}"
+    code, policy = f" ({data.code})" if data.code else "", f", policy revision {data.revision}" if data.revision else ""
+    return because(f"{verdict} by review of {by}{code}{policy}", data.text)
+
+
+def _revocation(data: Any) -> str:
+    answers = {"refused": "refused to revoke it", "unknown": "did not confirm that it was revoked"}
+    return because(f"its owner {data.owner} {answers[data.answer]}", data.text)
 
 
 def _limit(data: Any) -> str:
@@ -150,6 +163,8 @@ SENTENCES: Final[Mapping[str, Callable[[Any], str]]] = {
     ),
     "failed": lambda data: _coded("failed", data),
     "cancelled": lambda data: because("cancelled", data.message),
+    "review": _review,
+    "revocation": _revocation,
     "revoked": lambda data: because("revoked", data.message),
     "abandoned": lambda data: f"abandoned: {data.evidence}",
     "late": lambda data: f"after the end: {sentence(data.fact)}",
