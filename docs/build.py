@@ -34,6 +34,9 @@ from execution_envelope.adapters.declared import (
 )
 from execution_envelope.admission import MAX_CONFLICTS
 from execution_envelope.attempted import ATTEMPTED_BURST, ATTEMPTED_PER_SECOND
+from execution_envelope.console import live, markup, sheet
+from execution_envelope.console.pages import budgets as budgets_page
+from execution_envelope.console.pages import replays
 from execution_envelope.controller import AdmissionController
 from execution_envelope.decision import CODES
 from execution_envelope.family import MAX_LEVELS, MAX_PARENTS, MAX_TREE
@@ -55,6 +58,7 @@ from execution_envelope.reporting import MAX_LINE
 from execution_envelope.review.explain.explanation import MAX_SENTENCES
 from execution_envelope.review.explain.sections import MAX_ACCOUNTS
 from execution_envelope.review.explain.wording import MAX_NAME, MAX_QUOTE
+from execution_envelope.review.review import MAX_COUNTED
 from execution_envelope.reviewer import MAX_REVOCATIONS, REVOKE_TIMEOUT
 from execution_envelope.reviewing import MAX_REVIEWS, MAX_SILENCE
 from execution_envelope.reviewing import MAX_THREADS as MAX_REVIEW_THREADS
@@ -293,6 +297,38 @@ def _limits() -> str:
         ("envelopes that one page looks at", str(LOOK), "the page ends early and says how far it looked back"),
         ("findings of a verification", str(MAX_FINDINGS), "counted, not listed"),
         ("`envelope simulate`", f"{MAX_COUNT} envelopes over {MAX_DAYS} days", "refused"),
+        (
+            "streams of live updates of one console, and of one principal",
+            f"{live.MAX_STREAMS} and {live.MAX_STREAMS_OF_ONE}",
+            "503 and 429: the page says that it is not live, and tries again later",
+        ),
+        (
+            "a stream of live updates",
+            f"{live.LASTS:g} s",
+            "ends; the page comes again, and its credential is looked at again",
+        ),
+        (
+            "new entries of one round of live updates",
+            str(live.MAX_ENTRIES),
+            "not looked at one by one: pages are told that much changed",
+        ),
+        (
+            "a text in one place of a page, and a name in a list",
+            f"{markup.MAX_TEXT} and {markup.MAX_NAME} characters",
+            "cut; of a text it is said how long it was",
+        ),
+        (
+            "events, and verdicts, on the page of an envelope",
+            f"{sheet.MAX_EVENTS} and {sheet.MAX_VERDICTS}",
+            "the middle of the events, and older verdicts, are left out: `envelope show`",
+        ),
+        (
+            "envelopes that are counted for who sees some tenants only",
+            str(MAX_COUNTED),
+            f"{MAX_COUNTED}+",
+        ),
+        ("balances on a page, the fullest first", str(budgets_page.MAX_BALANCES), "counted: `envelope budgets`"),
+        ("results of replays that the console looks at, the newest first", str(replays.MAX_FILES), "not shown"),
     ]
     return "# Limits\n\n" + _table(("what", "limit", "beyond it"), rows)
 
