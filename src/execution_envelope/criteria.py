@@ -142,8 +142,6 @@ FLAGS: Final[Mapping[str, str]] = {
     "flagged": "open, and a reviewer says that somebody should look at it",
     "revoking": "to be revoked, and its owner has not confirmed it",
     "late": "something came after the end",
-    "flagged": "open, and a reviewer says that somebody should look at it",
-    "revoking": "to be revoked, and its owner has not confirmed it",
 }
 SIDES: Final[Mapping[str, str]] = {
     "requested": "what was asked for in all",
