@@ -1,0 +1,93 @@
+"""The projection of a ledger that is elsewhere: asked there, and caught up there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from execution_envelope.errors import LedgerUnavailable
+from execution_envelope.ledger.projection import By, Coverage, Lag, Progress, ProjectedEnvelope, Totals
+from execution_envelope.ledger.remote_http import Server, elsewhere
+
+
+class RemoteProjection:
+    """See `Projection`. It is seen as far as the token's tenants go, and it is neither dropped nor rebuilt from here."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+
+    def catch_up(self, limit: int | None = None, *, progress: Progress | None = None) -> Lag:
+        raise self._elsewhere()
+
+    def lag(self) -> Lag:
+        return self._server.get("projection/lag", Lag)
+
+    def rebuild(self, *, progress: Progress | None = None) -> None:
+        raise self._elsewhere()
+
+    def drop(self) -> None:
+        raise self._elsewhere()
+
+    def get(self, id: str, *, fresh: bool = True) -> ProjectedEnvelope | None:
+        return self._server.get("projection/get", ProjectedEnvelope | None, id=id, fresh=fresh)  # type: ignore[arg-type]
+
+    def newest(
+        self,
+        limit: int,
+        *,
+        before: str | None = None,
+        tenant: str | None = None,
+        kind: str | None = None,
+        states: Sequence[str] = (),
+        project: str | None = None,
+        fresh: bool = True,
+    ) -> list[ProjectedEnvelope]:
+        return self._server.get(
+            "projection/newest",
+            list[ProjectedEnvelope],
+            limit=limit,
+            before=before,
+            tenant=tenant,
+            kind=kind,
+            states=",".join(states) or None,
+            project=project,
+            fresh=fresh,
+        )
+
+    def open(self, *, fresh: bool = True) -> list[str]:
+        return list(self._server.pieces("projection/open", str, fresh=fresh))
+
+    def coverage(self, limit: int = 5, *, fresh: bool = True) -> Coverage:
+        return self._server.get("projection/coverage", Coverage, limit=limit, fresh=fresh)
+
+    def totals(
+        self,
+        day_from: str,
+        day_to: str,
+        *,
+        by: Sequence[By] = (),
+        tenant: str | None = None,
+        project: str | None = None,
+        fresh: bool = True,
+    ) -> list[Totals]:
+        return list(
+            self._server.pieces(
+                "projection/totals",
+                Totals,
+                day_from=day_from,
+                day_to=day_to,
+                by=",".join(by) or None,
+                tenant=tenant,
+                project=project,
+                fresh=fresh,
+            )
+        )
+
+    @property
+    def temporary(self) -> bool:
+        return False
+
+    def close(self) -> None:
+        """Nothing is held here."""
+
+    def _elsewhere(self) -> LedgerUnavailable:
+        return elsewhere(self._server, "work on the projection")
