@@ -44,6 +44,7 @@ COMMANDS = (
     *("hooks", "plan", "approve", "deny", "budgets"),
     *("keygen", "checkpoint", "prove", "check"),
     *("project", "rebuild", "coverage", "totals", "relay"),
+    *("serve", "token"),
     *("migrate", "segment", "segment new", "segment list", "segment export", "segment check", "segment drop"),
 )
 

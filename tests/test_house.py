@@ -19,8 +19,8 @@ ORDER = """
 version errors credentials resources values envelope lifecycle delta reckoning record tree bounds decision process
 mailbox threads answers isolation hooks grant budgets approvals ledger reconciliation observers counters family journal
 above reporting reconciler judge admission observed approver blocking controller facets policy telemetry adapters
-integrations review presentation console cli_shared cli_admission cli_proof cli_projection cli_relay cli_totals
-cli_upkeep cli testing
+integrations review presentation console cli_shared cli_admission cli_proof cli_projection cli_relay cli_serve
+cli_totals cli_upkeep cli testing
 """
 LEDGER_ORDER = """
 merkle chain projection schema exports commit balances submission contract writer spool sqlite_database
@@ -44,6 +44,7 @@ OPTIONAL = {
     "cli_proof",
     "cli_projection",
     "cli_relay",
+    "cli_serve",
     "cli_totals",
     "cli_upkeep",
     "testing",

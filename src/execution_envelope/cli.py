@@ -28,7 +28,16 @@ except ImportError as missing:
     sys.stderr.write("expected the extra: pip install 'execution-envelope[cli]'\n")
     raise SystemExit(2) from None
 
-from execution_envelope import cli_admission, cli_projection, cli_proof, cli_relay, cli_totals, cli_upkeep, presentation
+from execution_envelope import (
+    cli_admission,
+    cli_projection,
+    cli_proof,
+    cli_relay,
+    cli_serve,
+    cli_totals,
+    cli_upkeep,
+    presentation,
+)
 from execution_envelope.cli_projection import catch_up
 from execution_envelope.cli_proof import Against
 from execution_envelope.cli_shared import (
@@ -342,6 +351,7 @@ cli_admission.add_to(cli)
 cli_proof.add_to(cli)
 cli_projection.add_to(cli)
 cli_relay.add_to(cli)
+cli_serve.add_to(cli)
 cli_totals.add_to(cli)
 cli_upkeep.add_to(cli)
 

@@ -72,7 +72,7 @@ def add_to(group: click.Group) -> None:
 @json_option
 def hooks(name: str | None, as_json: bool) -> None:
     """Print the hooks of a backend, in order, each with its declaration."""
-    with _controller(click.get_current_context(), name) as controller:
+    with named_controller(click.get_current_context(), name) as controller:
         found = list(controller.hooks)
         policies = [problem for hook in found if (problem := getattr(hook, "problem", None))]
     if as_json:
@@ -105,7 +105,7 @@ def plan(name: str | None, as_json: bool, file: Any) -> None:
     admitted, 1 it would not.
     """
     ask = _ask(file.read())
-    with _controller(click.get_current_context(), name) as controller:
+    with named_controller(click.get_current_context(), name) as controller:
         found = _run(controller, lambda: controller.plan(ask))
     if as_json:
         print_json(_plan_data(found), indent=2)
@@ -188,7 +188,8 @@ def budgets(context: click.Context, url: str | None, as_json: bool, window: str 
 
 
 @contextmanager
-def _controller(context: click.Context, name: str | None) -> Iterator[AdmissionController]:
+def named_controller(context: click.Context, name: str | None) -> Iterator[AdmissionController]:
+    """The controller that ``MODULE:NAME`` stands for, or what the function of that name returns."""
     if context.obj is not None:
         raise Problem("expected --controller alone, it names its ledger itself - at --ledger")
     if not name:
@@ -237,7 +238,7 @@ def _say(
     if not colon or not sort or not subject:
         raise Problem(f"expected TYPE:ID such as user:dana, got `{who}` - at --as")
     by = Subject(sort, subject, tenant=tenant, roles=roles, method="command line")
-    with _controller(click.get_current_context(), name) as controller:
+    with named_controller(click.get_current_context(), name) as controller:
         say = controller.approve if decision == "approve" else controller.deny
         id = resolve(controller.ledger, id)
         try:

@@ -14,6 +14,9 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import json
+import os
+import secrets
 import tomllib
 from collections.abc import Callable
 from datetime import datetime
@@ -75,6 +78,34 @@ class TokenFile:
             if hmac.compare_digest(asked, kept) and (expires is None or self._clock() < expires):
                 found = principal
         return found
+
+
+def add_token(path: Path, *, subject: str, tenants: list[str] | str, roles: list[str], expires: datetime | None) -> str:
+    """Make a token, and add its digest to the file, which is made where there is none, readable by its owner alone.
+
+    Raises `InvalidField`; nothing is changed then.
+    """
+    made = f"ee-{secrets.token_urlsafe(32)}"
+    entry = _Token(digest(made).hex(), subject, tenants, roles, expires)
+    _held(entry, "token")
+    try:
+        before = path.read_text("utf-8") if path.exists() else ""
+        text = before + ("\n" if before and not before.endswith("\n") else "") + _written(entry)
+        _read(text)
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "w", encoding="utf-8") as file:
+            file.write(text[len(before) :])
+    except (OSError, UnicodeError) as error:
+        raise InvalidField("tokens", f"expected a token file, `{path}` cannot be written: {error}") from error
+    return made
+
+
+def _written(entry: _Token) -> str:
+    # A JSON text, and a list of them, is TOML too.
+    lines = ["[[token]]"]
+    lines += [f"{name} = {json.dumps(getattr(entry, name))}" for name in ("sha256", "subject", "tenants", "roles")]
+    if entry.expires is not None:
+        lines.append(f"expires = {entry.expires.isoformat(timespec='seconds')}")
+    return "\n".join(lines) + "\n"
 
 
 def digest(token: str) -> bytes:

@@ -1,0 +1,69 @@
+"""Signed in: a browser holds a random cookie, the server what stands behind it. No token is ever in a page or a URL."""
+
+from __future__ import annotations
+
+import hmac
+import secrets
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Final
+
+COOKIE: Final = "envelope_session"
+#: How many are kept, the oldest are forgotten first; and for how long one lasts without being used, and at all.
+MAX_SESSIONS: Final = 10_000
+IDLE: Final = timedelta(hours=1)
+LONGEST: Final = timedelta(hours=12)
+
+
+@dataclass(slots=True)
+class Session:
+    """One browser. The token is looked at again with every request: when it ends, so does this."""
+
+    token: str
+    csrf: str
+    began: datetime
+    used: datetime
+
+
+class Sessions:
+    """In the memory of one process: gone with it. May be shared by threads."""
+
+    def __init__(self, clock: Callable[[], datetime]) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._held: OrderedDict[str, Session] = OrderedDict()
+
+    def begin(self, token: str) -> str:
+        """A new one; the value of its cookie."""
+        now, name = self._clock(), secrets.token_urlsafe(32)
+        with self._lock:
+            self._held[name] = Session(token, secrets.token_urlsafe(32), now, now)
+            while len(self._held) > MAX_SESSIONS:
+                self._held.popitem(last=False)
+        return name
+
+    def find(self, name: str) -> Session | None:
+        """The one with this cookie, unless it has ended."""
+        now = self._clock()
+        with self._lock:
+            found = self._held.get(name)
+            if found is None:
+                return None
+            if now - found.used > IDLE or now - found.began > LONGEST:
+                del self._held[name]
+                return None
+            found.used = now
+            return found
+
+    def end(self, name: str) -> None:
+        """Sign out."""
+        with self._lock:
+            self._held.pop(name, None)
+
+
+def same_form(session: Session, sent: str) -> bool:
+    """Whether a form came from a page of this session."""
+    return hmac.compare_digest(session.csrf.encode(), sent.encode("utf-8", "replace"))
