@@ -23,10 +23,10 @@ integrations review presentation console cli_shared cli_admission cli_proof cli_
 cli_totals cli_upkeep cli testing
 """
 LEDGER_ORDER = """
-merkle chain projection schema exports commit balances submission contract writer spool sqlite_database
+merkle chain projection schema exports commit balances submission contract writer wire spool sqlite_database
 sqlite_segments sqlite_store projection_store projector projection_sqlite memory sqlite postgres_database
 postgres_segments postgres_store projection_postgres postgres sums recomputation workers verification checkpoint proof
-segment_file segments
+segment_file segments remote_http remote_segments projection_remote remote_store remote
 """
 #: What only some deciders, adapters or commands need: the core does without.
 OPTIONAL = {
@@ -58,6 +58,7 @@ EXTRA = {
         for module in ("postgres", "postgres_database", "postgres_store", "projection_postgres")
     },
     "execution_envelope.ledger.segment_file": {"pyarrow"},
+    "execution_envelope.ledger.remote_http": {"httpx"},
 }
 PUBLIC = tuple(
     f"execution_envelope.{module}"

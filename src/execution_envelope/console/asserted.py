@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -81,8 +81,9 @@ class Assertions:
     def __init__(self, service: Service, read: Callable[[str], Stored | None]) -> None:
         self._service = service
         self._read = read
-        #: With what the submissions before would add.
         self._stored: dict[str, Stored | None] = {}
+        #: The same with what the submissions before would add.
+        self._ahead: dict[str, Stored] = {}
 
     def checked(self, said: wire.SentSubmission) -> list[Commit]:
         """The commits as they may be stored. Raises `InvalidField`, `IllegalTransition`, `SequenceConflict` where they
@@ -92,38 +93,52 @@ class Assertions:
             raise SequenceConflict
         for place, commit in enumerate(commits):
             stored = self._standing(commit.envelope)
-            if commit.sealed is None:
-                if stored is None:
-                    raise SequenceConflict
-                self._check_owner(stored)
-                length = len(stored.events)
-                if commit.sequence != length:
-                    if said.doubtful and commit.sequence < length:
-                        continue  # it may be stored: who stores looks, and checks the table again
-                    if not said.relaxed:
-                        raise SequenceConflict
-                    [commit] = commits[place : place + 1] = settled([commit], self._standing, again=False)
-            elif stored is not None:
-                if not said.doubtful:
-                    raise SequenceConflict
-                self._check_owner(stored)
+            if commit.sealed is not None:
+                # Whether it is there already, who stores it finds out.
+                check(ASKED, commit.facts)
+                self._check_budgets(commit, ())
                 continue
-            self._check_facts(commit, stored)
+            if stored is None:
+                raise SequenceConflict
+            self._check_owner(stored)
+            fitting = self._fitting(commit)
+            if fitting is None:
+                if said.doubtful and commit.sequence < len(stored.events):
+                    continue  # it may be stored: who stores looks, and checks the table again
+                if not said.relaxed:
+                    raise SequenceConflict
+                [commit] = commits[place : place + 1] = settled([commit], self._standing, again=False)
+                fitting = stored
+            try:
+                check(check(ASKED, (event.data for event in fitting.events)), commit.facts)
+            except IllegalTransition as illegal:
+                if said.relaxed:
+                    raise SequenceConflict from illegal  # as where it comes behind what others recorded
+                raise
+            self._check_budgets(commit, fitting.events)
         for commit in commits:
             self._add(commit)
         return commits
 
+    def _fitting(self, commit: Commit) -> Stored | None:
+        """What the commit follows on: what is stored, or what that will be with the submissions before."""
+        for stored in (self._ahead.get(commit.envelope), self._stored.get(commit.envelope)):
+            if stored is not None and len(stored.events) == commit.sequence:
+                return stored
+        return None
+
     def _add(self, commit: Commit) -> None:
-        stored = self._standing(commit.envelope)
-        before = () if stored is None else stored.events
-        if len(before) == commit.sequence:
-            body = commit.sealed.body if commit.sealed is not None else stored.body if stored is not None else b""
-            self._stored[commit.envelope] = Stored(body, (*before, *commit.events()))
+        before = self._fitting(commit)
+        if commit.sealed is not None:
+            if self._stored[commit.envelope] is None:
+                self._ahead[commit.envelope] = Stored(commit.sealed.body, tuple(commit.events()))
+        elif before is not None:
+            self._ahead[commit.envelope] = Stored(before.body, (*before.events, *commit.events()))
 
     def _standing(self, envelope: str) -> Stored | None:
         if envelope not in self._stored:
             self._stored[envelope] = self._read(envelope)
-        return self._stored[envelope]
+        return self._ahead.get(envelope) or self._stored[envelope]
 
     def _check_owner(self, stored: Stored) -> None:
         if not self._service.sees(_envelope(stored.body)):
@@ -198,10 +213,8 @@ class Assertions:
         if linked is not None and _envelope(linked.body).identity.tenant != envelope.identity.tenant:
             raise InvalidField(f"sealed.correlation.{link}", "expected an envelope, none has this id")
 
-    def _check_facts(self, commit: Commit, stored: Stored | None) -> None:
-        """They follow the table, on what is stored; and of budgets nothing is given back that is not held."""
-        events: Sequence[Event] = () if stored is None else stored.events
-        check(_state(events), commit.facts)
+    def _check_budgets(self, commit: Commit, events: Sequence[Event]) -> None:
+        """Of budgets nothing is given back that is not held, and nothing reserved without looking for room."""
         if not commit.budgeted:
             return
         held: Counter[tuple[str, str, str, str]] = Counter()
@@ -216,17 +229,14 @@ class Assertions:
                 if not self._service.keeps(entry.account):
                     raise InvalidField("budget", f"expected an account of the service's tenants, got {entry.account}")
             bare = isinstance(fact, Budgeted) and fact.action == "reserve"
-            if bare and any(not e.shadow and e.reserved > 0 and e.account not in commit.within for e in entries_of(fact)):
+            if bare and any(
+                not e.shadow and e.reserved > 0 and e.account not in commit.within for e in entries_of(fact)
+            ):
                 raise InvalidField("budget", "expected what is reserved to have room in its account")
 
 
 def _fact(data: EventData) -> EventData:
     return data.fact if isinstance(data, Late) else data
-
-
-def _state(events: Iterable[Event]) -> str:
-    """Raises `IllegalTransition` for what somebody changed in the database."""
-    return check(ASKED, (event.data for event in events))
 
 
 def _envelope(body: bytes) -> Envelope:

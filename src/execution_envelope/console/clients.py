@@ -67,7 +67,9 @@ class Clients:
         """Raises `LedgerUnavailable` where there is no room, or the ledger takes no guests."""
         ledger = self._ledger
         if not isinstance(ledger, Host):
-            raise LedgerUnavailable("expected a ledger that others may write to, this one is in memory", retryable=False)
+            raise LedgerUnavailable(
+                "expected a ledger that others may write to, this one is in memory", retryable=False
+            )
         self.let_go_of_silent()
         with self._lock:
             of_service = sum(one.service.name == service.name for one in self._sessions.values())
@@ -271,5 +273,7 @@ def _refusal(service: Service, error: Exception) -> wire.Refusal:
     if isinstance(error, EnvelopeError | SequenceConflict | KeyTaken | BudgetExhausted):
         return wire.refusal(error)
     if isinstance(error, DAMAGED):
-        return wire.Refusal("invalid-field", f"expected facts that can be recorded: {type(error).__name__}", field="facts")
+        return wire.Refusal(
+            "invalid-field", f"expected facts that can be recorded: {type(error).__name__}", field="facts"
+        )
     return wire.refusal(error)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import Annotated, Any, Final, TypeVar
 
@@ -19,13 +20,13 @@ from starlette.responses import Response, StreamingResponse
 
 from execution_envelope.budgets import Balance, Holding, Key
 from execution_envelope.console.access import Principal
-from execution_envelope.console.app import Reader, Shared, Writer
 from execution_envelope.console.asserted import Service
-from execution_envelope.console.clients import OutOfTurn, Clients, UnknownSession, opening_of
+from execution_envelope.console.clients import Clients, OutOfTurn, UnknownSession, opening_of
+from execution_envelope.console.problems import MEDIA_TYPE, Problem, problem
+from execution_envelope.console.who import Reader, Shared, Writer
 from execution_envelope.credentials import scrub
 from execution_envelope.envelope import decode as decode_envelope
 from execution_envelope.errors import EnvelopeError, Exported, InvalidField, LedgerUnavailable
-from execution_envelope.integrations.asgi import problem
 from execution_envelope.ledger import AttemptedRequest, Ledger, wire
 from execution_envelope.ledger import chain as chains
 from execution_envelope.ledger.commit import DAMAGED, KeyRow, SequenceConflict
@@ -55,21 +56,23 @@ class _Route(APIRoute):
             try:
                 return await handle(request)
             except UnknownSession:
-                return _problem(404, "no-session", "expected a session that is open")
+                return problem(404, "expected a session that is open", type="no-session")
             except OutOfTurn:
-                return _problem(409, "out-of-turn", "expected the next group, this one came too late")
+                return problem(409, "expected the next group, this one came too late", type="out-of-turn")
             except (EnvelopeError, SequenceConflict) as error:
-                refused = wire.refusal(error)
+                said = wire.refusal(error)
                 status = getattr(error, "status", 409 if isinstance(error, SequenceConflict) else 422)
-                members = {"refusal": msgspec.to_builtins(refused)}
-                return _problem(status, refused.type, refused.message, members)
+                kind = f"urn:execution-envelope:{said.type}"
+                body = _Refused(kind, said.type.replace("-", " "), status, said.message, refusal=said)
+                return Response(msgspec.json.encode(body), status, media_type=MEDIA_TYPE)
 
         return handled
 
 
-def _problem(status: int, kind: str, detail: str, members: dict[str, Any] | None = None) -> Response:
-    status, headers, body = problem(status, kind, detail, members or {})
-    return Response(body, status, {name.decode(): value.decode() for name, value in headers})
+class _Refused(Problem, frozen=True, omit_defaults=True):
+    """A problem with the refusal that the client raises again."""
+
+    refusal: wire.Refusal | None = None
 
 
 router: Final = APIRouter(prefix="/api/ledger", route_class=_Route, include_in_schema=False)
@@ -114,12 +117,12 @@ async def body(request: Request) -> bytes:
 Body = Annotated[bytes, Depends(body)]
 
 
-def sessions(shared: Shared) -> Clients:
+def clients(shared: Shared) -> Clients:
     """A dependency: those of this server."""
-    return shared.sessions
+    return shared.clients
 
 
-Open = Annotated[Clients, Depends(sessions)]
+Open = Annotated[Clients, Depends(clients)]
 
 
 def ledger(shared: Shared) -> Ledger:
@@ -168,8 +171,8 @@ def streamed(found: Iterable[Any]) -> StreamingResponse:
 def open_session(who: Writing, open: Open, sent: Body) -> Response:
     protocol = parsed(sent, _Protocol).protocol
     if protocol != wire.PROTOCOL:
-        problem = f"expected protocol {wire.PROTOCOL}, the client speaks {protocol}: use the same version on both sides"
-        raise LedgerUnavailable(problem, retryable=False)
+        text = f"expected protocol {wire.PROTOCOL}, the client speaks {protocol}: use the same version on both sides"
+        raise LedgerUnavailable(text, retryable=False)
     return told(open.open(who, parsed(sent, wire.Opening)))
 
 
@@ -387,8 +390,10 @@ def cursor(behind: Behind, consumer: str) -> Response:
 
 
 @router.get("/attempted", dependencies=[Whole])
-def attempted(behind: Behind, limit: int) -> Response:
-    return streamed(behind.attempted(max(0, min(limit, MAX_LIMIT))))
+def attempted(who: Reader, behind: Behind, limit: int) -> Response:
+    found = behind.attempted(max(0, min(limit, MAX_LIMIT)))
+    mine = f"{seen_by(who).name}: "
+    return streamed([replace(one, surface=one.surface.removeprefix(mine)) for one in found])
 
 
 @router.get("/checkpoints", dependencies=[Whole])

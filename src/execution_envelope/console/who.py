@@ -39,7 +39,8 @@ async def principal(request: Request, shared: Shared) -> Principal:
     if not token:
         raise unauthenticated()
     who = await identified(request, shared, token)
-    shared.limits.spend(who.name)
+    if not who.may("write"):  # services are bounded by their sessions, and by how much a group is
+        shared.limits.spend(who.name)
     if session is not None:
         request.state.session = session
         if request.method not in _SAFE:

@@ -10,7 +10,7 @@ from execution_envelope.ledger.remote_http import Server, elsewhere
 
 
 class RemoteProjection:
-    """See `Projection`. It is seen as far as the token's tenants go, and it is neither dropped nor rebuilt from here."""
+    """See `Projection`. It shows what the token's tenants have, and is neither dropped nor rebuilt from here."""
 
     def __init__(self, server: Server) -> None:
         self._server = server

@@ -26,8 +26,6 @@ TIMEOUT: Final = 15.0
 CONNECT_TIMEOUT: Final = 3.0
 #: How often a question that changes nothing is asked again when its connection breaks.
 _TRIES: Final = 2
-#: What the server's own refusals are called, behind this.
-PROBLEM: Final = "urn:execution-envelope:problem:"
 #: Bytes of an error's answer that are read.
 _MAX_PROBLEM: Final = 65536
 
@@ -213,7 +211,7 @@ class Server:
             said = _Problem()
         if said.refusal is not None:
             raise wire.error_of(said.refusal)
-        kind, detail = said.type.removeprefix(PROBLEM), redact_text(brief(said.detail, 300))
+        kind, detail = said.type.rpartition(":")[2], redact_text(brief(said.detail, 300))
         if kind == "no-session":
             raise NoSession
         if status in (500, 502, 504):
@@ -238,7 +236,9 @@ class Server:
             raise self._unreadable() from error
 
     def _unreadable(self) -> LedgerUnavailable:
-        problem = f"expected `{self.url}` to answer as a ledger of protocol {wire.PROTOCOL} does, it said something else"
+        problem = (
+            f"expected `{self.url}` to answer as a ledger of protocol {wire.PROTOCOL} does, it said something else"
+        )
         return LedgerUnavailable(problem, retryable=False)
 
     def _away(self, error: Exception) -> LedgerUnavailable:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
@@ -54,6 +55,8 @@ class RemoteStore:
         #: The chains of this process, whose leases a new session takes over.
         self._chains: list[str] = []
         self._open: _Open | None = None
+        #: How many events were dropped before the last session that was ended.
+        self._dropped_before = 0
         self._numbers = itertools.count()
         #: The numbers of submissions that are tried again, by their identity; and those that may be stored already,
         #: without a way to find out but their sequence.
@@ -212,7 +215,7 @@ class RemoteStore:
             return None
         try:
             session = self._session or self._opened(time.monotonic() + TIMEOUT)
-            self._server.post(f"sessions/{session}/alive", wire.Said(conservation.dropped), bool)
+            self._server.post(f"sessions/{session}/alive", self._conserved(conservation), bool)
         except NoSession:
             self._session = None
             return _PAUSE
@@ -220,16 +223,18 @@ class RemoteStore:
             pass  # what comes next finds out
         return RENEW
 
+    def _conserved(self, conservation: Conservation) -> wire.Said:
+        return wire.Said(conservation.dropped - self._dropped_before)
+
     def finish(self, conservation: Conservation) -> None:
         """End the session, and with it the chain."""
         session, self._session, self._open = self._session, None, None
         self._known.clear()
         self._doubtful.clear()
         if session is not None:
-            try:
-                self._server.put(f"sessions/{session}/end", wire.Said(conservation.dropped), bool)
-            except (NoSession, LedgerUnavailable):
-                pass  # its chain is found as one that was not closed
+            with suppress(NoSession, LedgerUnavailable):  # its chain is found as one that was not closed
+                self._server.put(f"sessions/{session}/end", self._conserved(conservation), bool)
+                self._dropped_before = conservation.dropped
 
 
 def _same(events: Sequence[Event], said: Sequence[Event]) -> bool:

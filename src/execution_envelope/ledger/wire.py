@@ -29,7 +29,7 @@ from execution_envelope.process import Process
 
 PROTOCOL: Final = 1
 #: Bytes of one request at most; a client sends a group in several when it is larger than a quarter of that.
-MAX_BODY: Final = 16 * 2**20
+MAX_BODY: Final = 4 * 2**20
 #: Submissions of one group at most.
 MAX_GROUP: Final = 512
 #: Chains of a client whose leases it may take over with a new session.
@@ -91,14 +91,14 @@ class SentSubmission(_Sent, frozen=True):
 
 
 class Group(_Sent, frozen=True):
-    """What a client stores at once. `number` counts up; `dropped` is how many events it ever dropped."""
+    """What a client stores at once. `number` counts up."""
 
     number: int
     submissions: tuple[SentSubmission, ...]
 
 
 class Said(_Sent, frozen=True):
-    """What a client says of itself: how many events it acknowledged that were never stored."""
+    """What a client says of itself: how many events it acknowledged and never stored, in the time of this session."""
 
     dropped: int
 
