@@ -16,8 +16,8 @@ CORE = "execution_envelope"
 
 #: A module may import only from those before it; a name stands for the module or for everything in the folder.
 ORDER = """
-version errors credentials resources values envelope lifecycle delta reckoning record tree bounds decision process
-mailbox threads answers isolation hooks grant budgets approvals ledger reconciliation observers counters family journal
+version errors credentials resources values envelope document lifecycle delta reckoning record tree bounds decision
+process mailbox threads answers isolation hooks grant budgets approvals ledger reconciliation observers counters family journal
 above reporting reconciler judge admission observed approver blocking controller facets policy telemetry adapters
 integrations review presentation console cli_shared cli_admission cli_proof cli_projection cli_relay cli_serve
 cli_totals cli_upkeep cli testing

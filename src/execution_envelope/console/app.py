@@ -9,7 +9,7 @@ from pathlib import Path
 from fastapi import FastAPI
 from starlette.concurrency import run_in_threadpool
 
-from execution_envelope.console import api, ledger_routes, signin
+from execution_envelope.console import admissions, api, ledger_routes, signin
 from execution_envelope.console.access import Authenticator
 from execution_envelope.console.headers import BodyLimit, SecurityHeaders
 from execution_envelope.console.limits import RateLimits
@@ -56,6 +56,7 @@ def create_app(
     app.add_middleware(SecurityHeaders)  # the last one added is the first to see a request
     app.include_router(signin.router)
     app.include_router(api.router, prefix="/api")
+    app.include_router(admissions.router, prefix="/api")
     app.include_router(ledger_routes.router)
     describe(app)
     return app
