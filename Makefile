@@ -18,14 +18,14 @@ tour: setup
 setup: $(VENV)/.run
 
 # Those of the backend wait for engines most of the time, so the others run beside them; each says what it found at its end.
-test: $(VENV)/.test $(OLDEST)/.test lint
+test: $(VENV)/.test $(OLDEST)/.test $(VENV)/.browser lint
 	@$(MAKE) --no-print-directory -j2 --output-sync=target test-core test-backend
 
-test-core: $(VENV)/.test $(OLDEST)/.test
+test-core: $(VENV)/.test $(OLDEST)/.test $(VENV)/.browser
 	$(OLDEST)/bin/python -m pytest tests/test_fastapi.py tests/test_fastapi_live.py
 	$(VENV)/bin/python -m pytest tests --ignore tests/proving_ground
 
-test-backend: $(VENV)/.test
+test-backend: $(VENV)/.test $(VENV)/.browser
 	$(VENV)/bin/python -m pytest tests/proving_ground
 
 # Writers killed by the thousand, and every fault on every event loop: about an hour. See docs/soak.md.
@@ -39,8 +39,10 @@ lint: $(VENV)/.test
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/mypy
 
+# The pages that are drawn from the code, and all pages as a site in build/docs.
 docs: $(VENV)/.test
 	$(VENV)/bin/python docs/build.py
+	$(VENV)/bin/sphinx-build -q -W --keep-going -b html docs build/docs
 
 # `make bench ROWS=seal,verify` measures some rows, KEEP=1 keeps the large ledger and reuses it, BENCH_DATA= chooses the
 # disk; `python -m bench --help` says more.
@@ -62,6 +64,13 @@ $(VENV)/.run: pyproject.toml constraints.txt
 
 $(VENV)/.test: $(VENV)/.run
 	$(VENV)/bin/python $(PIP) -c constraints.txt -e ".[dev]"
+	@touch $@
+
+# A browser: the system's own, or Debian's, or the one that Playwright brings.
+$(VENV)/.browser: $(VENV)/.test
+	@command -v chromium >/dev/null || { command -v apt-get >/dev/null && apt-get -qq update && \
+		DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends chromium fonts-dejavu-core >/dev/null; } || \
+		$(VENV)/bin/playwright install chromium
 	@touch $@
 
 $(VENV)/.bench: pyproject.toml constraints.txt

@@ -62,7 +62,7 @@ EXTRA = {
 }
 PUBLIC = tuple(
     f"execution_envelope.{module}"
-    for module in ("integrations", "adapters", "reconciliation", "policy", "telemetry", "budgets")
+    for module in ("integrations", "adapters", "reconciliation", "policy", "telemetry", "budgets", "console", "review")
 )
 MAX_LINES = 600
 

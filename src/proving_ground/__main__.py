@@ -39,6 +39,8 @@ Who may do what, limits, budgets and approval are in {policy}; change it while t
     .venv/bin/envelope budgets
 
 "Policy, budgets, approval, live" in README.md goes on from here.
+
+The console is at {url}/console/: sign in with dana's token, or with ada's, who sees all tenants.
 """
 
 

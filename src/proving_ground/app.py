@@ -19,6 +19,7 @@ from proving_ground.auth import RunTokens, TokenFile
 from proving_ground.body_limit import BodyLimit
 from proving_ground.catalog import Catalog
 from proving_ground.cluster import Cluster
+from proving_ground.console import open_console
 from proving_ground.evaluation import EVALUATION, Evaluations
 from proving_ground.jobs import JOBS, Jobs, JobStore
 from proving_ground.jobs import prober as job_prober
@@ -106,6 +107,7 @@ def create_app(settings: Settings, *, catalog: Catalog | None = None) -> FastAPI
         app.include_router(router, include_in_schema=False)
     app.add_api_route("/health", _alive, methods=["GET"], tags=["backend"])
     app.mount("/metrics", metrics_app(seam.metrics, controller))
+    app.mount("/console", open_console(controller, app.state.tokens))
     app.add_api_route("/api/health", _alive, methods=["GET"], include_in_schema=False)
     return app
 

@@ -115,11 +115,12 @@ class RunTokens:
 
 
 def write_demo(path: Path) -> None:
-    """Make a token file of three people with random tokens, mode 0600."""
+    """Make a token file of four people with random tokens, mode 0600."""
     people: dict[str, dict[str, Any]] = {
         "dana": {"tenant": "acme", "roles": [OPERATOR], "workrooms": ["support-bot", "production"]},
         "sam": {"tenant": "acme", "roles": ["viewer"], "workrooms": []},
         "lee": {"tenant": "globex", "roles": [OPERATOR], "workrooms": []},
+        "ada": {"tenant": "acme", "roles": ["auditor"], "workrooms": []},
     }
     tokens = {subject: f"pg-{subject}-{secrets.token_urlsafe(24)}" for subject in people}
     entries = {tokens[subject]: {"subject": subject, **rest} for subject, rest in people.items()}

@@ -50,7 +50,7 @@ class OidcIssuer:
         if len(token) > MAX_TOKEN or token.count(".") != 2:
             return None
         try:
-            key = self._client().get_signing_key_from_jwt(token)
+            key = self._key(token)
             claims = jwt.decode(
                 token,
                 key,
@@ -63,6 +63,16 @@ class OidcIssuer:
         except (jwt.PyJWTError, OSError, ValueError):
             return None
         return self._of(claims)
+
+    def _key(self, token: str) -> jwt.PyJWK:
+        """The key that the token names. Where it names none, the issuer's only one."""
+        client, named = self._client(), jwt.get_unverified_header(token).get("kid")
+        if named is not None:
+            return client.get_signing_key(named)
+        keys = client.get_signing_keys()
+        if len(keys) != 1:
+            raise ValueError("expected a token that names its key")
+        return keys[0]
 
     def _of(self, claims: dict[str, Any]) -> Principal | None:
         tenants, roles = (_texts(claims.get(name)) for name in self._claims)

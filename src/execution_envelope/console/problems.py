@@ -87,6 +87,7 @@ def problem(status: int, detail: str, *, type: str | None = None, **more: Any) -
 def answer_errors(app: FastAPI) -> None:
     """Let an application answer all its errors so; to a browser that asks for a page, as a page."""
     app.add_exception_handler(EnvelopeError, _refusal)
+    app.add_exception_handler(Refused, _refusal)  # by name: where it is mounted, the host's would come before
     app.add_exception_handler(StarletteHTTPException, _http)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(Exception, _unexpected)

@@ -100,9 +100,11 @@ def add_token(path: Path, *, subject: str, tenants: list[str] | str, roles: list
 
 
 def _written(entry: _Token) -> str:
-    # A JSON text, and a list of them, is TOML too.
     lines = ["[[token]]"]
-    lines += [f"{name} = {json.dumps(getattr(entry, name))}" for name in ("sha256", "subject", "tenants", "roles")]
+    for name in ("sha256", "subject", "tenants", "roles"):
+        # JSON is TOML too, but for characters as two surrogates, and for DEL as it is.
+        text = json.dumps(getattr(entry, name), ensure_ascii=False).replace("\x7f", "\\u007f")
+        lines.append(f"{name} = {text}")
     if entry.expires is not None:
         lines.append(f"expires = {entry.expires.isoformat(timespec='seconds')}")
     return "\n".join(lines) + "\n"
