@@ -69,34 +69,32 @@ class Way:
             with self._turn:
                 server = socket.create_connection(("127.0.0.1", self._port))
             self._sockets += [client, server]
-            lost = threading.Event()
-            threading.Thread(target=self._back, args=(server, client, lost), daemon=True).start()
+            doomed = threading.Event()
+            threading.Thread(target=self._back, args=(server, client, doomed), daemon=True).start()
             while data := client.recv(1 << 20):
                 if self.marked in data and self.breaks:
-                    with self._turn:
-                        how = self.breaks.pop(0)
-                        lost.set()
-                        if how == "answer":
-                            server.sendall(data)
-                            self.answered.get(timeout=10)
-                        self.broken += 1
-                        self.then()
-                        for each in (client, server):
-                            with suppress(OSError):
-                                each.shutdown(socket.SHUT_RDWR)
-                    return
+                    if self.breaks.pop(0) == "request":
+                        self._break(client, server)
+                        return
+                    doomed.set()
                 server.sendall(data)
 
-    answered: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-
-    def _back(self, server: socket.socket, client: socket.socket, lost: threading.Event) -> None:
+    def _back(self, server: socket.socket, client: socket.socket, doomed: threading.Event) -> None:
         with suppress(OSError):
             while data := server.recv(1 << 20):
-                if lost.is_set():
-                    self.answered.put(data)
-                else:
-                    client.sendall(data)
+                if doomed.is_set():
+                    self._break(client, server)
+                    return
+                client.sendall(data)
             client.shutdown(socket.SHUT_RDWR)
+
+    def _break(self, *ends: socket.socket) -> None:
+        with self._turn:
+            self.broken += 1
+            self.then()
+            for each in ends:
+                with suppress(OSError):
+                    each.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         for each in (self._listener, *self._sockets):
