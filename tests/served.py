@@ -18,9 +18,7 @@ from execution_envelope.console.tokens import TokenFile
 from execution_envelope.controller import AdmissionController
 from execution_envelope.ledger import Ledger
 from execution_envelope.review import Review
-
-#: The token of a service that sees everything.
-TOKEN = "test-token-of-a-service"
+from tests.remote_children import TOKEN as TOKEN
 
 
 def entry(token: str, subject: str, tenants: Sequence[str] | None, *roles: str) -> str:

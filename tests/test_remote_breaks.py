@@ -1,4 +1,4 @@
-"""What a ledger over HTTP does when the way to its server, the server, or its client breaks: nothing twice, nothing lost."""
+"""What a ledger over HTTP does when the way to its server, or the server, breaks: nothing twice, nothing lost."""
 
 from __future__ import annotations
 
