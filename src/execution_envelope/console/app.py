@@ -9,7 +9,7 @@ from pathlib import Path
 from fastapi import FastAPI
 from starlette.concurrency import run_in_threadpool
 
-from execution_envelope.console import admissions, api, ledger_routes, signin
+from execution_envelope.console import admissions, api, ledger_routes, projection_routes, signin
 from execution_envelope.console.access import Authenticator
 from execution_envelope.console.headers import BodyLimit, SecurityHeaders
 from execution_envelope.console.limits import RateLimits
@@ -58,5 +58,6 @@ def create_app(
     app.include_router(api.router, prefix="/api")
     app.include_router(admissions.router, prefix="/api")
     app.include_router(ledger_routes.router)
+    app.include_router(projection_routes.router)
     describe(app)
     return app

@@ -46,7 +46,7 @@ MAX_LIMIT: Final = 10_000
 _MOST: Final = 2**53
 
 
-class _Route(APIRoute):
+class Route(APIRoute):
     """Answers what the ledger raises as a problem with the refusal in it, for the client to raise again."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
@@ -75,7 +75,7 @@ class _Refused(Problem, frozen=True, omit_defaults=True):
     refusal: wire.Refusal | None = None
 
 
-router: Final = APIRouter(prefix="/api/ledger", route_class=_Route, include_in_schema=False)
+router: Final = APIRouter(prefix="/api/ledger", route_class=Route, include_in_schema=False)
 
 
 # Who asks, and what was sent
