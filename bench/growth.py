@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from bench.work import append_rate, commits, tenant_name
 from execution_envelope.ledger import SqliteLedger
 from execution_envelope.ledger.commit import Commit
 from execution_envelope.ledger.submission import Outcome, Submission
+from execution_envelope.query import Query
 
 TENANTS = 100
 #: Submissions that wait for the writer while the ledger is filled: a full group, and the next one.
@@ -100,9 +102,10 @@ def _growth(run: Run, path: Path, count: int) -> Row:
 def _newest(run: Run, path: Path) -> Row:
     """From the projection, which looks first whether it lags behind."""
     with closing(SqliteLedger(path)) as ledger:
-        newest = ledger.projection().newest
-        assert newest(tenant=tenant_name(0), limit=50)  # and what the follower left over is taken in
-        calls = [partial(newest, tenant=tenant_name(number), limit=50) for number in range(TENANTS)]
+        search = ledger.projection().search
+        queries = [Query.parse(f"tenant={tenant_name(number)}", datetime.now(UTC)) for number in range(TENANTS)]
+        assert search(queries[0], limit=50).rows  # and what the follower left over is taken in
+        calls = [partial(search, query, limit=50) for query in queries]
         times = _milliseconds(calls)
     return row("newest_50", percentile(times, 0.5), p99_ms=round(percentile(times, 0.99), 3))
 

@@ -40,7 +40,7 @@ from execution_envelope.testing import FakeClock
 
 PAGE = Path(__file__).parent.parent / "docs" / "reference" / "cli.md"
 COMMANDS = (
-    *("", "list", "show", "verify", "tail"),
+    *("", "list", "show", "explain", "verify", "tail"),
     *("hooks", "plan", "approve", "deny", "budgets"),
     *("keygen", "checkpoint", "prove", "check"),
     *("project", "rebuild", "coverage", "totals", "relay"),

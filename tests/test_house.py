@@ -17,16 +17,16 @@ CORE = "execution_envelope"
 #: A module may import only from those before it; a name stands for the module or for everything in the folder.
 ORDER = """
 version errors credentials resources values envelope document lifecycle delta reckoning record tree bounds decision
-process mailbox threads answers isolation hooks grant budgets approvals ledger reconciliation observers counters family journal
-above reporting reconciler judge admission observed approver blocking controller facets policy telemetry adapters
-integrations review presentation console cli_shared cli_admission cli_proof cli_projection cli_relay cli_serve
-cli_totals cli_upkeep cli testing
+process mailbox threads answers isolation hooks grant budgets approvals criteria query ledger reconciliation observers
+counters family journal above reporting reconciler judge admission observed approver blocking controller facets policy
+telemetry adapters integrations words sentences review presentation console cli_shared cli_admission cli_explain
+cli_proof cli_projection cli_list cli_relay cli_serve cli_totals cli_upkeep cli testing
 """
 LEDGER_ORDER = """
-merkle chain projection schema exports commit balances submission contract writer wire spool sqlite_database
-sqlite_segments sqlite_store projection_store projector projection_sqlite memory sqlite postgres_database
-postgres_segments postgres_store projection_postgres postgres sums recomputation workers verification checkpoint proof
-segment_file segments remote_http remote_segments projection_remote remote_store remote
+merkle chain projection projection_session search schema exports commit balances submission contract writer wire spool
+sqlite_database sqlite_segments sqlite_store projection_store projector projection_sqlite memory sqlite
+postgres_database postgres_segments postgres_store projection_postgres postgres sums recomputation workers
+verification checkpoint proof segment_file segments remote_http remote_segments projection_remote remote_store remote
 """
 #: What only some deciders, adapters or commands need: the core does without.
 OPTIONAL = {
@@ -41,6 +41,8 @@ OPTIONAL = {
     "cli",
     "cli_shared",
     "cli_admission",
+    "cli_list",
+    "cli_explain",
     "cli_proof",
     "cli_projection",
     "cli_relay",

@@ -18,6 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from execution_envelope import cli_projection, lifecycle
 from execution_envelope.envelope import Ask, Subject, seal, timestamp
+from execution_envelope.errors import InvalidField
 from execution_envelope.ledger import AttemptedRequest, Ledger, MemoryLedger, SqliteLedger, projector
 from execution_envelope.ledger.commit import Commit
 from execution_envelope.ledger.projection import (
@@ -26,6 +27,7 @@ from execution_envelope.ledger.projection import (
     AmountKey,
     CountKey,
     Lag,
+    Page,
     ProjectedEnvelope,
     Sum,
     project,
@@ -55,6 +57,7 @@ from execution_envelope.lifecycle import (
     Violation,
     Why,
 )
+from execution_envelope.query import Query
 from execution_envelope.record import Record
 from execution_envelope.resources import MAX_AMOUNT, Quantity, per_replica
 from execution_envelope.testing import START, ask
@@ -79,7 +82,7 @@ TERMS = sorted(COVERAGE.keys() | RARE)
 def shown(projection: Any) -> Shown:
     """By what is there, without catching up."""
     assert isinstance(projection, Projector)
-    rows = {row.id: row for row in projection.newest(10**6, fresh=False)}
+    rows = {row.id: row for row in projection.stream(None, fresh=False)}
     with projection._looked_at(False) as store:
         counts, amounts = store.rolled_up("", "~")
         found = {term: store.ids(term) for term in TERMS}
@@ -179,7 +182,7 @@ class ProjectionContract:
     def test_it_starts_empty(self, tmp_path: Path) -> None:
         with self.opened(tmp_path) as (ledger, projection):
             assert projection.catch_up() == projection.lag() == Lag(0, 0)
-            assert (projection.newest(9), projection.open(), projection.get("x")) == ([], [], None)
+            assert (projection.search(None, limit=9), projection.open(), projection.get("x")) == (Page(()), [], None)
             assert projection.totals("2026-01-01", "2026-12-31") == []
             assert projection.coverage().envelopes == 0
             assert ledger.projection() is projection
@@ -192,8 +195,8 @@ class ProjectionContract:
             assert projection.lag() == Lag(3, 1)
             assert projection.get(commit.envelope).state == "admitted"
             ledger.commit(later(commit.envelope, 2, Granted({"gpu": Quantity(1000)}, "enforced")))
-            assert projection.newest(1, fresh=False)[0].state == "admitted"
-            assert projection.newest(1)[0].state == "granted"
+            assert projection.search(None, limit=1, fresh=False).rows[0].state == "admitted"
+            assert projection.search(None, limit=1).rows[0].state == "granted"
             assert projection.open() == [commit.envelope]
             ledger.commit(later(commit.envelope, 3, Completed()))
             assert projection.open() == []
@@ -209,38 +212,31 @@ class ProjectionContract:
             assert projection.catch_up(progress=told.append) == Lag(0, 0)
             assert told == [4, 3]
 
-    def test_newest_by_whatever_is_asked(self, tmp_path: Path) -> None:
+    def test_a_search_catches_up_and_a_stream_shows_what_was_there(self, tmp_path: Path) -> None:
         with self.opened(tmp_path) as (ledger, projection):
-            facts: list[tuple[EventData, ...]] = [
-                (Denied("quota", "x"),),
-                (Held("look", "x"),),
-                (Admitted(), Completed()),
-                (Admitted(),),
-                (Admitted(), Rejected("x", "x")),
-            ]
-            for number in range(40):
-                owner = f"t{number % 3}"
-                scope = {"project": f"p{number % 2}"}
-                sort = ("inference", "agent.run")[number % 4 == 0]
-                made = ask(subject=Subject("user", "u", tenant=owner), scope=scope, kind=sort)
-                ledger.commit(admission(made, *facts[number % 5]))
-            rows = sorted(folded(ledger).rows.values(), key=lambda row: row.id, reverse=True)
-            for tenant in (None, "t1", "nobody"):
-                for kind in (None, "agent.run"):
-                    for states in ((), ("completed",), ("denied", "rejected"), ("held",), ("admitted", "completed")):
-                        for part in (None, "p1"):
-                            expected = [
-                                row
-                                for row in rows
-                                if tenant in (None, row.tenant)
-                                and kind in (None, row.kind)
-                                and part in (None, row.project)
-                                and (not states or row.state in states)
-                            ]
-                            asked = {"tenant": tenant, "kind": kind, "states": states, "project": part}
-                            assert projection.newest(5, **asked) == expected[:5]
-                            if len(expected) > 2:
-                                assert projection.newest(9, before=expected[1].id, **asked) == expected[2:11]
+            for number in range(7):
+                ledger.commit(admission(ask(), Denied("policy", "x") if number % 2 else Admitted()))
+            query = Query.parse("state=denied and code=policy", START)
+            first = projection.search(query, limit=2)
+            rows = sorted(
+                (row for row in folded(ledger).rows.values() if row.state == "denied"), key=lambda row: row.id
+            )
+            assert list(first.rows) == rows[:0:-1] and first.next is not None
+            stream = projection.stream(query)
+            assert next(stream) == rows[-1]
+            ledger.commit(admission(ask(), Denied("policy", "x")))
+            assert list(stream) == rows[-2::-1]
+            assert projection.search(query, limit=9, after=first.next).rows == (rows[0],)
+            assert len(projection.search(query, limit=9).rows) == 4
+
+    def test_a_page_has_a_size_and_a_cursor(self, tmp_path: Path) -> None:
+        with self.opened(tmp_path) as (_, projection):
+            for limit in (0, -1, 1001, True, "3", None):
+                with pytest.raises(InvalidField, match=r"expected 1 to 1000.* - at `limit`"):
+                    projection.search(None, limit=limit)
+            for after in ("x" * 201, "\0", "\ud800", 7, b"x"):
+                with pytest.raises(InvalidField, match=r"expected `next` of another page.* - at `after`"):
+                    projection.search(None, limit=1, after=after)
 
     def test_totals_add_up_by_group_beyond_64_bits(self, tmp_path: Path) -> None:
         with self.opened(tmp_path) as (ledger, projection):
@@ -311,7 +307,7 @@ class ProjectionContract:
                         ledger.commit(commit)
                         assert projection.get(commit.envelope).state == "admitted"
                         ledger.commit(later(commit.envelope, 2, Completed()))
-                        assert projection.newest(50, states=["completed"])
+                        assert projection.search(Query.parse("state=completed", START), limit=50).rows
                         assert commit.envelope not in projection.open()
                 except BaseException as error:
                     failed.append(error)

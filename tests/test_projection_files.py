@@ -51,7 +51,7 @@ def test_it_may_be_deleted_at_any_time(path: Path, ledger: Ledger) -> None:
     for count in (5, 6):
         for file in files(path):
             file.unlink()
-        assert len(ledger.projection().newest(9)) == count
+        assert len(ledger.projection().search(None, limit=9).rows) == count
         ledger.commit(admission(ask()))
         ledger.projection().catch_up()
         assert shown(ledger.projection()) == folded(ledger)
@@ -71,7 +71,7 @@ def test_of_another_version_or_damaged_it_is_made_again(path: Path, ledger: Ledg
             connection.execute("UPDATE projection_state SET version = version + 1")
             connection.execute("UPDATE projection_envelopes SET body = '{}'")
             if how == "layout":
-                connection.execute("ALTER TABLE projection_envelopes DROP COLUMN state")
+                connection.execute("ALTER TABLE projection_entries DROP COLUMN target")
             connection.commit()
     ledger.projection().catch_up()
     assert shown(ledger.projection()) == folded(ledger)
@@ -101,7 +101,7 @@ def test_of_another_ledger_it_is_made_again(path: Path, tmp_path: Path) -> None:
     with closing(SqliteLedger(path)) as ledger:
         ledger.projection().catch_up()
         assert shown(ledger.projection()) == folded(ledger)
-        assert len(ledger.projection().newest(9)) == 3
+        assert len(ledger.projection().search(None, limit=9).rows) == 3
 
 
 def test_an_older_copy_of_the_ledger_is_another_one(path: Path, ledger: Ledger) -> None:
@@ -113,7 +113,7 @@ def test_an_older_copy_of_the_ledger_is_another_one(path: Path, ledger: Ledger) 
     path.write_bytes(older)
     ledger.projection().catch_up()
     assert shown(ledger.projection()) == folded(ledger)
-    assert len(ledger.projection().newest(9)) == 5
+    assert len(ledger.projection().search(None, limit=9).rows) == 5
 
 
 def test_where_no_file_can_be_made_it_is_in_memory_and_bounded(
@@ -126,7 +126,7 @@ def test_where_no_file_can_be_made_it_is_in_memory_and_bounded(
     ledger.close()
     monkeypatch.setattr(projection_sqlite, "MAX_IN_MEMORY", 4)
     with pytest.raises(LedgerUnavailable, match="make the ledger's folder writable") as refused:
-        ledger.projection().newest(1)
+        ledger.projection().search(None, limit=1)
     assert not refused.value.retryable
 
 
@@ -135,7 +135,7 @@ def test_the_ledgers_own_files_stay_as_they_are(path: Path, ledger: Ledger) -> N
     before = path.read_bytes()
     with closing(SqliteLedger(path, read_only=True)) as reader:
         reader.projection().rebuild()
-        assert len(reader.projection().newest(9)) == 5
+        assert len(reader.projection().search(None, limit=9).rows) == 5
     assert path.read_bytes() == before
     with closing(SqliteLedger(path.with_name("none.db"), read_only=True)) as missing:
         for call in (missing.projection().catch_up, missing.projection().lag):
@@ -187,8 +187,8 @@ def test_what_was_tampered_with_is_damaged_and_stops_nothing(path: Path, ledger:
     assert coverage.unreadable == {"body": 1, "deleted": 1}.get(how, 0)
     row = projection.get(damaged)
     assert row is not None and row.damaged and not row.is_open
-    assert len(projection.newest(9)) == 5 and len(projection.open()) == 4
-    day = projection.newest(1)[0].day
+    assert len(projection.search(None, limit=9).rows) == 5 and len(projection.open()) == 4
+    day = projection.search(None, limit=1).rows[0].day
     assert projection.totals(day, day)[0].states == {"admitted": 3, "granted": 1}
     before = shown(projection)
     projection.rebuild()
@@ -236,7 +236,7 @@ def test_the_commands(path: Path, ledger: Ledger) -> None:
     url = f"sqlite:///{path}"
     assert run("project", "--ledger", url).exit_code == 0
     assert run("rebuild", "--ledger", url).exit_code == 0
-    assert len(ledger.projection().newest(9, fresh=False)) == 6
+    assert len(ledger.projection().search(None, limit=9, fresh=False).rows) == 6
     found = run("coverage", "--ledger", url, "--json", "--limit", "1")
     data = json.loads(found.stdout)
     assert (data["envelopes"], data["undecided"]["count"], len(data["open"]["newest"])) == (6, 1, 1)

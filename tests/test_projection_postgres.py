@@ -90,5 +90,5 @@ def test_who_may_only_read_gets_one_in_memory(postgres: Server, monkeypatch: pyt
             limited.close()
             monkeypatch.setattr(projection_sqlite, "MAX_IN_MEMORY", 1)
             with pytest.raises(LedgerUnavailable, match="expected up to 1 envelopes") as refused:
-                limited.projection().newest(1)
+                limited.projection().search(None, limit=1)
             assert not refused.value.retryable

@@ -10,7 +10,7 @@ import select
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
@@ -30,6 +30,8 @@ except ImportError as missing:
 
 from execution_envelope import (
     cli_admission,
+    cli_explain,
+    cli_list,
     cli_projection,
     cli_proof,
     cli_relay,
@@ -38,7 +40,6 @@ from execution_envelope import (
     cli_upkeep,
     presentation,
 )
-from execution_envelope.cli_projection import catch_up
 from execution_envelope.cli_proof import Against
 from execution_envelope.cli_shared import (
     FILE,
@@ -54,30 +55,21 @@ from execution_envelope.cli_shared import (
     signed_checkpoint,
     utc_now,
 )
-from execution_envelope.envelope import KINDS
-from execution_envelope.errors import Damaged, EnvelopeError, Exported, LedgerUnavailable, NotFound
+from execution_envelope.errors import Damaged, EnvelopeError, LedgerUnavailable, NotFound
 from execution_envelope.ledger import Finding, Ledger, Verification
 from execution_envelope.ledger import chain as chains
 from execution_envelope.ledger import verify as verify_ledger
 from execution_envelope.ledger.checkpoint import NotProven
 from execution_envelope.ledger.commit import DAMAGED
 from execution_envelope.ledger.contract import Row
-from execution_envelope.ledger.projection import DAMAGED as DAMAGED_STATE
-from execution_envelope.ledger.projection import ProjectedEnvelope, Projection
-from execution_envelope.lifecycle import OPEN, TERMINAL
 from execution_envelope.record import Record
 from execution_envelope.review import Review
 from execution_envelope.version import __version__
 
 #: How often `tail` looks for new entries, in seconds.
 POLL: Final = 0.25
-#: After so many exported envelopes `list` looks no further.
-MAX_EXPORTED: Final = 10_000
-#: Among so many of the newest that were observed `list --observed` looks.
-MAX_OBSERVED: Final = 10_000
 #: Findings printed; `--json` lists them all.
 MAX_PRINTED: Final = 100
-_PAGE: Final = 1000
 UNKNOWABLE: Final = (
     "whether the newest entries were cut off with everything that speaks of them",
     "whether the newest chains were removed as a whole from the end",
@@ -114,94 +106,6 @@ def cli(context: click.Context, url: str | None) -> None:
     context.obj = url
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
-
-
-@cli.command("list")
-@ledger_option
-@json_option
-@click.option("--limit", type=click.IntRange(min=1), default=20, show_default=True, help="At most so many.")
-@click.option(
-    "--state",
-    "states",
-    multiple=True,
-    # An observed one has ended by the time that anybody sees it.
-    type=click.Choice(sorted((OPEN | TERMINAL) - {"observed"})),
-    metavar="STATE",
-    help="Only in this state; may be repeated.",
-)
-@click.option("--kind", type=click.Choice(KINDS), metavar="KIND", help="Only of this kind, such as model.deploy.")
-@click.option("--tenant", help="Only of this tenant.")
-@click.option("--observed", is_flag=True, help="Only what went past the seam and was recorded after the fact.")
-@click.option("--attempted", is_flag=True, help="List the requests that never became an envelope instead.")
-@click.pass_context
-def list_(
-    context: click.Context,
-    url: str | None,
-    as_json: bool,
-    limit: int,
-    states: tuple[str, ...],
-    kind: str | None,
-    tenant: str | None,
-    observed: bool,
-    attempted: bool,
-) -> None:
-    """List envelopes, newest first.
-
-    The short id of the table is enough for `envelope show`.
-    """
-    if attempted and (states or kind or tenant or observed):
-        raise Problem("expected --attempted without --state, --kind, --tenant and --observed: it has none of them")
-    now, console = utc_now(), new_console()
-    rows: list[dict[str, Text]] = []
-    damaged, exported = [], 0
-    with opened(context, url) as ledger:
-        if attempted:
-            requests = ledger.attempted(limit)
-            if as_json:
-                for request in requests:
-                    print_json(presentation.attempted_data(request, now=now))
-            else:
-                console.print(presentation.attempted_table(requests, now=now))
-            return
-        read: Callable[..., Any] = presentation.summary if as_json else presentation.list_row
-        emit: Callable[[Any], None] = print_json if as_json else rows.append
-        projection = ledger.projection()
-        catch_up(projection)
-        ids: Iterable[str] = _listed(projection, min(limit, _PAGE), states=states, kind=kind, tenant=tenant)
-        if observed:
-            ids = projection.coverage(MAX_OBSERVED).of["observed"].newest
-        for id in ids:
-            try:
-                record = _record(ledger, id)
-                execution, identity = record.envelope.execution, record.envelope.identity
-                if (
-                    (states and record.state not in states)
-                    or (kind is not None and execution.kind != kind)
-                    or (tenant is not None and identity.tenant != tenant)
-                ):
-                    continue
-                found = read(record, now=now)
-            except Exported:
-                exported += 1
-                if exported == MAX_EXPORTED:
-                    break
-                continue
-            except (*DAMAGED, Damaged, NotFound):
-                damaged.append(id)
-                continue
-            emit(found)
-            limit -= 1
-            if not limit:
-                break
-    if not as_json:
-        console.print(presentation.list_table(rows, width=console.width))
-    if exported:
-        further = "; looked no further" if exported == MAX_EXPORTED else ""
-        say(f"left out {presentation.counted(exported, 'envelope')}, exported and dropped with a segment{further}")
-    for id in damaged:
-        say(str(Damaged(id)))
-    if damaged:
-        context.exit(2)
 
 
 @cli.command(short_help="Show one envelope: who asked for what, and what was granted.")
@@ -348,8 +252,10 @@ def tail(context: click.Context, url: str | None, as_json: bool, follow: bool, s
 
 
 cli_admission.add_to(cli)
+cli_list.add_to(cli)
 cli_proof.add_to(cli)
 cli_projection.add_to(cli)
+cli_explain.add_to(cli)
 cli_relay.add_to(cli)
 cli_serve.add_to(cli)
 cli_totals.add_to(cli)
@@ -375,21 +281,6 @@ def _record(ledger: Ledger, id: str) -> Record:
     if stored is None:
         raise NotFound(f"expected an envelope, none has the id `{id[:200]}`")
     return stored.record()
-
-
-def _listed(projection: Projection, size: int, **filters: Any) -> Iterator[str]:
-    """Ids as the projection has them, newest first. Of a damaged one nobody can tell whether it fits: it is listed."""
-    pages = [_pages(lambda before: projection.newest(size, before=before, fresh=False, **filters))]
-    if any(filters.values()) and projection.coverage(0, fresh=False).of[DAMAGED_STATE].count:
-        pages.append(_pages(lambda before: projection.newest(size, before=before, states=[DAMAGED_STATE], fresh=False)))
-    return (row.id for row in heapq.merge(*pages, key=lambda row: row.id, reverse=True))
-
-
-def _pages(read: Callable[[str | None], list[ProjectedEnvelope]]) -> Iterator[ProjectedEnvelope]:
-    before: str | None = None
-    while page := read(before):
-        yield from page
-        before = page[-1].id
 
 
 def _total(ledger: Ledger) -> int | None:

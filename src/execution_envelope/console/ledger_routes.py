@@ -50,6 +50,7 @@ class Route(APIRoute):
     """Answers what the ledger raises as a problem with the refusal in it, for the client to raise again."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """See `APIRoute`."""
         handle = super().get_route_handler()
 
         async def handled(request: Request) -> Response:
@@ -169,6 +170,7 @@ def streamed(found: Iterable[Any]) -> StreamingResponse:
 
 @router.post("/sessions")
 def open_session(who: Writing, open: Open, sent: Body) -> Response:
+    """Open a session: a chain of its own for a client."""
     protocol = parsed(sent, _Protocol).protocol
     if protocol != wire.PROTOCOL:
         text = f"expected protocol {wire.PROTOCOL}, the client speaks {protocol}: use the same version on both sides"
@@ -182,6 +184,7 @@ class _Protocol(msgspec.Struct):
 
 @router.post("/sessions/{id}/groups")
 def write(id: str, who: Writing, open: Open, sent: Body) -> Response:
+    """Store a group of submissions."""
     group = parsed(sent, wire.Group)
     if len(group.submissions) > wire.MAX_GROUP:
         raise InvalidField("submissions", f"expected up to {wire.MAX_GROUP} submissions")
@@ -190,28 +193,33 @@ def write(id: str, who: Writing, open: Open, sent: Body) -> Response:
 
 @router.post("/sessions/{id}/settled")
 def settled(id: str, who: Writing, open: Open, sent: Body) -> Response:
+    """What became of a group whose answer was lost."""
     return told(open.settled(id, who, parsed(sent, wire.Asked).number))
 
 
 @router.post("/sessions/{id}/alive")
 def alive(id: str, who: Writing, open: Open, sent: Body) -> Response:
+    """The client lives: renew the lease of its chains."""
     open.alive(id, who, parsed(sent, wire.Said))
     return told(True)
 
 
 @router.post("/sessions/{id}/end")
 def end(id: str, who: Writing, open: Open, sent: Body) -> Response:
+    """End a session, and its chain, in order."""
     open.end(id, who, parsed(sent, wire.Said))
     return told(True)
 
 
 @router.get("/own")
 def own(who: Writing, open: Open, chain: str, after: int) -> Response:
+    """What stands in a chain of the service's own behind a position."""
     return told(open.own(who, chain, _bounded(after)))
 
 
 @router.post("/note")
 def note(who: Writing, behind: Behind, sent: Body) -> Response:
+    """See `Ledger.note`."""
     said = parsed(sent, AttemptedRequest)
     if not 100 <= said.status <= 599 or not 0 <= said.dropped <= _MOST:
         raise InvalidField("status", "expected the status of an HTTP answer")
@@ -225,6 +233,7 @@ def note(who: Writing, behind: Behind, sent: Body) -> Response:
 
 @router.post("/currency")
 def currency(who: Writing, behind: Behind, sent: Body) -> Response:
+    """See `Ledger.currency`."""
     code = parsed(sent, str)
     if not (len(code) == 3 and code.isascii() and code.isalpha() and code.isupper()):
         raise InvalidField("currency", "expected a currency such as EUR")
@@ -233,6 +242,7 @@ def currency(who: Writing, behind: Behind, sent: Body) -> Response:
 
 @router.post("/cursor", dependencies=[Whole])
 def move_cursor(who: Writing, behind: Behind, sent: Body) -> Response:
+    """See `Ledger.move_cursor`."""
     consumer, positions = parsed(sent, tuple[str, dict[str, int]])
     if not 1 <= len(consumer) <= 256 or "\0" in consumer + "".join(positions):
         raise InvalidField("consumer", "expected a name of up to 256 characters")
@@ -242,6 +252,7 @@ def move_cursor(who: Writing, behind: Behind, sent: Body) -> Response:
 
 @router.post("/checkpoints/{number}", dependencies=[Whole])
 def keep_checkpoint(number: int, who: Writing, behind: Behind, sent: Body) -> Response:
+    """See `Ledger.keep_checkpoint`."""
     return told(behind.keep_checkpoint(_bounded(number), parsed(sent, bytes)))
 
 
@@ -270,6 +281,7 @@ def _sees(who: Principal, behind: Ledger, envelope: str) -> bool:
 
 @router.get("/read")
 def read(who: Reader, behind: Behind, envelope: str) -> Response:
+    """See `Ledger.read`."""
     if not _sees(who, behind, envelope):
         return told(None)
     stored = behind.read(envelope)
@@ -282,23 +294,27 @@ def read(who: Reader, behind: Behind, envelope: str) -> Response:
 
 @router.get("/find")
 def find(who: Reader, behind: Behind, kind: str, reference: str) -> Response:
+    """See `Ledger.find`."""
     found = behind.find(kind, reference)
     return told(found if found is not None and _sees(who, behind, found) else None)
 
 
 @router.get("/key")
 def key(who: Reader, behind: Behind, digest: str) -> Response:
+    """See `Ledger.key`."""
     found: KeyRow | None = behind.key(digest)
     return told(found if found is not None and _sees(who, behind, found.envelope) else None)
 
 
 @router.get("/children")
 def children(who: Reader, behind: Behind, envelope: str) -> Response:
+    """See `Ledger.children`."""
     return streamed(_seen(who, behind, behind.children(envelope) if _sees(who, behind, envelope) else []))
 
 
 @router.get("/newest")
 def newest(who: Reader, behind: Behind, limit: int, before: str | None = None) -> Response:
+    """See `Ledger.newest`."""
     limit = max(0, min(limit, MAX_LIMIT))
     if who.tenants is None:
         return told(behind.newest(limit, before=before))
@@ -342,18 +358,21 @@ def _seen(who: Principal, behind: Ledger, ids: Sequence[str], *, own: bool = Fal
 
 @router.get("/chain_of")
 def chain_of(who: Reader, behind: Behind, envelope: str, sequence: int) -> Response:
+    """See `Ledger.chain_of`."""
     found = behind.chain_of(envelope, _bounded(sequence)) if _sees(who, behind, envelope) else None
     return told(found)
 
 
 @router.get("/writer")
 def writer(who: Reader, behind: Behind, chain: str) -> Response:
+    """See `Ledger.writer`."""
     found: Process | None = behind.writer(chain) if _may_see_chain(who, behind, chain) else None
     return told(found)
 
 
 @router.get("/lease")
 def lease(who: Reader, behind: Behind, chain: str) -> Response:
+    """See `Ledger.lease`."""
     return told(behind.lease(chain) if _may_see_chain(who, behind, chain) else None)
 
 
@@ -367,12 +386,14 @@ def _may_see_chain(who: Principal, behind: Ledger, chain: str) -> bool:
 
 @router.get("/balances")
 def balances(who: Reader, behind: Behind, account: str | None = None, window: str | None = None) -> Response:
+    """See `Ledger.balances`."""
     found: list[Balance] = behind.balances(account=account, window=window)
     return streamed([one for one in found if seen_by(who).keeps(one.account)])
 
 
 @router.get("/holders")
 def holders(who: Reader, behind: Behind, account: str, window: str, resource: str, limit: int) -> Response:
+    """See `Ledger.holders`."""
     if not seen_by(who).keeps(account):
         return told(([], 0))
     found, more = behind.holders(Key(account, window, resource), max(0, min(limit, _LOOK)))
@@ -386,11 +407,13 @@ def holders(who: Reader, behind: Behind, account: str, window: str, resource: st
 
 @router.get("/cursor", dependencies=[Whole])
 def cursor(behind: Behind, consumer: str) -> Response:
+    """See `Ledger.cursor`."""
     return told(behind.cursor(consumer))
 
 
 @router.get("/attempted", dependencies=[Whole])
 def attempted(who: Reader, behind: Behind, limit: int) -> Response:
+    """See `Ledger.attempted`."""
     found = behind.attempted(max(0, min(limit, MAX_LIMIT)))
     mine = f"{seen_by(who).name}: "
     return streamed([replace(one, surface=one.surface.removeprefix(mine)) for one in found])
@@ -398,16 +421,19 @@ def attempted(who: Reader, behind: Behind, limit: int) -> Response:
 
 @router.get("/checkpoints", dependencies=[Whole])
 def checkpoints(behind: Behind, last: int | None = None) -> Response:
+    """See `Ledger.checkpoints`."""
     return streamed(behind.checkpoints(last=None if last is None else max(0, _bounded(last))))
 
 
 @router.get("/chains", dependencies=[Whole])
 def all_chains(behind: Behind) -> Response:
+    """See `Ledger.chains`."""
     return streamed(behind.chains())
 
 
 @router.get("/moment", dependencies=[Whole])
 def moment(behind: Behind) -> Response:
+    """See `Ledger.moment`."""
     found = behind.moment()
 
     def pieces() -> Iterator[wire.MomentPiece]:
@@ -423,72 +449,86 @@ def moment(behind: Behind) -> Response:
 
 @router.get("/rows", dependencies=[Whole])
 def rows(behind: Behind, chain: str, after: int = -1, until: int | None = None) -> Response:
+    """See `Ledger.rows`."""
     return streamed(behind.rows(chain, after=_bounded(after), until=None if until is None else _bounded(until)))
 
 
 @router.get("/rows_of")
 def rows_of(who: Reader, behind: Behind, envelope: str) -> Response:
+    """See `Ledger.rows_of`."""
     return streamed(behind.rows_of(envelope) if _sees(who, behind, envelope) else ())
 
 
 @router.get("/steps", dependencies=[Whole])
 def steps(behind: Behind, after: str = "", until: str | None = None) -> Response:
+    """See `Ledger.steps`."""
     return streamed(behind.steps(after=after, until=until))
 
 
 @router.get("/events_of", dependencies=[Whole])
 def events_of(behind: Behind, envelopes: str, types: str) -> Response:
+    """See `Ledger.events_of`."""
     return streamed(behind.events_of(_unpacked(envelopes), _unpacked(types)))
 
 
 @router.get("/splits", dependencies=[Whole])
 def splits(behind: Behind, size: int) -> Response:
+    """See `Ledger.splits`."""
     return streamed(behind.splits(max(1, _bounded(size))))
 
 
 @router.get("/strays", dependencies=[Whole])
 def strays(behind: Behind) -> Response:
+    """See `Ledger.strays`."""
     return told(behind.strays())
 
 
 @router.get("/key_rows", dependencies=[Whole])
 def key_rows(behind: Behind) -> Response:
+    """See `Ledger.key_rows`."""
     return streamed(behind.key_rows())
 
 
 @router.get("/references", dependencies=[Whole])
 def references(behind: Behind) -> Response:
+    """See `Ledger.references`."""
     return streamed(behind.references())
 
 
 @router.get("/families", dependencies=[Whole])
 def families(behind: Behind) -> Response:
+    """See `Ledger.families`."""
     return streamed(behind.families())
 
 
 @router.get("/closings", dependencies=[Whole])
 def closings(behind: Behind, after: str = "", until: str | None = None) -> Response:
+    """See `Ledger.closings`."""
     return streamed(behind.closings(after=after, until=until))
 
 
 @router.get("/count", dependencies=[Whole])
 def count(behind: Behind) -> Response:
+    """See `Ledger.count`."""
     return told(behind.count())
 
 
 @router.get("/tampered_schema", dependencies=[Whole])
 def tampered_schema(behind: Behind) -> Response:
+    """See `Ledger.tampered_schema`."""
     return told(behind.tampered_schema())
 
 
 @router.get("/segments", dependencies=[Whole])
 def segments(behind: Behind) -> Response:
+    """See `Ledger.segments`."""
     found = behind.segments()
     return told([] if found is None else found.numbers())
 
 
 @router.get("/exports", dependencies=[Whole])
 def exports(behind: Behind) -> Response:
+    """See `Ledger.exports`."""
     return streamed(list(exports_of(behind).rows.values()))
 
 

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from heapq import merge
-from itertools import islice
 from typing import Final, cast, get_args
 
+import msgspec
 from fastapi import APIRouter, HTTPException
 from starlette.responses import Response
 
 from execution_envelope.console.access import Principal
 from execution_envelope.console.ledger_routes import MAX_LIMIT, Behind, Route, streamed, told
-from execution_envelope.console.who import Reader
+from execution_envelope.console.who import Reader, Shared
 from execution_envelope.errors import InvalidField
-from execution_envelope.ledger.projection import By, ProjectedEnvelope
+from execution_envelope.ledger.projection import By
+from execution_envelope.query import Query
 
 router: Final = APIRouter(prefix="/api/ledger/projection", route_class=Route, include_in_schema=False)
 
@@ -30,49 +29,71 @@ def _listed(text: str | None) -> list[str]:
 
 @router.get("/lag")
 def lag(who: Reader, behind: Behind) -> Response:
+    """See `Projection.lag`."""
     _everything(who)
     return told(behind.projection().lag())
 
 
 @router.get("/get")
 def get(who: Reader, behind: Behind, id: str, fresh: bool = True) -> Response:
+    """See `Projection.get`."""
     found = behind.projection().get(id, fresh=fresh)
     seen = found is not None and (who.tenants is None or found.tenant in who.tenants)
     return told(found if seen else None)
 
 
-@router.get("/newest")
-def newest(
+@router.get("/search")
+def search(
     who: Reader,
+    shared: Shared,
     behind: Behind,
     limit: int,
-    before: str | None = None,
-    tenant: str | None = None,
-    kind: str | None = None,
-    states: str | None = None,
-    project: str | None = None,
+    after: str | None = None,
+    query: str | None = None,
+    tenants: str | None = None,
     fresh: bool = True,
 ) -> Response:
-    limit = max(0, min(limit, MAX_LIMIT))
-    asked = [tenant] if who.tenants is None or tenant is not None else sorted(who.tenants)
-    pages: list[Iterable[ProjectedEnvelope]] = [
-        behind.projection().newest(
-            limit, before=before, tenant=one, kind=kind, states=_listed(states), project=project, fresh=fresh
-        )
-        for one in asked
-        if who.tenants is None or one in who.tenants
-    ]
-    return told(list(islice(merge(*pages, key=lambda row: row.id, reverse=True), limit)))
+    """See `Projection.search`."""
+    asked = None if query is None else Query.parse(query, shared.clock())
+    found = behind.projection().search(asked, limit=limit, after=after, tenants=_tenants(who, tenants), fresh=fresh)
+    return told(found)
+
+
+@router.get("/stream")
+def stream(
+    who: Reader,
+    shared: Shared,
+    behind: Behind,
+    query: str | None = None,
+    tenants: str | None = None,
+    fresh: bool = True,
+) -> Response:
+    """See `Projection.stream`."""
+    asked = None if query is None else Query.parse(query, shared.clock())
+    return streamed(behind.projection().stream(asked, tenants=_tenants(who, tenants), fresh=fresh))
+
+
+def _tenants(who: Principal, asked: str | None) -> frozenset[str] | None:
+    """Those that are asked for, of those that are seen."""
+    if asked is None:
+        return who.tenants
+    try:
+        named = frozenset(msgspec.json.decode(asked, type=list[str]))
+    except msgspec.MsgspecError:
+        raise InvalidField("tenants", "expected a list of texts in JSON") from None
+    return named if who.tenants is None else named & who.tenants
 
 
 @router.get("/open")
 def open_ids(who: Reader, behind: Behind, fresh: bool = True) -> Response:
+    """See `Projection.open`."""
     _everything(who)
     return streamed(behind.projection().open(fresh=fresh))
 
 
 @router.get("/coverage")
 def coverage(who: Reader, behind: Behind, limit: int = 5, fresh: bool = True) -> Response:
+    """See `Projection.coverage`."""
     _everything(who)
     return told(behind.projection().coverage(max(0, min(limit, MAX_LIMIT)), fresh=fresh))
 
@@ -88,6 +109,7 @@ def totals(
     project: str | None = None,
     fresh: bool = True,
 ) -> Response:
+    """See `Projection.totals`."""
     if who.tenants is not None and tenant not in who.tenants:
         raise HTTPException(403, f"expected a tenant of {who.name}")
     names = _listed(by)

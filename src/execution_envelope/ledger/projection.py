@@ -13,23 +13,46 @@ knows only of what is still there.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Final, Literal, NamedTuple, Protocol, TypeAlias
 
 import msgspec
 
+from execution_envelope.credentials import shown
+from execution_envelope.criteria import DAMAGED as DAMAGED
+from execution_envelope.criteria import FLAGS
+from execution_envelope.criteria import searchable as searchable
 from execution_envelope.delta import granted_totals
 from execution_envelope.envelope import Envelope, Scoped
-from execution_envelope.lifecycle import OPEN, TERMINAL, Granted, Late, ended
+from execution_envelope.errors import InvalidField
+from execution_envelope.lifecycle import (
+    OPEN,
+    TERMINAL,
+    Denied,
+    Effective,
+    Failed,
+    Granted,
+    Held,
+    Late,
+    Rejected,
+    Verdict,
+    ended,
+)
+from execution_envelope.query import Query
 from execution_envelope.record import Record
 from execution_envelope.resources import UNKNOWN, VOCABULARY, Amount
 
 #: Of the rows, the roll-ups and the tables. A projection of another version is dropped and made again.
-VERSION: Final = 3
-#: The state of an envelope whose entries cannot be read as a record.
-DAMAGED: Final = "damaged"
+VERSION: Final = 4
+#: Rows of one page, and characters of a cursor.
+MAX_PAGE: Final = 1000
+MAX_CURSOR: Final = 200
+#: How far the time in an id and that of the envelope may be apart for one to stand for the other, in milliseconds.
+CLOSE: Final = 60_000
 
 #: What coverage counts, and what it means.
 COVERAGE: Final[Mapping[str, str]] = {
@@ -60,6 +83,10 @@ class ProjectedEnvelope(msgspec.Struct, frozen=True, omit_defaults=True):
     `events` is how many events it is made of. Of an `observed` one `began_at` is when it began, or ended where that is
     not known. `ungranted`: nobody granted, and it is open or completed; `unstated`: how many differences nobody
     explained. `project` is the workroom where no project is named. Of a damaged one there is only the id.
+
+    `outcomes` and `causes` are those of its differences, `causes` also of its effective values; `hooks` were asked,
+    `refused_by` denied or held, `would_refuse` too, in shadow; `codes` are of verdicts, refusals and failures. All of
+    them are sorted, each once.
     """
 
     id: str
@@ -88,6 +115,22 @@ class ProjectedEnvelope(msgspec.Struct, frozen=True, omit_defaults=True):
     requested: Mapping[str, Amount] = {}
     granted: Mapping[str, Amount] = {}
     used: Mapping[str, Amount] = {}
+    outcomes: tuple[str, ...] = ()
+    causes: tuple[str, ...] = ()
+    hooks: tuple[str, ...] = ()
+    refused_by: tuple[str, ...] = ()
+    would_refuse: tuple[str, ...] = ()
+    codes: tuple[str, ...] = ()
+
+    @property
+    def resources(self) -> tuple[str, ...]:
+        """Those that were requested or granted, sorted."""
+        return tuple(sorted(self.requested.keys() | self.granted.keys()))
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """Those of `FLAGS` that it has."""
+        return tuple(name for name in FLAGS if getattr(self, name))
 
     @property
     def damaged(self) -> bool:
@@ -103,9 +146,83 @@ class ProjectedEnvelope(msgspec.Struct, frozen=True, omit_defaults=True):
         return (self.began_at or self.created_at)[:10]
 
 
+class Shape(msgspec.Struct, frozen=True, array_like=True):
+    """What many envelopes have in common: there are few of them, and a query is asked about each instead of all rows.
+
+    With `timed` the time in the id is `CLOSE` to that of the envelope, so that ids are in the order of time.
+    """
+
+    state: str
+    kind: str = ""
+    operation: str = ""
+    outcomes: tuple[str, ...] = ()
+    causes: tuple[str, ...] = ()
+    hooks: tuple[str, ...] = ()
+    refused_by: tuple[str, ...] = ()
+    would_refuse: tuple[str, ...] = ()
+    codes: tuple[str, ...] = ()
+    resources: tuple[str, ...] = ()
+    flags: tuple[str, ...] = ()
+    timed: bool = False
+
+
+def shape_of(row: ProjectedEnvelope) -> Shape:
+    """The shape of a row."""
+    return Shape(
+        row.state,
+        row.kind,
+        row.operation,
+        row.outcomes,
+        row.causes,
+        row.hooks,
+        row.refused_by,
+        row.would_refuse,
+        row.codes,
+        row.resources,
+        row.flags,
+        _timed(row),
+    )
+
+
+_UUID7: Final = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[0-9a-f]{4}-[0-9a-f]{12}", re.ASCII)
+_encode_shape: Final = msgspec.json.Encoder().encode
+
+
+def _timed(row: ProjectedEnvelope) -> bool:
+    at = row.created_at
+    if _UUID7.fullmatch(row.id) is None or len(at) != 27 or not at.isascii() or at[26] != "Z":
+        return False
+    try:
+        created = datetime.fromisoformat(at).timestamp() * 1000
+    except ValueError:
+        return False
+    return abs(int(row.id[:8] + row.id[9:13], 16) - created) < CLOSE
+
+
+def id_from(at: str, milliseconds: int = 0) -> str:
+    """Where ids begin that were made at this time, or so many milliseconds after it."""
+    moment = max(0, int(datetime.fromisoformat(at).timestamp() * 1000) + milliseconds)
+    return f"{moment >> 16:08x}-{moment & 0xFFFF:04x}"
+
+
 def project(record: Record) -> ProjectedEnvelope:
     """The row of a record."""
     envelope, bound, has_grants = record.envelope, record.bound, bool(record.grants)
+    differences = record.differences if has_grants else ()
+    causes = {reason.cause for difference in differences for reason in difference.reasons}
+    hooks, refused_by, would_refuse, codes = set[str](), set[str](), set[str](), set[str]()
+    for event in record.events:
+        data = event.data
+        if isinstance(data, Verdict):
+            hooks.add(data.hook)
+            if data.decision in ("deny", "hold"):
+                (would_refuse if data.shadow else refused_by).add(data.hook)
+            if data.code is not None:
+                codes.add(data.code)
+        elif isinstance(data, Denied | Held | Rejected | Failed):
+            codes.add(data.code)
+        elif isinstance(data, Effective):
+            causes.add(data.cause)
     execution, scope, subject = envelope.execution, envelope.scope, envelope.identity.subject
     version, observed = execution.target.version, record.observed
     return ProjectedEnvelope(
@@ -129,12 +246,18 @@ def project(record: Record) -> ProjectedEnvelope:
         observed=observed is not None,
         began_at=None if observed is None else observed.began_at or observed.ended_at,
         ungranted=record.ungranted or (not has_grants and record.is_open),
-        unstated=sum(difference.unstated for difference in record.differences) if has_grants else 0,
+        unstated=sum(difference.unstated for difference in differences),
         violations=len(record.violations),
         late=sum(type(event.data) is Late for event in record.events),
         requested=_requested(envelope),
         granted=record.granted if has_grants else {},
         used={name: usage.amount for name, usage in record.used.items()},
+        outcomes=tuple(sorted({difference.outcome for difference in differences})),
+        causes=tuple(sorted(causes)),
+        hooks=tuple(sorted(hooks)),
+        refused_by=tuple(sorted(refused_by)),
+        would_refuse=tuple(sorted(would_refuse)),
+        codes=tuple(sorted(codes)),
     )
 
 
@@ -209,16 +332,14 @@ class Sum(msgspec.Struct, frozen=True):
         )
 
 
-def searchable(text: str | None) -> str:
-    """A text as it is searched for and added up under: not every database keeps the character zero."""
-    return "" if text is None else text.replace("\0", "\ufffd")
-
-
 @dataclass(slots=True)
 class Changes:
-    """What rows make of the rows before them: the rows, and what that adds to each roll-up and takes away from it."""
+    """What rows make of the rows before them: the rows, each with its shape as JSON, and what that adds to each roll-up
+    and takes away from it."""
 
-    rows: list[ProjectedEnvelope] = field(default_factory=list)
+    rows: list[tuple[ProjectedEnvelope, bytes]] = field(default_factory=list)
+    #: By tenant, which is empty where there is none, and shape.
+    shapes: Counter[tuple[str, bytes]] = field(default_factory=Counter)
     found: list[tuple[str, str]] = field(default_factory=list)
     lost: list[tuple[str, str]] = field(default_factory=list)
     coverage: Counter[str] = field(default_factory=Counter)
@@ -230,7 +351,11 @@ class Changes:
         """One row in place of another; nothing at all when they are the same."""
         if old == new:
             return
-        self.rows.append(new)
+        shape = _encode_shape(shape_of(new))
+        self.rows.append((new, shape))
+        self.shapes[searchable(new.tenant), shape] += 1
+        if old is not None:
+            self.shapes[searchable(old.tenant), _encode_shape(shape_of(old))] -= 1
         before, after = frozenset[str]() if old is None else terms(old), terms(new)
         self.found += [(term, new.id) for term in after - before]
         self.lost += [(term, new.id) for term in before - after]
@@ -305,6 +430,30 @@ class Totals:
     amounts: Mapping[str, Mapping[Side, Sum]]
 
 
+@dataclass(frozen=True, slots=True)
+class Page:
+    """Rows, newest first; `next` is where the next page begins, and None at the end. It means nothing to anybody else.
+
+    `looked_back_to` is there when there are fewer rows than could be, because enough was looked at: the time at which
+    the last of these was created (its id, where it has none). Older ones are on the next pages.
+    """
+
+    rows: tuple[ProjectedEnvelope, ...]
+    next: str | None = None
+    looked_back_to: str | None = None
+
+
+def check_page(limit: int, after: str | None) -> None:
+    """Raises `InvalidField` at `limit` and `after`."""
+    if not isinstance(limit, int) or isinstance(limit, bool) or not 1 <= limit <= MAX_PAGE:
+        raise InvalidField("limit", f"expected 1 to {MAX_PAGE}, got {shown(limit)}")
+    if after is None:
+        return
+    unusable = not isinstance(after, str) or len(after) > MAX_CURSOR
+    if unusable or any(character == "\0" or "\ud800" <= character <= "\udfff" for character in after):
+        raise InvalidField("after", f"expected `next` of another page, got {shown(after)}")
+
+
 class Projection(Protocol):
     """The one face of a projection. May be shared by threads. All raise `LedgerUnavailable`.
 
@@ -332,21 +481,31 @@ class Projection(Protocol):
         """One envelope."""
         ...
 
-    def newest(
+    def search(
         self,
-        limit: int,
+        query: Query | None,
         *,
-        before: str | None = None,
-        tenant: str | None = None,
-        kind: str | None = None,
-        states: Sequence[str] = (),
-        project: str | None = None,
+        limit: int,
+        after: str | None = None,
+        tenants: frozenset[str] | None = None,
         fresh: bool = True,
-    ) -> list[ProjectedEnvelope]:
-        """Envelopes, newest first, from just before `before` on.
+    ) -> Page:
+        """Up to `limit` rows that match, newest first; of all with None. `after` is where another page ended.
 
-        Fast by tenant, project or kind, and by state but for *completed*; what is rare in the combination of several
-        is looked for among all of the first of these.
+        With `tenants` only their envelopes are there; one without a tenant is there only without. One call looks at
+        no more than `search.LOOK` envelopes that may match, so that it answers soon; the page says how far it came.
+        What is asked of the shape (state, kind, causes, hooks...), of tenants and of the time of creation finds only
+        what matches, and looks at nothing else. Raises `InvalidField` at `limit` and `after`.
+        """
+        ...
+
+    def stream(
+        self, query: Query | None, *, tenants: frozenset[str] | None = None, fresh: bool = True
+    ) -> Iterator[ProjectedEnvelope]:
+        """All rows that match, newest first, read page by page.
+
+        What is admitted after the first was read is not among them; what changes meanwhile is as it is when it is
+        read. Nothing is twice among them, and nothing is held between pages.
         """
         ...
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from typing import Any, Final
@@ -63,8 +63,19 @@ class PostgresSession:
 
     def all(self, query: str, **values: Any) -> list[Any]:
         """See `Session`."""
+        return self._found(self._sql[query], values)
+
+    def template(self, query: str) -> str:
+        """See `Session`."""
+        return self._sql[query].decode()
+
+    def found(self, sql: str, values: Mapping[str, Any]) -> list[Any]:
+        """See `Session`."""
+        return self._found(sql.encode(), values)
+
+    def _found(self, sql: bytes, values: Mapping[str, Any]) -> list[Any]:
         assert self._database is not None
-        return self._database.connection.execute(self._sql[query], values).fetchall()
+        return self._database.connection.execute(sql, values).fetchall()
 
     def many(self, query: str, rows: Iterable[Sequence[Any]]) -> None:
         """See `Session`."""

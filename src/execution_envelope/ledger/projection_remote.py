@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import msgspec
 
 from execution_envelope.errors import LedgerUnavailable
-from execution_envelope.ledger.projection import By, Coverage, Lag, Progress, ProjectedEnvelope, Totals
+from execution_envelope.ledger.projection import By, Coverage, Lag, Page, Progress, ProjectedEnvelope, Totals
 from execution_envelope.ledger.remote_http import Server, elsewhere
+from execution_envelope.query import Query
 
 
 class RemoteProjection:
@@ -30,28 +34,23 @@ class RemoteProjection:
     def get(self, id: str, *, fresh: bool = True) -> ProjectedEnvelope | None:
         return self._server.get("projection/get", ProjectedEnvelope | None, id=id, fresh=fresh)  # type: ignore[arg-type]
 
-    def newest(
+    def search(
         self,
-        limit: int,
+        query: Query | None,
         *,
-        before: str | None = None,
-        tenant: str | None = None,
-        kind: str | None = None,
-        states: Sequence[str] = (),
-        project: str | None = None,
+        limit: int,
+        after: str | None = None,
+        tenants: frozenset[str] | None = None,
         fresh: bool = True,
-    ) -> list[ProjectedEnvelope]:
-        return self._server.get(
-            "projection/newest",
-            list[ProjectedEnvelope],
-            limit=limit,
-            before=before,
-            tenant=tenant,
-            kind=kind,
-            states=",".join(states) or None,
-            project=project,
-            fresh=fresh,
-        )
+    ) -> Page:
+        """See `Projection`. Ages in the query are counted back from the server's time."""
+        asked = _asked(query, tenants, fresh)
+        return self._server.get("projection/search", Page, limit=limit, after=after, **asked)
+
+    def stream(
+        self, query: Query | None, *, tenants: frozenset[str] | None = None, fresh: bool = True
+    ) -> Iterator[ProjectedEnvelope]:
+        yield from self._server.pieces("projection/stream", ProjectedEnvelope, **_asked(query, tenants, fresh))
 
     def open(self, *, fresh: bool = True) -> list[str]:
         return list(self._server.pieces("projection/open", str, fresh=fresh))
@@ -91,3 +90,12 @@ class RemoteProjection:
 
     def _elsewhere(self) -> LedgerUnavailable:
         return elsewhere(self._server, "work on the projection")
+
+
+def _asked(query: Query | None, tenants: frozenset[str] | None, fresh: bool) -> dict[str, Any]:
+    """What narrows a search. Within the token's tenants, whatever is asked for."""
+    return {
+        "query": None if query is None else query.text,
+        "tenants": None if tenants is None else msgspec.json.encode(sorted(tenants)).decode(),
+        "fresh": fresh,
+    }

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -71,8 +71,16 @@ class SqliteSession:
 
     def all(self, query: str, **values: Any) -> list[Any]:
         """See `Session`."""
+        return self.found(self._sql[query], values)
+
+    def template(self, query: str) -> str:
+        """See `Session`."""
+        return self._sql[query]
+
+    def found(self, sql: str, values: Mapping[str, Any]) -> list[Any]:
+        """See `Session`."""
         assert self._connection is not None
-        return self._connection.execute(self._sql[query], values).fetchall()
+        return self._connection.execute(sql, values).fetchall()
 
     def many(self, query: str, rows: Iterable[Sequence[Any]]) -> None:
         """See `Session`."""

@@ -4,32 +4,35 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Final, NamedTuple
 
 import msgspec
 
+from execution_envelope.criteria import coded
 from execution_envelope.ledger.projection import (
     COVERAGE,
-    RARE,
     AmountKey,
     By,
     Changes,
     CountKey,
     Covered,
+    Page,
     ProjectedEnvelope,
     Sum,
     Totals,
     grouped,
     searchable,
 )
-from execution_envelope.lifecycle import OPEN
+from execution_envelope.ledger.projection_session import Session
+from execution_envelope.ledger.search import Search, Shapes
+from execution_envelope.query import Query
+from execution_envelope.resources import Amount
 
-#: Up to so many envelopes of the states that are asked for, a tenant's are looked for among them.
-_FEW: Final = 10_000
-_LAST: Final = "\U0010ffff"
-_TABLES: Final = ("envelopes", "terms", "coverage", "counts", "amounts", "positions")
+_TABLES: Final = (
+    *("envelopes", "entries", "shapes", "tenant_shapes", "terms"),
+    *("coverage", "counts", "amounts", "positions"),
+)
 
 _encode: Final = msgspec.json.Encoder().encode
 _decode: Final = msgspec.json.Decoder(ProjectedEnvelope).decode
@@ -60,42 +63,12 @@ class Progressed:
     positions: dict[int, Position] = field(default_factory=dict)
 
 
-class Session(Protocol):
-    """One connection to the tables, which makes them when they are missing or of another version.
-
-    Everything raises `LedgerUnavailable`. An error ends the transaction.
-    """
-
-    def writing(self) -> AbstractContextManager[None]:
-        """A transaction of which there is one at a time; stored at the end of the block."""
-        ...
-
-    def reading(self) -> AbstractContextManager[None]:
-        """One state of everything."""
-        ...
-
-    def all(self, query: str, **values: Any) -> list[Any]:
-        """What a named query finds. Lists of texts are given as JSON."""
-        ...
-
-    def many(self, query: str, rows: Iterable[Sequence[Any]]) -> None:
-        """A named statement, once for each row."""
-        ...
-
-    def forget(self, queries: Sequence[str]) -> None:
-        """Empty the tables by these statements, and begin a new epoch."""
-        ...
-
-    def close(self) -> None:
-        """Let go of the connection; the next call opens it again."""
-        ...
-
-
 class Store:
     """The tables by means of one session. Not for several threads at once."""
 
     def __init__(self, session: Session, *, temporary: bool = False, most: int | None = None) -> None:
         self._session = session
+        self._known_shapes: Shapes | None = None
         #: Whether it is forgotten when it is closed, and how many envelopes it may hold at most.
         self.temporary = temporary
         self.most = most
@@ -119,7 +92,13 @@ class Store:
         with session.writing():
             if self._mark("state_to_write") != progressed.mark:
                 return None
-            session.many("save_envelope", (_columns(row) for row in changes.rows))
+            shapes = self._with_new(progressed.mark.epoch, changes)
+            session.many("save_envelope", [(row.id, _encode(row).decode()) for row, _ in changes.rows])
+            session.many("save_entry", [_columns(row, shapes.numbers[shape]) for row, shape in changes.rows])
+            counted = sorted((tenant, shapes.numbers[shape], n) for (tenant, shape), n in changes.shapes.items() if n)
+            session.many("add_tenant_shape", counted)
+            session.many("trim_tenant_shape", [row[:2] for row in counted if row[2] < 0])
+            session.many("add_shape", [(number, shape) for _, shape, number in counted])
             session.many("lose_term", changes.lost)
             session.many("find_term", changes.found)
             session.many("add_coverage", [row for row in sorted(changes.coverage.items()) if row[1]])
@@ -132,8 +111,19 @@ class Store:
             session.many("trim_amount", [key for key, (known, _, *rest) in amounts if min(known, *rest) < 0])
             session.many("save_position", moved)
             session.many("advance", [()])
+        self._known_shapes = shapes
         mark = Mark(progressed.mark.epoch, progressed.mark.generation + 1)
         return Progressed(mark, progressed.positions | {position.chain: position for position in moved})
+
+    def _with_new(self, epoch: str, changes: Changes) -> Shapes:
+        """The shapes with those that were not there before. Only one transaction at a time adds any."""
+        known = self._shapes(epoch)
+        missing = sorted({shape for _, shape in changes.shapes} - known.numbers.keys())
+        self._session.many("save_shape", [(known.last + n, text.decode()) for n, text in enumerate(missing, 1)])
+        known = known.copy() if missing else known
+        for text in missing:
+            known.learn(known.last + 1, text)
+        return known
 
     def forget(self, seen: Mark | None = None) -> None:
         """Forget everything; with `seen`, only if it is still so."""
@@ -150,8 +140,11 @@ class Store:
     def rows(self, ids: Iterable[str]) -> dict[str, ProjectedEnvelope]:
         """Those of the envelopes that are there."""
         with self._session.reading():
-            found = (_decode(body) for (body,) in self._session.all("rows", ids=json.dumps(list(ids))))
-            return {row.id: row for row in found}
+            return self._rows(ids)
+
+    def _rows(self, ids: Iterable[str]) -> dict[str, ProjectedEnvelope]:
+        found = (_decode(body) for (body,) in self._session.all("rows", ids=json.dumps(list(ids))))
+        return {row.id: row for row in found}
 
     def get(self, id: str) -> ProjectedEnvelope | None:
         """One envelope."""
@@ -164,47 +157,26 @@ class Store:
         with self._session.reading():
             return self._coverage().get("envelopes", 0)
 
-    def newest(
-        self,
-        limit: int,
-        before: str | None,
-        tenant: str | None,
-        kind: str | None,
-        states: Sequence[str],
-        project: str | None,
-    ) -> list[ProjectedEnvelope]:
-        """See `Projection.newest`."""
-        values: dict[str, Any] = {
-            "before": _LAST if before is None else before,
-            "kind": kind,
-            "project": None if project is None else searchable(project),
-            "states": json.dumps(list(states)) if states else None,
-            "limit": limit,
-        }
-        tenant = None if tenant is None else searchable(tenant)
+    def search(self, query: Query | None, limit: int, after: str | None, tenants: frozenset[str] | None) -> Page:
+        """See `Projection.search`."""
         with self._session.reading():
-            among = self._among(tenant, states)
-            if among is not None:
-                rows = [
-                    row for term in among for row in self._bodies("newest_of_term", values, term=term, tenant=tenant)
-                ]
-            elif tenant is not None:
-                rows = self._bodies("newest_of_tenant", values, tenant=tenant)
-            else:
-                by = "" if project is None and kind is None else "_of_kind" if project is None else "_of_project"
-                rows = self._bodies(f"newest{by}", values)
-        return sorted(rows, key=lambda row: row.id, reverse=True)[:limit]
+            shapes = self._shapes(self._mark("state").epoch)
+            found = Search(self._session, shapes, query, tenants).page(limit, after)
+            rows = self._rows(found.ids)
+        # The columns are not quite the texts: who may see a row is decided by the row itself.
+        seen = (rows[id] for id in found.ids)
+        return Page(
+            tuple(row for row in seen if tenants is None or row.tenant in tenants), found.next, found.looked_back_to
+        )
 
-    def _among(self, tenant: str | None, states: Sequence[str]) -> list[str] | None:
-        """The terms that lead to all envelopes in these states, where that is the shorter way."""
-        found = list(dict.fromkeys("open" if state in OPEN else state for state in states))
-        if not found or not all(term == "open" or term in RARE for term in found):
-            return None
-        counts = self._coverage()
-        return found if tenant is None or sum(counts.get(term, 0) for term in found) <= _FEW else None
-
-    def _bodies(self, query: str, values: Mapping[str, Any], **more: Any) -> list[ProjectedEnvelope]:
-        return [_decode(body) for (body,) in self._session.all(query, **values, **more)]
+    def _shapes(self, epoch: str) -> Shapes:
+        """Those that there are; within a transaction."""
+        if self._known_shapes is None or self._known_shapes.epoch != epoch:
+            self._known_shapes = Shapes(epoch)
+        known = self._known_shapes
+        for number, text in self._session.all("shapes", after=known.last):
+            known.learn(number, text.encode())
+        return known
 
     def ids(self, term: str) -> list[str]:
         """The ids of all envelopes under a term, oldest first."""
@@ -257,12 +229,23 @@ class Store:
         )
 
 
-def _columns(row: ProjectedEnvelope) -> tuple[str, ...]:
+def _columns(row: ProjectedEnvelope, shape: int) -> tuple[str | int, ...]:
     return (
         row.id,
+        shape,
         searchable(row.tenant),
-        row.kind,
-        row.state,
+        searchable(row.subject),
+        searchable(row.target),
         searchable(row.project),
-        _encode(row).decode(),
+        searchable(row.environment),
+        searchable(row.purpose),
+        searchable(row.owner),
+        searchable(row.part_of),
+        searchable(row.created_at),
+        searchable(row.ended_at),
+        *(_amounts(amounts) for amounts in (row.requested, row.granted, row.used)),
     )
+
+
+def _amounts(amounts: Mapping[str, Amount]) -> str:
+    return _encode({name: coded(amount) for name, amount in amounts.items()}).decode() if amounts else "{}"

@@ -23,18 +23,22 @@ from execution_envelope.ledger import chain as chains
 from execution_envelope.ledger.commit import DAMAGED, Stored
 from execution_envelope.ledger.contract import MAX_ATTEMPTED, AttemptedRequest, ChainHead, Ledger
 from execution_envelope.ledger.projection import (
+    MAX_PAGE,
     By,
     Changes,
     Coverage,
     Lag,
+    Page,
     Progress,
     ProjectedEnvelope,
     Totals,
+    check_page,
     damaged,
     project,
 )
 from execution_envelope.ledger.projection_store import Position, Progressed, Store
 from execution_envelope.lifecycle import Event
+from execution_envelope.query import Query
 from execution_envelope.record import Record
 
 #: Entries in one batch. Larger ones find more envelopes whole; the database is locked for longer.
@@ -378,19 +382,28 @@ class Projector:
         with self._looked_at(fresh) as store:
             return store.get(id)
 
-    def newest(
+    def search(
         self,
-        limit: int,
+        query: Query | None,
         *,
-        before: str | None = None,
-        tenant: str | None = None,
-        kind: str | None = None,
-        states: Sequence[str] = (),
-        project: str | None = None,
+        limit: int,
+        after: str | None = None,
+        tenants: frozenset[str] | None = None,
         fresh: bool = True,
-    ) -> list[ProjectedEnvelope]:
+    ) -> Page:
+        check_page(limit, after)
         with self._looked_at(fresh) as store:
-            return store.newest(limit, before, tenant, kind, states, project)
+            return store.search(query, limit, after, tenants)
+
+    def stream(
+        self, query: Query | None, *, tenants: frozenset[str] | None = None, fresh: bool = True
+    ) -> Iterator[ProjectedEnvelope]:
+        page = self.search(query, limit=MAX_PAGE, tenants=tenants, fresh=fresh)
+        while True:
+            yield from page.rows
+            if page.next is None:
+                return
+            page = self.search(query, limit=MAX_PAGE, after=page.next, tenants=tenants, fresh=False)
 
     def open(self, *, fresh: bool = True) -> list[str]:
         with self._looked_at(fresh) as store:

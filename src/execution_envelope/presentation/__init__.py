@@ -5,6 +5,7 @@ as markup. The JSON data keeps it all as it is.
 """
 
 from execution_envelope.presentation.data import attempted_data, details, entry_data, summary, whole
+from execution_envelope.presentation.explanations import explanation_data, explanation_text
 from execution_envelope.presentation.lists import attempted_table, entry_line, finding_text, list_row, list_table
 from execution_envelope.presentation.sheet import sheet
 from execution_envelope.presentation.text import clean, counted, when
@@ -20,6 +21,8 @@ __all__ = [
     "details",
     "entry_data",
     "entry_line",
+    "explanation_data",
+    "explanation_text",
     "finding_text",
     "list_row",
     "list_table",

@@ -13,11 +13,11 @@ from execution_envelope.ledger import AttemptedRequest
 from execution_envelope.ledger.chain import Closed, Opened
 from execution_envelope.lifecycle import Admitted, EventData, Late
 from execution_envelope.presentation import facts
-from execution_envelope.presentation.sentences import sentence
 from execution_envelope.presentation.text import milliseconds
 from execution_envelope.record import Record
 from execution_envelope.resources import VOCABULARY
 from execution_envelope.review import ChainStatus
+from execution_envelope.sentences import sentence
 
 
 def summary(record: Record, *, now: datetime) -> dict[str, Any]:

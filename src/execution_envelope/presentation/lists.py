@@ -14,9 +14,9 @@ from rich.text import Text
 from execution_envelope.ledger import AttemptedRequest, Finding
 from execution_envelope.ledger.chain import Entry
 from execution_envelope.presentation.facts import short_delta, states, target, who
-from execution_envelope.presentation.sentences import sentence
 from execution_envelope.presentation.text import STYLES, ago, clean, milliseconds, safe, styled, when
 from execution_envelope.record import Record
+from execution_envelope.sentences import sentence
 
 #: Below this width an envelope takes two lines.
 _WIDE: Final = 160

@@ -20,7 +20,6 @@ from execution_envelope.lifecycle import Late, ended
 from execution_envelope.presentation import facts
 from execution_envelope.presentation.facts import Line, Part, target
 from execution_envelope.presentation.lists import finding_text
-from execution_envelope.presentation.sentences import sentence
 from execution_envelope.presentation.text import (
     STYLES,
     ago,
@@ -40,6 +39,7 @@ from execution_envelope.presentation.text import (
 from execution_envelope.record import Attempts, Record
 from execution_envelope.resources import UNKNOWN, Quantity, human
 from execution_envelope.review import ChainStatus
+from execution_envelope.sentences import sentence
 
 #: Below this width the difference stands under its row instead of in a column of its own.
 _WIDE: Final = 96

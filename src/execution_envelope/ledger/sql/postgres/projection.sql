@@ -15,18 +15,47 @@ CREATE TABLE projection_positions (
     unreadable bigint NOT NULL
 );
 
--- `body` is the row as JSON; the other columns are what it is looked for by.
-CREATE TABLE projection_envelopes (
-    id      text COLLATE "C" PRIMARY KEY NOT NULL,
-    tenant  text COLLATE "C" NOT NULL,
-    kind    text COLLATE "C" NOT NULL,
-    state   text COLLATE "C" NOT NULL,
-    project text COLLATE "C" NOT NULL,
-    body    text NOT NULL
+-- What many envelopes have in common, as JSON, with how many there are of it: of all, and of each tenant.
+CREATE TABLE projection_shapes (
+    shape bigint PRIMARY KEY,
+    body  text NOT NULL,
+    count bigint NOT NULL
 );
-CREATE INDEX projection_by_tenant ON projection_envelopes (tenant, id);
-CREATE INDEX projection_by_project ON projection_envelopes (project, id);
-CREATE INDEX projection_by_kind ON projection_envelopes (kind, id);
+CREATE TABLE projection_tenant_shapes (
+    tenant text COLLATE "C" NOT NULL,
+    shape  bigint NOT NULL,
+    count  bigint NOT NULL,
+    PRIMARY KEY (tenant, shape)
+);
+
+-- `body` is the row as JSON.
+CREATE TABLE projection_envelopes (
+    id   text COLLATE "C" PRIMARY KEY NOT NULL,
+    body text NOT NULL
+);
+
+-- What envelopes are looked for by, beside them: narrow, because many are looked at to find a few.
+CREATE TABLE projection_entries (
+    id          text COLLATE "C" PRIMARY KEY NOT NULL,
+    shape       bigint NOT NULL,
+    tenant      text COLLATE "C" NOT NULL,
+    subject     text COLLATE "C" NOT NULL,
+    target      text COLLATE "C" NOT NULL,
+    project     text COLLATE "C" NOT NULL,
+    environment text COLLATE "C" NOT NULL,
+    purpose     text COLLATE "C" NOT NULL,
+    owner       text COLLATE "C" NOT NULL,
+    part_of     text COLLATE "C" NOT NULL,
+    created     text COLLATE "C" NOT NULL,
+    ended       text COLLATE "C" NOT NULL,
+    requested   jsonb NOT NULL,
+    granted     jsonb NOT NULL,
+    used        jsonb NOT NULL
+);
+CREATE INDEX projection_by_shape ON projection_entries (shape, id);
+CREATE INDEX projection_by_tenant ON projection_entries (tenant, shape, id);
+CREATE INDEX projection_by_project ON projection_entries (project, id);
+CREATE INDEX projection_by_subject ON projection_entries (subject, id);
 
 -- Open envelopes, those that coverage counts, and those with an end other than completed.
 CREATE TABLE projection_terms (

@@ -19,6 +19,15 @@ UPDATE projection_state SET epoch = %s, generation = 0
 -- name: forget_envelopes
 TRUNCATE projection_envelopes
 
+-- name: forget_entries
+TRUNCATE projection_entries
+
+-- name: forget_shapes
+TRUNCATE projection_shapes
+
+-- name: forget_tenant_shapes
+TRUNCATE projection_tenant_shapes
+
 -- name: forget_terms
 TRUNCATE projection_terms
 
@@ -43,10 +52,30 @@ ON CONFLICT (chain) DO UPDATE SET
     id = excluded.id, position = excluded.position, ended = excluded.ended, unreadable = excluded.unreadable
 
 -- name: save_envelope
-INSERT INTO projection_envelopes (id, tenant, kind, state, project, body) VALUES (%s, %s, %s, %s, %s, %s)
+INSERT INTO projection_envelopes (id, body) VALUES (%s, %s) ON CONFLICT (id) DO UPDATE SET body = excluded.body
+
+-- name: save_entry
+INSERT INTO projection_entries (id, shape, tenant, subject, target, project, environment, purpose, owner, part_of,
+    created, ended, requested, granted, used)
+VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s)
 ON CONFLICT (id) DO UPDATE SET
-    tenant = excluded.tenant, kind = excluded.kind, state = excluded.state, project = excluded.project,
-    body = excluded.body
+    shape = excluded.shape, tenant = excluded.tenant, subject = excluded.subject, target = excluded.target,
+    project = excluded.project, environment = excluded.environment, purpose = excluded.purpose, owner = excluded.owner,
+    part_of = excluded.part_of, created = excluded.created, ended = excluded.ended, requested = excluded.requested,
+    granted = excluded.granted, used = excluded.used
+
+-- name: save_shape
+INSERT INTO projection_shapes (shape, body, count) VALUES (%s, %s, 0)
+
+-- name: add_shape
+UPDATE projection_shapes SET count = count + %s WHERE shape = %s
+
+-- name: add_tenant_shape
+INSERT INTO projection_tenant_shapes (tenant, shape, count) VALUES (%s, %s, %s)
+ON CONFLICT (tenant, shape) DO UPDATE SET count = projection_tenant_shapes.count + excluded.count
+
+-- name: trim_tenant_shape
+DELETE FROM projection_tenant_shapes WHERE tenant = %s AND shape = %s AND count = 0
 
 -- name: find_term
 INSERT INTO projection_terms (term, id) VALUES (%s, %s)
@@ -84,37 +113,72 @@ SELECT body FROM projection_envelopes WHERE id IN (SELECT json_array_elements_te
 -- name: get
 SELECT body FROM projection_envelopes WHERE id = %(id)s
 
--- name: newest
-SELECT body FROM projection_envelopes
-WHERE id < %(before)s
-AND (%(states)s::text IS NULL OR state IN (SELECT json_array_elements_text(%(states)s::json)))
-ORDER BY id DESC LIMIT %(limit)s
+-- name: shapes
+SELECT shape, body FROM projection_shapes WHERE shape > %(after)s ORDER BY shape
 
--- name: newest_of_tenant
-SELECT body FROM projection_envelopes
-WHERE tenant = %(tenant)s AND id < %(before)s AND (%(kind)s::text IS NULL OR kind = %(kind)s)
-AND (%(project)s::text IS NULL OR project = %(project)s)
-AND (%(states)s::text IS NULL OR state IN (SELECT json_array_elements_text(%(states)s::json)))
-ORDER BY id DESC LIMIT %(limit)s
+-- name: shape_counts
+SELECT shape, count FROM projection_shapes WHERE count > 0
 
--- name: newest_of_project
-SELECT body FROM projection_envelopes
-WHERE project = %(project)s AND id < %(before)s AND (%(kind)s::text IS NULL OR kind = %(kind)s)
-AND (%(states)s::text IS NULL OR state IN (SELECT json_array_elements_text(%(states)s::json)))
-ORDER BY id DESC LIMIT %(limit)s
+-- name: tenant_shape_counts
+SELECT tenant, shape, count FROM projection_tenant_shapes
+WHERE tenant IN (SELECT json_array_elements_text(%(tenants)s::json))
 
--- name: newest_of_kind
-SELECT body FROM projection_envelopes
-WHERE kind = %(kind)s AND id < %(before)s
-AND (%(states)s::text IS NULL OR state IN (SELECT json_array_elements_text(%(states)s::json)))
-ORDER BY id DESC LIMIT %(limit)s
+-- name: entries
+SELECT id FROM projection_entries WHERE id < %(before)s AND id >= %(floor)s ORDER BY id DESC LIMIT %(limit)s
 
--- name: newest_of_term
-SELECT e.body FROM projection_terms AS t JOIN projection_envelopes AS e ON e.id = t.id
-WHERE t.term = %(term)s AND t.id < %(before)s AND (%(tenant)s::text IS NULL OR e.tenant = %(tenant)s)
-AND (%(kind)s::text IS NULL OR e.kind = %(kind)s) AND (%(project)s::text IS NULL OR e.project = %(project)s)
-AND (%(states)s::text IS NULL OR e.state IN (SELECT json_array_elements_text(%(states)s::json)))
-ORDER BY t.id DESC LIMIT %(limit)s
+-- name: entries_of_project
+-- The pairs are compared and ordered as a whole, so that no other index will do.
+SELECT id FROM projection_entries
+WHERE (project, id) < (%(value)s, %(before)s) AND (project, id) >= (%(value)s, %(floor)s)
+ORDER BY project DESC, id DESC LIMIT %(limit)s
+
+-- name: entries_of_subject
+SELECT id FROM projection_entries
+WHERE (subject, id) < (%(value)s, %(before)s) AND (subject, id) >= (%(value)s, %(floor)s)
+ORDER BY subject DESC, id DESC LIMIT %(limit)s
+
+-- name: entries_of_shapes
+SELECT j.number - 1, (SELECT json_agg(id)::text FROM (
+    SELECT id FROM projection_entries
+    WHERE (shape, id) < ((j.run ->> 0)::bigint, j.run ->> 1) AND (shape, id) >= ((j.run ->> 0)::bigint, j.run ->> 2)
+    ORDER BY shape DESC, id DESC LIMIT %(limit)s) AS e)
+FROM json_array_elements(%(runs)s::json) WITH ORDINALITY AS j (run, number)
+
+-- name: entries_of_tenants
+SELECT j.number - 1, (SELECT json_agg(id)::text FROM (
+    SELECT id FROM projection_entries
+    WHERE (tenant, shape, id) < (j.run ->> 3, (j.run ->> 0)::bigint, j.run ->> 1)
+    AND (tenant, shape, id) >= (j.run ->> 3, (j.run ->> 0)::bigint, j.run ->> 2)
+    ORDER BY tenant DESC, shape DESC, id DESC LIMIT %(limit)s) AS e)
+FROM json_array_elements(%(runs)s::json) WITH ORDINALITY AS j (run, number)
+
+-- name: created
+SELECT created FROM projection_entries WHERE id = %(id)s
+
+-- name: fitting
+SELECT e.id FROM projection_entries AS e
+WHERE e.id IN (SELECT json_array_elements_text(%(ids)s::json)) AND ({where})
+
+-- name: where_shape
+e.shape IN (SELECT json_array_elements_text({value}::json)::bigint)
+
+-- name: where_equal
+e.{column} IN (SELECT json_array_elements_text({value}::json))
+
+-- name: where_contains
+strpos(lower(e.{column}), {value}::text) > 0
+
+-- name: where_since
+e.{column} <> '' AND e.{column} >= {value}
+
+-- name: where_before
+e.{column} <> '' AND e.{column} < {value}
+
+-- name: amount
+(e.{column} ->> {value}::text)::bigint
+
+-- name: value
+%({name})s
 
 -- name: oldest_of_term
 SELECT id FROM projection_terms WHERE term = %(term)s ORDER BY id

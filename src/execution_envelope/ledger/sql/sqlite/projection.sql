@@ -15,18 +15,47 @@ CREATE TABLE projection_positions (
     unreadable INTEGER NOT NULL
 );
 
--- `body` is the row as JSON; the other columns are what it is looked for by.
-CREATE TABLE projection_envelopes (
-    id      TEXT PRIMARY KEY NOT NULL,
-    tenant  TEXT NOT NULL,
-    kind    TEXT NOT NULL,
-    state   TEXT NOT NULL,
-    project TEXT NOT NULL,
-    body    TEXT NOT NULL
+-- What many envelopes have in common, as JSON, with how many there are of it: of all, and of each tenant.
+CREATE TABLE projection_shapes (
+    shape INTEGER PRIMARY KEY,
+    body  TEXT NOT NULL,
+    count INTEGER NOT NULL
+);
+CREATE TABLE projection_tenant_shapes (
+    tenant TEXT NOT NULL,
+    shape  INTEGER NOT NULL,
+    count  INTEGER NOT NULL,
+    PRIMARY KEY (tenant, shape)
 ) WITHOUT ROWID;
-CREATE INDEX projection_by_tenant ON projection_envelopes (tenant, id);
-CREATE INDEX projection_by_project ON projection_envelopes (project, id);
-CREATE INDEX projection_by_kind ON projection_envelopes (kind, id);
+
+-- `body` is the row as JSON.
+CREATE TABLE projection_envelopes (
+    id   TEXT PRIMARY KEY NOT NULL,
+    body TEXT NOT NULL
+) WITHOUT ROWID;
+
+-- What envelopes are looked for by, beside them: narrow, because many are looked at to find a few.
+CREATE TABLE projection_entries (
+    id          TEXT PRIMARY KEY NOT NULL,
+    shape       INTEGER NOT NULL,
+    tenant      TEXT NOT NULL,
+    subject     TEXT NOT NULL,
+    target      TEXT NOT NULL,
+    project     TEXT NOT NULL,
+    environment TEXT NOT NULL,
+    purpose     TEXT NOT NULL,
+    owner       TEXT NOT NULL,
+    part_of     TEXT NOT NULL,
+    created     TEXT NOT NULL,
+    ended       TEXT NOT NULL,
+    requested   TEXT NOT NULL,
+    granted     TEXT NOT NULL,
+    used        TEXT NOT NULL
+) WITHOUT ROWID;
+CREATE INDEX projection_by_shape ON projection_entries (shape, id);
+CREATE INDEX projection_by_tenant ON projection_entries (tenant, shape, id);
+CREATE INDEX projection_by_project ON projection_entries (project, id);
+CREATE INDEX projection_by_subject ON projection_entries (subject, id);
 
 -- Open envelopes, those that coverage counts, and those with an end other than completed.
 CREATE TABLE projection_terms (

@@ -19,6 +19,15 @@ UPDATE projection_state SET epoch = ?, generation = 0
 -- name: forget_envelopes
 DELETE FROM projection_envelopes
 
+-- name: forget_entries
+DELETE FROM projection_entries
+
+-- name: forget_shapes
+DELETE FROM projection_shapes
+
+-- name: forget_tenant_shapes
+DELETE FROM projection_tenant_shapes
+
 -- name: forget_terms
 DELETE FROM projection_terms
 
@@ -43,10 +52,30 @@ ON CONFLICT (chain) DO UPDATE SET
     id = excluded.id, position = excluded.position, ended = excluded.ended, unreadable = excluded.unreadable
 
 -- name: save_envelope
-INSERT INTO projection_envelopes (id, tenant, kind, state, project, body) VALUES (?, ?, ?, ?, ?, ?)
+INSERT INTO projection_envelopes (id, body) VALUES (?, ?) ON CONFLICT (id) DO UPDATE SET body = excluded.body
+
+-- name: save_entry
+INSERT INTO projection_entries (id, shape, tenant, subject, target, project, environment, purpose, owner, part_of,
+    created, ended, requested, granted, used)
+VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
 ON CONFLICT (id) DO UPDATE SET
-    tenant = excluded.tenant, kind = excluded.kind, state = excluded.state, project = excluded.project,
-    body = excluded.body
+    shape = excluded.shape, tenant = excluded.tenant, subject = excluded.subject, target = excluded.target,
+    project = excluded.project, environment = excluded.environment, purpose = excluded.purpose, owner = excluded.owner,
+    part_of = excluded.part_of, created = excluded.created, ended = excluded.ended, requested = excluded.requested,
+    granted = excluded.granted, used = excluded.used
+
+-- name: save_shape
+INSERT INTO projection_shapes (shape, body, count) VALUES (?, ?, 0)
+
+-- name: add_shape
+UPDATE projection_shapes SET count = count + ? WHERE shape = ?
+
+-- name: add_tenant_shape
+INSERT INTO projection_tenant_shapes (tenant, shape, count) VALUES (?, ?, ?)
+ON CONFLICT (tenant, shape) DO UPDATE SET count = count + excluded.count
+
+-- name: trim_tenant_shape
+DELETE FROM projection_tenant_shapes WHERE tenant = ? AND shape = ? AND count = 0
 
 -- name: find_term
 INSERT INTO projection_terms (term, id) VALUES (?, ?)
@@ -83,34 +112,68 @@ SELECT body FROM projection_envelopes WHERE id IN (SELECT value FROM json_each(:
 -- name: get
 SELECT body FROM projection_envelopes WHERE id = :id
 
--- name: newest
-SELECT body FROM projection_envelopes
-WHERE id < :before AND (:states IS NULL OR state IN (SELECT value FROM json_each(:states)))
-ORDER BY id DESC LIMIT :limit
+-- name: shapes
+SELECT shape, body FROM projection_shapes WHERE shape > :after ORDER BY shape
 
--- name: newest_of_tenant
-SELECT body FROM projection_envelopes INDEXED BY projection_by_tenant
-WHERE tenant = :tenant AND id < :before AND (:kind IS NULL OR kind = :kind)
-AND (:project IS NULL OR project = :project) AND (:states IS NULL OR state IN (SELECT value FROM json_each(:states)))
-ORDER BY id DESC LIMIT :limit
+-- name: shape_counts
+SELECT shape, count FROM projection_shapes WHERE count > 0
 
--- name: newest_of_project
-SELECT body FROM projection_envelopes INDEXED BY projection_by_project
-WHERE project = :project AND id < :before AND (:kind IS NULL OR kind = :kind)
-AND (:states IS NULL OR state IN (SELECT value FROM json_each(:states)))
-ORDER BY id DESC LIMIT :limit
+-- name: tenant_shape_counts
+SELECT tenant, shape, count FROM projection_tenant_shapes WHERE tenant IN (SELECT value FROM json_each(:tenants))
 
--- name: newest_of_kind
-SELECT body FROM projection_envelopes INDEXED BY projection_by_kind
-WHERE kind = :kind AND id < :before AND (:states IS NULL OR state IN (SELECT value FROM json_each(:states)))
-ORDER BY id DESC LIMIT :limit
+-- name: entries
+SELECT id FROM projection_entries WHERE id < :before AND id >= :floor ORDER BY id DESC LIMIT :limit
 
--- name: newest_of_term
-SELECT e.body FROM projection_terms AS t CROSS JOIN projection_envelopes AS e ON e.id = t.id
-WHERE t.term = :term AND t.id < :before AND (:tenant IS NULL OR e.tenant = :tenant)
-AND (:kind IS NULL OR e.kind = :kind) AND (:project IS NULL OR e.project = :project)
-AND (:states IS NULL OR e.state IN (SELECT value FROM json_each(:states)))
-ORDER BY t.id DESC LIMIT :limit
+-- name: entries_of_project
+SELECT id FROM projection_entries INDEXED BY projection_by_project
+WHERE project = :value AND id < :before AND id >= :floor ORDER BY id DESC LIMIT :limit
+
+-- name: entries_of_subject
+SELECT id FROM projection_entries INDEXED BY projection_by_subject
+WHERE subject = :value AND id < :before AND id >= :floor ORDER BY id DESC LIMIT :limit
+
+-- name: entries_of_shapes
+SELECT j.key, (SELECT json_group_array(id) FROM (
+    SELECT id FROM projection_entries INDEXED BY projection_by_shape
+    WHERE shape = json_extract(j.value, '$[0]')
+    AND id < json_extract(j.value, '$[1]') AND id >= json_extract(j.value, '$[2]')
+    ORDER BY id DESC LIMIT :limit))
+FROM json_each(:runs) AS j
+
+-- name: entries_of_tenants
+SELECT j.key, (SELECT json_group_array(id) FROM (
+    SELECT id FROM projection_entries INDEXED BY projection_by_tenant
+    WHERE tenant = json_extract(j.value, '$[3]') AND shape = json_extract(j.value, '$[0]')
+    AND id < json_extract(j.value, '$[1]') AND id >= json_extract(j.value, '$[2]')
+    ORDER BY id DESC LIMIT :limit))
+FROM json_each(:runs) AS j
+
+-- name: created
+SELECT created FROM projection_entries WHERE id = :id
+
+-- name: fitting
+SELECT e.id FROM projection_entries AS e WHERE e.id IN (SELECT value FROM json_each(:ids)) AND ({where})
+
+-- name: where_shape
+e.shape IN (SELECT value FROM json_each({value}))
+
+-- name: where_equal
+e.{column} IN (SELECT value FROM json_each({value}))
+
+-- name: where_contains
+instr(lower(e.{column}), {value}) > 0
+
+-- name: where_since
+e.{column} <> '' AND e.{column} >= {value}
+
+-- name: where_before
+e.{column} <> '' AND e.{column} < {value}
+
+-- name: amount
+json_extract(e.{column}, '$.' || {value})
+
+-- name: value
+:{name}
 
 -- name: oldest_of_term
 SELECT id FROM projection_terms WHERE term = :term ORDER BY id

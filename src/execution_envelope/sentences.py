@@ -7,8 +7,8 @@ from typing import Any, Final
 
 from execution_envelope.ledger.chain import Closed, Opened
 from execution_envelope.lifecycle import EventData
-from execution_envelope.presentation.text import amounts, because, counted, pairs, plain_value, when
 from execution_envelope.resources import human
+from execution_envelope.words import amounts, because, counted, pairs, plain_value, when
 
 
 def sentence(data: EventData | Opened | Closed) -> str:
@@ -38,7 +38,8 @@ def _verdict(data: Any) -> str:
     hook, code = f"{data.hook} {data.version}", f" ({data.code})" if data.code else ""
     if data.failure is not None:
         failure = because(data.failure, data.message)
-        return f"{hook} failed ({failure}); its failure mode {data.failure_mode} was applied{code}"
+        mode = f"; its failure mode {data.failure_mode} was applied" if data.failure_mode else ""
+        return f"{hook} failed ({failure}){mode}{code}"
     said = because(f"{hook} says {data.decision}{code}", data.message)
     return said + (f"; at most {amounts(data.limits)}" if data.limits else "")
 
