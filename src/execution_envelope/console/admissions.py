@@ -271,7 +271,16 @@ async def _bound(
     except BaseException as error:
         with anyio.CancelScope(shield=True):
             await admission.leave(failed=(type(error).__name__, "it could not be bound to its service"))
+        if isinstance(error, ReferenceTaken):
+            raise _discreet(error, who) from None
         raise
+
+
+def _discreet(taken: ReferenceTaken, who: Service) -> ReferenceTaken:
+    """Whose envelope the reference leads to is nobody's business who does not see all."""
+    if who.tenants is None:
+        return taken
+    return ReferenceTaken("expected a reference that is free or superseded, it leads to another envelope")
 
 
 def _moment(moment: datetime | None, field: str) -> datetime | None:
@@ -400,9 +409,7 @@ def _route(name: str) -> None:
             except Violation as violation:
                 return problem(409, f"{violation}; it is recorded", type="violation", envelope=admission.id)
             except ReferenceTaken as taken:
-                if who.tenants is None:
-                    raise
-                raise ReferenceTaken("expected a reference that is free or superseded") from taken
+                raise _discreet(taken, who) from None
         record = admission.record
         return encoded(Stands(record.id, record.state, record.next_sequence))
 
