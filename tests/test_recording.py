@@ -40,6 +40,7 @@ from execution_envelope.budgets import Budget, Budgets, Prices
 from execution_envelope.cli import cli
 from execution_envelope.decision import Observation
 from execution_envelope.ledger import Ledger, MemoryLedger, SqliteLedger, open_ledger, verify
+from execution_envelope.ledger.rollups import Question
 from execution_envelope.telemetry.cloudevents import CloudEvents
 from execution_envelope.telemetry.otel import OpenTelemetryObserver
 from execution_envelope.telemetry.prometheus import PrometheusObserver
@@ -380,7 +381,7 @@ async def test_what_shows_it_says_that_it_was_observed(tmp_path: Path) -> None:
     row = projection.get(record.id)
     assert row is not None and (row.observed, row.state, row.day) == (True, "completed", "2026-04-30")
     assert projection.coverage().of["observed"].newest == (record.id,)
-    [day] = projection.totals("2026-04-30", "2026-04-30")
+    [day] = projection.totals(Question("2026-04-30", "2026-04-30")).totals
     assert day.amounts["output_tokens"]["used"].total == 60
     await controller.aclose()
 

@@ -1,25 +1,34 @@
-"""`envelope totals`: what was asked for, granted and used, over all kinds, in the same units."""
+"""`envelope totals`: what was asked for, granted and used, the gaps between them, and who has most."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
-from datetime import datetime, timedelta
-from typing import Any, Final, get_args
+from collections.abc import Sequence
+from pathlib import Path
 
 import click
-from rich import box
-from rich.table import Table
-from rich.text import Text
 
-from execution_envelope import presentation
 from execution_envelope.cli_projection import catch_up
-from execution_envelope.cli_shared import Problem, json_option, ledger_option, new_console, opened, print_json, utc_now
-from execution_envelope.ledger.projection import By, Side, Sum, Totals
-from execution_envelope.resources import UNLIMITED, human
-
-_SIDES: Final[tuple[Side, ...]] = get_args(Side)
-_DAYS: Final = re.compile(r"([1-9][0-9]{0,4})d")
+from execution_envelope.cli_shared import (
+    FILE,
+    Problem,
+    json_option,
+    ledger_option,
+    new_console,
+    opened,
+    print_json,
+    utc_now,
+)
+from execution_envelope.ledger.rollups import DIMENSIONS, GROUPINGS, SIDES, By, Side
+from execution_envelope.presentation.accounts import (
+    accounting_data,
+    accounting_table,
+    csv_text,
+    position_line,
+    ranking_line,
+    write_parquet,
+)
+from execution_envelope.review import Review
+from execution_envelope.review.accounting import narrowed, top
 
 
 def add_to(group: click.Group) -> None:
@@ -27,108 +36,78 @@ def add_to(group: click.Group) -> None:
     group.add_command(totals)
 
 
-@click.command(short_help="Add up what was asked for, granted and used.")
+@click.command(short_help="Add up what was asked for, granted and used, and the gaps between them.")
 @ledger_option
 @json_option
-@click.option("--since", default="7d", show_default=True, metavar="DAY|Nd", help="From this UTC day, or so many days.")
-@click.option("--until", metavar="DAY", help="To this UTC day, included; else to now.")
 @click.option(
-    "--by", multiple=True, type=click.Choice(get_args(By)), default=["kind"], show_default=True, help="Group."
+    "--csv", "csv_file", type=FILE, metavar="FILE", help="Write CSV to this file instead; - is the standard output."
 )
+@click.option("--parquet", "parquet_file", type=FILE, metavar="FILE", help="Write Parquet to this file instead.")
+@click.option("--since", default="7d", show_default=True, metavar="WHEN", help="From this day, week or month on.")
+@click.option("--until", metavar="WHEN", help="Up to this day, week or month, included; else to now.")
+@click.option("--by", multiple=True, type=click.Choice(GROUPINGS), default=["kind"], show_default=True, help="Group.")
+@click.option("--of", "resources", multiple=True, metavar="RESOURCE", help="Only this resource; may be repeated.")
+@click.option("--side", "sides", multiple=True, type=click.Choice(tuple(SIDES)), help="Only this; may be repeated.")
+@click.option("--top", "most", type=click.IntRange(min=1), help="Groups with most of one --of on one --side, so many.")
 @click.option("--tenant", help="Only of this tenant.")
 @click.option("--project", help="Only of this project.")
+@click.option("--kind", help="Only of this kind.")
+@click.option("--operation", help="Only of this operation.")
+@click.option("--environment", help="Only in this environment.")
+@click.option("--subject", help="Only of who asked, such as user:dana.")
+@click.option("--target", help="Only of this target, such as model:llama@1.")
 @click.pass_context
 def totals(
     context: click.Context,
+    /,
     url: str | None,
     as_json: bool,
+    csv_file: Path | None,
+    parquet_file: Path | None,
     since: str,
     until: str | None,
     by: Sequence[By],
-    tenant: str | None,
-    project: str | None,
+    resources: Sequence[str],
+    sides: Sequence[Side],
+    most: int | None,
+    **only: str | None,
 ) -> None:
-    """Add up what was asked for, granted and used: of all kinds, in the same units, by the day of admission.
+    """Add up what was asked for, granted and used: of all kinds, in the same units, by the UTC day of admission.
 
-    What a part of another execution asked for and was granted stands apart as within, also of a resource that the
-    other one did not name, where it is within nothing; what it used is counted once, with itself. Amounts that are
-    unknown or unlimited are counted, and not added.
+    The gaps are those of each envelope: what was not given, what was refused, what was granted and not used, and what
+    was granted without any use being reported. What a part of another execution asked for and was granted stands
+    apart as within; what it used is counted once, with itself. Unknown and unlimited amounts are counted, not added.
+
+    WHEN is a day (2026-05-01), a week (2026-W18), a month (2026-05), or so many days ago (7d).
+
+    What was granted and never used last week: --since 7d --by project --side unused.
     """
-    first, last = _day(since, "--since"), _day(until or "0d", "--until")
-    if first > last:
-        raise Problem(f"expected --since up to --until, got {first} and {last}")
+    if sum(1 for chosen in (as_json, csv_file, parquet_file) if chosen) > 1:
+        raise Problem("expected one of --json, --csv and --parquet")
+    if most is not None and (len(resources), len(sides)) != (1, 1):
+        raise Problem("expected one --of and one --side with --top, such as --top 5 --of gpu --side granted")
+    where = {name: value for name in DIMENSIONS if (value := only[name]) is not None}
     with opened(context, url) as ledger:
-        projection = ledger.projection()
-        catch_up(projection)
-        found = projection.totals(first, last, by=list(dict.fromkeys(by)), tenant=tenant, project=project)
+        catch_up(ledger.projection())
+        found = Review(ledger, clock=utc_now).accounting(since, until, by=tuple(dict.fromkeys(by)), where=where)
+    found = narrowed(found, resources, sides) if most is None else top(found, resources[0], sides[0], most)
     if as_json:
-        print_json({"since": first, "until": last, "totals": [_data(one) for one in found]}, indent=2)
+        print_json(accounting_data(found), indent=2)
+        return
+    if csv_file is not None and str(csv_file) == "-":
+        click.echo(csv_text(found), nl=False)
+        return
+    try:
+        if csv_file is not None:
+            csv_file.write_text(csv_text(found), encoding="utf-8")
+        elif parquet_file is not None:
+            write_parquet(found, parquet_file)
+    except OSError as error:
+        raise Problem(f"expected to write `{csv_file or parquet_file}`: {error.strerror or error}") from None
+    if csv_file or parquet_file:
         return
     console = new_console()
-    console.print(Text(f"{first} to {last}, UTC"))
-    console.print(_table(found, by) if found else Text("no envelopes", style="dim"))
-
-
-def _day(text: str, option: str) -> str:
-    """``2026-05-01``, or ``7d``: so many days before today."""
-    if (days := _DAYS.fullmatch(text)) or text == "0d":
-        return (utc_now() - timedelta(days=int(days[1]) if days else 0)).date().isoformat()
-    try:
-        return datetime.strptime(text, "%Y-%m-%d").date().isoformat()
-    except ValueError:
-        raise Problem(f"expected a day such as 2026-05-01, or days such as 7d, got `{text}` - at {option}") from None
-
-
-def _data(found: Totals) -> dict[str, Any]:
-    return {
-        "group": dict(found.group),
-        "envelopes": sum(found.states.values()),
-        "states": dict(found.states),
-        "resources": {
-            name: {side: _sum_data(sides[side]) for side in _SIDES if side in sides}
-            for name, sides in sorted(found.amounts.items())
-        },
-    }
-
-
-def _sum_data(found: Sum) -> dict[str, int]:
-    return {"of": found.known, "total": found.total, "unknown": found.unknown, "unlimited": found.unlimited}
-
-
-def _table(found: Sequence[Totals], by: Sequence[By]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
-    for name in by:
-        table.add_column(name, overflow="fold")
-    table.add_column("envelopes", overflow="fold")
-    table.add_column("resource", no_wrap=True)
-    for side in ("asked", "granted", "used"):
-        table.add_column(side, justify="right")
-    for one in found:
-        states = ", ".join(f"{count} {state}" for state, count in sorted(one.states.items()))
-        head = [presentation.clean(one.group[group]) or "-" for group in by] + [states]
-        for resource, sides in sorted(one.amounts.items()):
-            cells = [_cell(resource, sides, side) for side in ("requested", "granted", "used")]
-            table.add_row(*map(Text, head), Text(resource), *cells)
-            head = ["" for _ in head]
-        if head[-1]:
-            table.add_row(*map(Text, head))
-        table.add_section()
-    return table
-
-
-def _cell(resource: str, sides: Mapping[Side, Sum], side: str) -> Text:
-    own = next((sides[name] for name in _SIDES if name == side and name in sides), None)
-    within = next((sides[name] for name in _SIDES if name == f"{side}_within" and name in sides), None)
-    cell = Text(_words(resource, own))
-    if within is not None:
-        cell.append(f"\n{_words(resource, within)} within", style="dim")
-    return cell
-
-
-def _words(resource: str, found: Sum | None) -> str:
-    if found is None:
-        return "-"
-    said = [human(resource, found.total)] if found.known else []
-    said += [f"{found.unknown} unknown"] if found.unknown else []
-    said += [f"{found.unlimited} {UNLIMITED}"] if found.unlimited else []
-    return " + ".join(said) or "-"
+    console.print(position_line(found))
+    console.print(accounting_table(found))
+    if found.whole is not None:
+        console.print(ranking_line(found, resources[0]))

@@ -241,14 +241,17 @@ def test_nothing_forged_is_stored(behind: SqliteLedger, ledger_of: Callable[[str
             acme.commit(admission_of(good, entry_))
     with raises(InvalidField):
         acme.commit(replace(reservation_of(sealed_ask(), 3), within=frozenset()))
+    # Of a key that was cut, or that held a credential, the digest is of the whole.
+    acme.commit(admission_of(sealed_ask(idempotency_key="k" * 300)))
+    acme.commit(admission_of(sealed_ask(idempotency_key="ghp_" + "a1B2" * 9)))
     acme.commit(admission_of(good))
     acme.commit(admission_of(child := sealed_ask()))
     with raises(IllegalTransition):
         acme.commit(commit_of(child, 2, lifecycle.Failed("x", "before any grant")))
     with raises(SequenceConflict):
         acme.commit(commit_of(child, 1, lifecycle.Ready()))
-    # Its own opening and two admissions.
-    assert behind.count() == before + (5 if acme._writer._store._chain else 0)  # type: ignore[attr-defined]
+    # Its own opening and four admissions.
+    assert behind.count() == before + (9 if acme._writer._store._chain else 0)  # type: ignore[attr-defined]
 
 
 def test_facts_of_another_service_or_tenant_are_refused(

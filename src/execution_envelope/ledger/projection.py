@@ -15,10 +15,10 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Final, Literal, NamedTuple, Protocol, TypeAlias
+from typing import Final, Literal, Protocol, TypeAlias
 
 import msgspec
 
@@ -29,6 +29,7 @@ from execution_envelope.criteria import searchable as searchable
 from execution_envelope.delta import granted_totals
 from execution_envelope.envelope import Envelope, Scoped
 from execution_envelope.errors import InvalidField
+from execution_envelope.ledger.rollups import Changed, Question, Totals
 from execution_envelope.lifecycle import (
     OPEN,
     TERMINAL,
@@ -44,7 +45,7 @@ from execution_envelope.lifecycle import (
 )
 from execution_envelope.query import Query
 from execution_envelope.record import Record
-from execution_envelope.resources import UNKNOWN, VOCABULARY, Amount
+from execution_envelope.resources import Amount
 
 #: Of the rows, the roll-ups and the tables. A projection of another version is dropped and made again.
 VERSION: Final = 4
@@ -66,13 +67,7 @@ COVERAGE: Final[Mapping[str, str]] = {
 }
 #: States that envelopes can be found by beside what coverage counts: all ends but the most frequent one.
 RARE: Final = TERMINAL - {"completed"}
-#: Not even for different executions does a sum of it mean anything.
-_NOT_ADDED: Final = frozenset(name for name in VOCABULARY if name == "context")
 
-By: TypeAlias = Literal["day", "tenant", "project", "kind"]
-#: What a part of another execution asked for and was granted stands within what that one did, and is summed apart; used
-#: amounts exclude children.
-Side: TypeAlias = Literal["requested", "granted", "used", "requested_within", "granted_within"]
 #: Told how many more entries were taken in.
 Progress: TypeAlias = Callable[[int], None]
 
@@ -82,7 +77,8 @@ class ProjectedEnvelope(msgspec.Struct, frozen=True, omit_defaults=True):
 
     `events` is how many events it is made of. Of an `observed` one `began_at` is when it began, or ended where that is
     not known. `ungranted`: nobody granted, and it is open or completed; `unstated`: how many differences nobody
-    explained. `project` is the workroom where no project is named. Of a damaged one there is only the id.
+    explained; `was_granted`: somebody granted, whatever it was; `by_default`: resources that only a default of the
+    client asks for. `project` is the workroom where no project is named. Of a damaged one there is only the id.
 
     `outcomes` and `causes` are those of its differences, `causes` also of its effective values; `hooks` were asked,
     `refused_by` denied or held, `would_refuse` too, in shadow; `codes` are of verdicts, refusals and failures. All of
@@ -121,6 +117,8 @@ class ProjectedEnvelope(msgspec.Struct, frozen=True, omit_defaults=True):
     refused_by: tuple[str, ...] = ()
     would_refuse: tuple[str, ...] = ()
     codes: tuple[str, ...] = ()
+    was_granted: bool = False
+    by_default: tuple[str, ...] = ()
 
     @property
     def resources(self) -> tuple[str, ...]:
@@ -258,6 +256,10 @@ def project(record: Record) -> ProjectedEnvelope:
         refused_by=tuple(sorted(refused_by)),
         would_refuse=tuple(sorted(would_refuse)),
         codes=tuple(sorted(codes)),
+        was_granted=has_grants,
+        by_default=tuple(
+            name for name, quantity in envelope.requested.resources.items() if quantity.provenance == "client_default"
+        ),
     )
 
 
@@ -291,47 +293,6 @@ def terms(row: ProjectedEnvelope) -> frozenset[str]:
     return frozenset(found)
 
 
-# Roll-ups
-
-
-class CountKey(NamedTuple):
-    """Of which envelopes a count is; no tenant and no project are empty."""
-
-    day: str
-    tenant: str
-    project: str
-    kind: str
-    state: str
-
-
-class AmountKey(NamedTuple):
-    """Of which amounts a sum is; no tenant and no project are empty."""
-
-    day: str
-    tenant: str
-    project: str
-    kind: str
-    resource: str
-    side: Side
-
-
-class Sum(msgspec.Struct, frozen=True):
-    """Amounts of so many envelopes. Those that are unknown or unlimited are counted apart, never as zero."""
-
-    known: int = 0
-    total: int = 0
-    unknown: int = 0
-    unlimited: int = 0
-
-    def __add__(self, other: Sum) -> Sum:
-        return Sum(
-            self.known + other.known,
-            self.total + other.total,
-            self.unknown + other.unknown,
-            self.unlimited + other.unlimited,
-        )
-
-
 @dataclass(slots=True)
 class Changes:
     """What rows make of the rows before them: the rows, each with its shape as JSON, and what that adds to each roll-up
@@ -343,9 +304,7 @@ class Changes:
     found: list[tuple[str, str]] = field(default_factory=list)
     lost: list[tuple[str, str]] = field(default_factory=list)
     coverage: Counter[str] = field(default_factory=Counter)
-    counts: Counter[CountKey] = field(default_factory=Counter)
-    #: By what `AmountKey` and `Sum` name: known, total, unknown, unlimited.
-    amounts: dict[tuple[str, ...], list[int]] = field(default_factory=dict)
+    rolled: Changed = field(default_factory=Changed)
 
     def add(self, old: ProjectedEnvelope | None, new: ProjectedEnvelope) -> None:
         """One row in place of another; nothing at all when they are the same."""
@@ -367,22 +326,8 @@ class Changes:
         self.coverage["envelopes"] += sign
         for term in terms(row):
             self.coverage[term] += sign
-        if row.damaged:
-            return
-        where = (row.day, searchable(row.tenant), searchable(row.project), row.kind)
-        self.counts[CountKey(*where, row.state)] += sign
-        within = "" if row.part_of is None else "_within"
-        sides = ((f"requested{within}", row.requested), (f"granted{within}", row.granted), ("used", row.used))
-        for side, amounts in sides:
-            for resource, amount in amounts.items():
-                if resource in _NOT_ADDED:
-                    continue
-                cell = self.amounts.setdefault((*where, resource, side), [0, 0, 0, 0])
-                if isinstance(amount, int):
-                    cell[0] += sign
-                    cell[1] += sign * amount
-                else:
-                    cell[2 if amount == UNKNOWN else 3] += sign
+        if not row.damaged:
+            self.rolled.add(row, sign)
 
 
 # What is asked of a projection
@@ -422,12 +367,12 @@ class Coverage:
 
 
 @dataclass(frozen=True, slots=True)
-class Totals:
-    """Roll-ups of one group: envelopes by state, and amounts by resource and side."""
+class Accounts:
+    """What roll-ups say, group by group, and as of where: so many entries of the log are taken in, so many are not."""
 
-    group: Mapping[By, str]
-    states: Mapping[str, int]
-    amounts: Mapping[str, Mapping[Side, Sum]]
+    totals: Sequence[Totals]
+    taken: int
+    lag: Lag
 
 
 @dataclass(frozen=True, slots=True)
@@ -517,17 +462,11 @@ class Projection(Protocol):
         """What has no outcome, no grant, no reason, no decider; each with the newest ids, so many of them."""
         ...
 
-    def totals(
-        self,
-        day_from: str,
-        day_to: str,
-        *,
-        by: Sequence[By] = (),
-        tenant: str | None = None,
-        project: str | None = None,
-        fresh: bool = True,
-    ) -> list[Totals]:
-        """Roll-ups over the UTC days of admission from one to the other (``2026-05-01``), both included."""
+    def totals(self, question: Question, *, fresh: bool = True) -> Accounts:
+        """Roll-ups over the UTC days of admission, of what the question names. Raises `InvalidField` too.
+
+        What comes while it reads is behind: with `fresh` the lag counts what was recorded after the call began.
+        """
         ...
 
     @property
@@ -538,20 +477,3 @@ class Projection(Protocol):
     def close(self) -> None:
         """Let go of what it holds; a later call opens it again."""
         ...
-
-
-def grouped(
-    counts: Iterable[tuple[CountKey, int]], amounts: Iterable[tuple[AmountKey, Sum]], by: Sequence[By]
-) -> list[Totals]:
-    """Roll-ups added up by group, in the order of the groups."""
-    states: dict[tuple[str, ...], Counter[str]] = {}
-    sums: dict[tuple[str, ...], dict[str, dict[Side, Sum]]] = {}
-    for count, number in counts:
-        states.setdefault(tuple(getattr(count, name) for name in by), Counter())[count.state] += number
-    for key, amount in amounts:
-        sides = sums.setdefault(tuple(getattr(key, name) for name in by), {}).setdefault(key.resource, {})
-        sides[key.side] = sides.get(key.side, Sum()) + amount
-    return [
-        Totals(dict(zip(by, group, strict=True)), dict(states.get(group, {})), sums.get(group, {}))
-        for group in sorted(states.keys() | sums.keys())
-    ]

@@ -122,7 +122,6 @@ class SqliteSession:
             where, timeout=WAIT, isolation_level=None, check_same_thread=False, cached_statements=128
         )
         try:
-            connection.create_function("exact_sum", 2, _exact_sum, deterministic=True)
             if not self._made(connection):
                 connection.execute(f"PRAGMA page_size = {_PAGE_SIZE}")
                 connection.execute("PRAGMA journal_mode = WAL")
@@ -288,11 +287,6 @@ def _code(error: BaseException | None) -> int:
     """SQLite's primary result code; -1 where it is not SQLite's error."""
     code = getattr(error, "sqlite_errorcode", None)
     return -1 if code is None else code & 0xFF
-
-
-def _exact_sum(one: str, other: str) -> str:
-    """SQLite's own numbers would overflow into inexact ones, in silence."""
-    return str(int(one) + int(other))
 
 
 @cache

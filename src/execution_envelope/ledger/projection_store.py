@@ -10,28 +10,24 @@ from typing import Final, NamedTuple
 import msgspec
 
 from execution_envelope.criteria import coded
+from execution_envelope.ledger import rollup_store
 from execution_envelope.ledger.projection import (
     COVERAGE,
-    AmountKey,
-    By,
     Changes,
-    CountKey,
     Covered,
     Page,
     ProjectedEnvelope,
-    Sum,
-    Totals,
-    grouped,
     searchable,
 )
 from execution_envelope.ledger.projection_session import Session
+from execution_envelope.ledger.rollups import Question, Totals
 from execution_envelope.ledger.search import Search, Shapes
 from execution_envelope.query import Query
 from execution_envelope.resources import Amount
 
 _TABLES: Final = (
     *("envelopes", "entries", "shapes", "tenant_shapes", "terms"),
-    *("coverage", "counts", "amounts", "positions"),
+    *("coverage", "positions", "rollups", "weeks"),
 )
 
 _encode: Final = msgspec.json.Encoder().encode
@@ -79,9 +75,11 @@ class Store:
             mark = self._mark("state")
             if known is not None and known.mark == mark:
                 return known
-            rows = self._session.all("positions")
-        positions = {row[0]: Position(row[0], row[1], row[2], bool(row[3]), row[4]) for row in rows}
-        return Progressed(mark, positions)
+            return Progressed(mark, self._positions())
+
+    def _positions(self) -> dict[int, Position]:
+        rows = self._session.all("positions")
+        return {row[0]: Position(row[0], row[1], row[2], bool(row[3]), row[4]) for row in rows}
 
     def _mark(self, query: str) -> Mark:
         return Mark(*self._session.all(query)[0])
@@ -102,13 +100,7 @@ class Store:
             session.many("lose_term", changes.lost)
             session.many("find_term", changes.found)
             session.many("add_coverage", [row for row in sorted(changes.coverage.items()) if row[1]])
-            # In one order, so that databases that lock rows cannot lock each other out.
-            counts = sorted((key, number) for key, number in changes.counts.items() if number)
-            session.many("add_count", [(*key, number) for key, number in counts])
-            session.many("trim_count", [key for key, number in counts if number < 0])
-            amounts = sorted((key, cell) for key, cell in changes.amounts.items() if any(cell))
-            session.many("add_amount", [(*key, cell[0], str(cell[1]), *cell[2:]) for key, cell in amounts])
-            session.many("trim_amount", [key for key, (known, _, *rest) in amounts if min(known, *rest) < 0])
+            rollup_store.save(session, changes.rolled)
             session.many("save_position", moved)
             session.many("advance", [()])
         self._known_shapes = shapes
@@ -199,34 +191,11 @@ class Store:
     def _coverage(self) -> dict[str, int]:
         return dict(self._session.all("coverage"))
 
-    def rolled_up(
-        self, day_from: str, day_to: str, tenant: str | None = None
-    ) -> tuple[dict[CountKey, int], dict[AmountKey, Sum]]:
-        """Every roll-up of these days."""
-        values = {
-            "day_from": day_from,
-            "day_to": day_to,
-            "tenant": None if tenant is None else searchable(tenant),
-        }
+    def totals(self, question: Question) -> tuple[list[Totals], dict[int, Position]]:
+        """Roll-ups, and how far they are. Raises `InvalidField`."""
+        question.check()
         with self._session.reading():
-            counts = {CountKey(*row[:5]): row[5] for row in self._session.all("counts", **values)}
-            amounts = {
-                AmountKey(*row[:6]): Sum(row[6], int(row[7]), row[8], row[9])
-                for row in self._session.all("amounts", **values)
-            }
-        return counts, amounts
-
-    def totals(
-        self, day_from: str, day_to: str, by: Sequence[By], tenant: str | None, project: str | None
-    ) -> list[Totals]:
-        """See `Projection.totals`."""
-        counts, amounts = self.rolled_up(day_from, day_to, tenant)
-        wanted = None if project is None else searchable(project)
-        return grouped(
-            [(key, number) for key, number in counts.items() if wanted in (None, key.project)],
-            [(key, amount) for key, amount in amounts.items() if wanted in (None, key.project)],
-            by,
-        )
+            return rollup_store.totals(self._session, question), self._positions()
 
 
 def _columns(row: ProjectedEnvelope, shape: int) -> tuple[str | int, ...]:

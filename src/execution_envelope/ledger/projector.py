@@ -24,19 +24,19 @@ from execution_envelope.ledger.commit import DAMAGED, Stored
 from execution_envelope.ledger.contract import MAX_ATTEMPTED, AttemptedRequest, ChainHead, Ledger
 from execution_envelope.ledger.projection import (
     MAX_PAGE,
-    By,
+    Accounts,
     Changes,
     Coverage,
     Lag,
     Page,
     Progress,
     ProjectedEnvelope,
-    Totals,
     check_page,
     damaged,
     project,
 )
-from execution_envelope.ledger.projection_store import Position, Progressed, Store
+from execution_envelope.ledger.projection_store import Mark, Position, Progressed, Store
+from execution_envelope.ledger.rollups import Question
 from execution_envelope.lifecycle import Event
 from execution_envelope.query import Query
 from execution_envelope.record import Record
@@ -417,18 +417,14 @@ class Projector:
         unsealed = sum(request.reason == "unsealed" for request in attempted)
         return Coverage(envelopes, of, unreadable, len(attempted), unsealed, sum(r.dropped for r in attempted))
 
-    def totals(
-        self,
-        day_from: str,
-        day_to: str,
-        *,
-        by: Sequence[By] = (),
-        tenant: str | None = None,
-        project: str | None = None,
-        fresh: bool = True,
-    ) -> list[Totals]:
+    def totals(self, question: Question, *, fresh: bool = True) -> Accounts:
         with self._looked_at(fresh) as store:
-            return store.totals(day_from, day_to, by, tenant, project)
+            totals, positions = store.totals(question)
+        with self._moving:
+            heads = self._log.heads([number for number, position in positions.items() if position.ended])
+        behind = Progressed(Mark("", 0), positions)
+        more = [head for head in heads if head.length - 1 > _position(behind, head).position]
+        return Accounts(totals, sum(position.position + 1 for position in positions.values()), _lag(behind, more))
 
     @contextmanager
     def _looked_at(self, fresh: bool) -> Iterator[Store]:

@@ -6,7 +6,7 @@ other, in no answer, count or error. An envelope that names no tenant is seen by
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -15,8 +15,10 @@ from execution_envelope.errors import Exported, NotFound
 from execution_envelope.family import read_tree
 from execution_envelope.ledger import Finding, Ledger
 from execution_envelope.ledger.projection import ProjectedEnvelope
+from execution_envelope.ledger.rollups import By, Dimension, Question
 from execution_envelope.ledger.verification import of_envelope
 from execution_envelope.record import Record
+from execution_envelope.review.accounting import Accounting, window
 from execution_envelope.tree import Tree
 
 #: Whose envelopes are seen; None is everybody's.
@@ -74,6 +76,24 @@ class Review:
         rows = list(self.ledger.rows_of(record.id))
         chains = tuple(dict.fromkeys(row.chain for row in rows))
         return ChainStatus(len(rows), chains, tuple(of_envelope(self.ledger, record.id)))
+
+    def accounting(
+        self,
+        since: str,
+        until: str | None = None,
+        *,
+        by: Sequence[By] = (),
+        where: Mapping[Dimension, str | None] | None = None,
+        tenants: Tenants = None,
+        fresh: bool = True,
+    ) -> Accounting:
+        """What was asked for, granted and used over a window of UTC days, by group; see `accounting.window`.
+
+        `where` names what is added up alone, with None for what names none. Raises `InvalidField`.
+        """
+        now = self.clock()
+        question = Question(*window(since, until, now=now), tuple(by), where or {}, tenants)
+        return Accounting(question, self.ledger.projection().totals(question, fresh=fresh), now)
 
     def _resolved(self, reference: str) -> str:
         kind, colon, name = reference.partition(":")

@@ -64,30 +64,25 @@ CREATE TABLE projection_terms (
     PRIMARY KEY (term, id)
 );
 
--- Roll-ups. A total may be beyond 64 bits.
+-- How many envelopes there are under each term.
 CREATE TABLE projection_coverage (
     term  text COLLATE "C" PRIMARY KEY NOT NULL,
     count bigint NOT NULL
 );
-CREATE TABLE projection_counts (
-    day     text COLLATE "C" NOT NULL,
-    tenant  text COLLATE "C" NOT NULL,
-    project text COLLATE "C" NOT NULL,
-    kind    text COLLATE "C" NOT NULL,
-    state   text COLLATE "C" NOT NULL,
-    count   bigint NOT NULL,
-    PRIMARY KEY (day, tenant, project, kind, state)
+
+-- Roll-ups: sums over the days from `begins` on, one or seven of them, of what envelopes with these names have in
+-- common. `dims` are the names of a cube, and `body` the sums, as JSON.
+CREATE TABLE projection_rollups (
+    cube   text COLLATE "C" NOT NULL,
+    span   bigint NOT NULL,
+    begins text COLLATE "C" NOT NULL,
+    dims   text COLLATE "C" NOT NULL,
+    tenant text COLLATE "C" NOT NULL,
+    body   text NOT NULL,
+    PRIMARY KEY (cube, span, begins, dims)
 );
-CREATE TABLE projection_amounts (
-    day       text COLLATE "C" NOT NULL,
-    tenant    text COLLATE "C" NOT NULL,
-    project   text COLLATE "C" NOT NULL,
-    kind      text COLLATE "C" NOT NULL,
-    resource  text COLLATE "C" NOT NULL,
-    side      text COLLATE "C" NOT NULL,
-    known     bigint NOT NULL,
-    total     numeric NOT NULL,
-    unknown   bigint NOT NULL,
-    unlimited bigint NOT NULL,
-    PRIMARY KEY (day, tenant, project, kind, resource, side)
+
+-- The weeks, by their Mondays, of which roll-ups over seven days are kept too.
+CREATE TABLE projection_weeks (
+    begins text COLLATE "C" PRIMARY KEY NOT NULL
 );

@@ -34,12 +34,6 @@ TRUNCATE projection_terms
 -- name: forget_coverage
 TRUNCATE projection_coverage
 
--- name: forget_counts
-TRUNCATE projection_counts
-
--- name: forget_amounts
-TRUNCATE projection_amounts
-
 -- name: forget_positions
 TRUNCATE projection_positions
 
@@ -86,26 +80,6 @@ DELETE FROM projection_terms WHERE term = %s AND id = %s
 -- name: add_coverage
 INSERT INTO projection_coverage (term, count) VALUES (%s, %s)
 ON CONFLICT (term) DO UPDATE SET count = projection_coverage.count + excluded.count
-
--- name: add_count
-INSERT INTO projection_counts (day, tenant, project, kind, state, count) VALUES (%s, %s, %s, %s, %s, %s)
-ON CONFLICT (day, tenant, project, kind, state) DO UPDATE SET count = projection_counts.count + excluded.count
-
--- name: trim_count
-DELETE FROM projection_counts WHERE day = %s AND tenant = %s AND project = %s AND kind = %s AND state = %s AND count = 0
-
--- name: add_amount
-INSERT INTO projection_amounts (day, tenant, project, kind, resource, side, known, total, unknown, unlimited)
-VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s)
-ON CONFLICT (day, tenant, project, kind, resource, side) DO UPDATE SET
-    known = projection_amounts.known + excluded.known, total = projection_amounts.total + excluded.total,
-    unknown = projection_amounts.unknown + excluded.unknown,
-    unlimited = projection_amounts.unlimited + excluded.unlimited
-
--- name: trim_amount
-DELETE FROM projection_amounts
-WHERE day = %s AND tenant = %s AND project = %s AND kind = %s AND resource = %s AND side = %s
-AND known = 0 AND unknown = 0 AND unlimited = 0
 
 -- name: rows
 SELECT body FROM projection_envelopes WHERE id IN (SELECT json_array_elements_text(%(ids)s::json))
@@ -192,14 +166,6 @@ SELECT term, count FROM projection_coverage
 -- name: unreadable
 SELECT coalesce(sum(unreadable), 0)::bigint FROM projection_positions
 
--- name: counts
-SELECT day, tenant, project, kind, state, count FROM projection_counts
-WHERE day >= %(day_from)s AND day <= %(day_to)s AND (%(tenant)s::text IS NULL OR tenant = %(tenant)s)
-
--- name: amounts
-SELECT day, tenant, project, kind, resource, side, known, total, unknown, unlimited FROM projection_amounts
-WHERE day >= %(day_from)s AND day <= %(day_to)s AND (%(tenant)s::text IS NULL OR tenant = %(tenant)s)
-
 -- name: session
 SELECT set_config('synchronous_commit', 'off', false), set_config('statement_timeout', '60s', false),
     set_config('lock_timeout', '60s', false), set_config('idle_in_transaction_session_timeout', '60s', false)
@@ -216,3 +182,38 @@ FROM pg_namespace WHERE nspname = current_schema()
 SELECT p.envelope, e.body, e.sealed
 FROM places AS p LEFT JOIN events AS e ON e.chain = p.chain AND e.position = p.position
 WHERE p.envelope = ANY (%(ids)s::text[]) ORDER BY p.envelope, p.sequence
+
+-- name: forget_rollups
+TRUNCATE projection_rollups
+
+-- name: rollups_there
+SELECT dims, body FROM projection_rollups
+WHERE cube = %(cube)s AND span = %(span)s AND begins = %(begins)s AND dims IN (SELECT json_array_elements_text(%(dims)s::json))
+
+-- name: save_rollup
+INSERT INTO projection_rollups (cube, span, begins, dims, tenant, body) VALUES (%s, %s, %s, %s, %s, %s)
+ON CONFLICT (cube, span, begins, dims) DO UPDATE SET body = excluded.body
+
+-- name: drop_rollup
+DELETE FROM projection_rollups WHERE cube = %s AND span = %s AND begins = %s AND dims = %s
+
+-- name: rollup_days
+SELECT min(begins), max(begins) FROM projection_rollups WHERE cube = %(cube)s AND span = 1
+
+-- name: rollups
+SELECT begins, dims, body FROM projection_rollups
+WHERE cube = %(cube)s AND span = %(span)s AND begins >= %(begins)s AND begins <= %(ends)s
+AND (%(tenants)s::text IS NULL OR tenant IN (SELECT json_array_elements_text(%(tenants)s::json)))
+ORDER BY begins
+
+-- name: rollup_days_there
+SELECT DISTINCT begins FROM projection_rollups WHERE cube = %(cube)s AND span = 1
+
+-- name: weeks
+SELECT begins FROM projection_weeks
+
+-- name: save_week
+INSERT INTO projection_weeks (begins) VALUES (%s)
+
+-- name: forget_weeks
+TRUNCATE projection_weeks

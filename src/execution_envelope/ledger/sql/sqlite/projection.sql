@@ -64,30 +64,25 @@ CREATE TABLE projection_terms (
     PRIMARY KEY (term, id)
 ) WITHOUT ROWID;
 
--- Roll-ups. A total is of text, because it may be beyond 64 bits.
+-- How many envelopes there are under each term.
 CREATE TABLE projection_coverage (
     term  TEXT PRIMARY KEY NOT NULL,
     count INTEGER NOT NULL
 ) WITHOUT ROWID;
-CREATE TABLE projection_counts (
-    day     TEXT NOT NULL,
-    tenant  TEXT NOT NULL,
-    project TEXT NOT NULL,
-    kind    TEXT NOT NULL,
-    state   TEXT NOT NULL,
-    count   INTEGER NOT NULL,
-    PRIMARY KEY (day, tenant, project, kind, state)
+
+-- Roll-ups: sums over the days from `begins` on, one or seven of them, of what envelopes with these names have in
+-- common. `dims` are the names of a cube, and `body` the sums, as JSON.
+CREATE TABLE projection_rollups (
+    cube   TEXT NOT NULL,
+    span   INTEGER NOT NULL,
+    begins TEXT NOT NULL,
+    dims   TEXT NOT NULL,
+    tenant TEXT NOT NULL,
+    body   TEXT NOT NULL,
+    PRIMARY KEY (cube, span, begins, dims)
 ) WITHOUT ROWID;
-CREATE TABLE projection_amounts (
-    day       TEXT NOT NULL,
-    tenant    TEXT NOT NULL,
-    project   TEXT NOT NULL,
-    kind      TEXT NOT NULL,
-    resource  TEXT NOT NULL,
-    side      TEXT NOT NULL,
-    known     INTEGER NOT NULL,
-    total     TEXT NOT NULL,
-    unknown   INTEGER NOT NULL,
-    unlimited INTEGER NOT NULL,
-    PRIMARY KEY (day, tenant, project, kind, resource, side)
+
+-- The weeks, by their Mondays, of which roll-ups over seven days are kept too.
+CREATE TABLE projection_weeks (
+    begins TEXT PRIMARY KEY NOT NULL
 ) WITHOUT ROWID;

@@ -34,12 +34,6 @@ DELETE FROM projection_terms
 -- name: forget_coverage
 DELETE FROM projection_coverage
 
--- name: forget_counts
-DELETE FROM projection_counts
-
--- name: forget_amounts
-DELETE FROM projection_amounts
-
 -- name: forget_positions
 DELETE FROM projection_positions
 
@@ -86,25 +80,6 @@ DELETE FROM projection_terms WHERE term = ? AND id = ?
 -- name: add_coverage
 INSERT INTO projection_coverage (term, count) VALUES (?, ?)
 ON CONFLICT (term) DO UPDATE SET count = count + excluded.count
-
--- name: add_count
-INSERT INTO projection_counts (day, tenant, project, kind, state, count) VALUES (?, ?, ?, ?, ?, ?)
-ON CONFLICT (day, tenant, project, kind, state) DO UPDATE SET count = count + excluded.count
-
--- name: trim_count
-DELETE FROM projection_counts WHERE day = ? AND tenant = ? AND project = ? AND kind = ? AND state = ? AND count = 0
-
--- name: add_amount
-INSERT INTO projection_amounts (day, tenant, project, kind, resource, side, known, total, unknown, unlimited)
-VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
-ON CONFLICT (day, tenant, project, kind, resource, side) DO UPDATE SET
-    known = known + excluded.known, total = exact_sum(total, excluded.total), unknown = unknown + excluded.unknown,
-    unlimited = unlimited + excluded.unlimited
-
--- name: trim_amount
-DELETE FROM projection_amounts
-WHERE day = ? AND tenant = ? AND project = ? AND kind = ? AND resource = ? AND side = ?
-AND known = 0 AND unknown = 0 AND unlimited = 0
 
 -- name: rows
 SELECT body FROM projection_envelopes WHERE id IN (SELECT value FROM json_each(:ids))
@@ -187,14 +162,6 @@ SELECT term, count FROM projection_coverage
 -- name: unreadable
 SELECT coalesce(sum(unreadable), 0) FROM projection_positions
 
--- name: counts
-SELECT day, tenant, project, kind, state, count FROM projection_counts
-WHERE day >= :day_from AND day <= :day_to AND (:tenant IS NULL OR tenant = :tenant)
-
--- name: amounts
-SELECT day, tenant, project, kind, resource, side, known, total, unknown, unlimited FROM projection_amounts
-WHERE day >= :day_from AND day <= :day_to AND (:tenant IS NULL OR tenant = :tenant)
-
 -- name: log_chains
 SELECT number, id FROM chains ORDER BY number
 
@@ -210,3 +177,38 @@ WHERE place > (:chain << 32) + :after AND place <= (:chain << 32) + :until ORDER
 SELECT p.envelope, e.body, e.sealed FROM json_each(:ids) AS j
 CROSS JOIN places AS p ON p.envelope = j.value LEFT JOIN events AS e ON e.place = p.place
 ORDER BY p.envelope, p.sequence
+
+-- name: forget_rollups
+DELETE FROM projection_rollups
+
+-- name: rollups_there
+SELECT dims, body FROM projection_rollups
+WHERE cube = :cube AND span = :span AND begins = :begins AND dims IN (SELECT value FROM json_each(:dims))
+
+-- name: save_rollup
+INSERT INTO projection_rollups (cube, span, begins, dims, tenant, body) VALUES (?, ?, ?, ?, ?, ?)
+ON CONFLICT (cube, span, begins, dims) DO UPDATE SET body = excluded.body
+
+-- name: drop_rollup
+DELETE FROM projection_rollups WHERE cube = ? AND span = ? AND begins = ? AND dims = ?
+
+-- name: rollup_days
+SELECT min(begins), max(begins) FROM projection_rollups WHERE cube = :cube AND span = 1
+
+-- name: rollups
+SELECT begins, dims, body FROM projection_rollups
+WHERE cube = :cube AND span = :span AND begins >= :begins AND begins <= :ends
+AND (:tenants IS NULL OR tenant IN (SELECT value FROM json_each(:tenants)))
+ORDER BY begins
+
+-- name: rollup_days_there
+SELECT DISTINCT begins FROM projection_rollups WHERE cube = :cube AND span = 1
+
+-- name: weeks
+SELECT begins FROM projection_weeks
+
+-- name: save_week
+INSERT INTO projection_weeks (begins) VALUES (?)
+
+-- name: forget_weeks
+DELETE FROM projection_weeks
