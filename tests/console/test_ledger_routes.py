@@ -24,6 +24,7 @@ from execution_envelope.ledger import SqliteLedger, open_ledger, verify, wire
 from execution_envelope.ledger.commit import Commit, SequenceConflict
 from execution_envelope.ledger.remote import RemoteLedger
 from execution_envelope.ledger.remote_http import TOKEN, TOKEN_FILE, address
+from execution_envelope.ledger.rollups import Question
 from execution_envelope.process import current
 from execution_envelope.query import Query
 from execution_envelope.testing import START
@@ -166,8 +167,10 @@ def test_a_second_tenant_sees_nothing_of_the_first(
     for path in ("projection/coverage", "projection/lag", "projection/open"):
         with raises(LedgerUnavailable):
             globex._server.get(path, dict)
-    with raises(LedgerUnavailable):
-        globex.projection().totals("2026-01-01", "2026-12-31", tenant="acme")
+    asked = Question("2026-01-01", "2026-12-31", ("tenant",))
+    assert {group.group["tenant"] for group in acme.projection().totals(asked).totals} == {"acme"}
+    for narrow in (asked, asked._replace(where={"tenant": "acme"}), asked._replace(tenants=frozenset({"acme"}))):
+        assert list(globex.projection().totals(narrow).totals) == []
 
 
 def _key() -> Any:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Final, cast, get_args
+from dataclasses import replace
+from typing import Final
 
 import msgspec
 from fastapi import APIRouter, HTTPException
@@ -12,7 +13,7 @@ from execution_envelope.console.access import Principal
 from execution_envelope.console.ledger_routes import MAX_LIMIT, Behind, Route, streamed, told
 from execution_envelope.console.who import Reader, Shared
 from execution_envelope.errors import InvalidField
-from execution_envelope.ledger.projection import By
+from execution_envelope.ledger.rollups import Question
 from execution_envelope.query import Query
 
 router: Final = APIRouter(prefix="/api/ledger/projection", route_class=Route, include_in_schema=False)
@@ -21,10 +22,6 @@ router: Final = APIRouter(prefix="/api/ledger/projection", route_class=Route, in
 def _everything(who: Principal) -> None:
     if who.tenants is not None:
         raise HTTPException(403, f"expected who sees all tenants, {who.name} does not")
-
-
-def _listed(text: str | None) -> list[str]:
-    return [] if not text else text.split(",")
 
 
 @router.get("/lag")
@@ -99,23 +96,15 @@ def coverage(who: Reader, behind: Behind, limit: int = 5, fresh: bool = True) ->
 
 
 @router.get("/totals")
-def totals(
-    who: Reader,
-    behind: Behind,
-    day_from: str,
-    day_to: str,
-    by: str | None = None,
-    tenant: str | None = None,
-    project: str | None = None,
-    fresh: bool = True,
-) -> Response:
+def totals(who: Reader, behind: Behind, question: str, fresh: bool = True) -> Response:
     """See `Projection.totals`."""
-    if who.tenants is not None and tenant not in who.tenants:
-        raise HTTPException(403, f"expected a tenant of {who.name}")
-    names = _listed(by)
-    if not set(names) <= set(get_args(By)):
-        raise InvalidField("by", f"expected names of {', '.join(get_args(By))}")
-    found = behind.projection().totals(
-        day_from, day_to, by=cast(list[By], names), tenant=tenant, project=project, fresh=fresh
-    )
-    return streamed(found)
+    try:
+        asked = msgspec.json.decode(question, type=Question)
+    except (msgspec.MsgspecError, UnicodeError, RecursionError):
+        raise InvalidField("question", "expected a question in JSON") from None
+    if who.tenants is not None:
+        asked = asked._replace(tenants=who.tenants if asked.tenants is None else asked.tenants & who.tenants)
+    asked.check()
+    found = behind.projection().totals(asked, fresh=fresh)
+    # How much there is in all is for who sees all.
+    return told(found if who.tenants is None else replace(found, taken=0))

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import msgspec
 
 from execution_envelope.errors import LedgerUnavailable
-from execution_envelope.ledger.projection import By, Coverage, Lag, Page, Progress, ProjectedEnvelope, Totals
+from execution_envelope.ledger.projection import Accounts, Coverage, Lag, Page, Progress, ProjectedEnvelope
 from execution_envelope.ledger.remote_http import Server, elsewhere
+from execution_envelope.ledger.rollups import Question
 from execution_envelope.query import Query
 
 
@@ -58,28 +59,9 @@ class RemoteProjection:
     def coverage(self, limit: int = 5, *, fresh: bool = True) -> Coverage:
         return self._server.get("projection/coverage", Coverage, limit=limit, fresh=fresh)
 
-    def totals(
-        self,
-        day_from: str,
-        day_to: str,
-        *,
-        by: Sequence[By] = (),
-        tenant: str | None = None,
-        project: str | None = None,
-        fresh: bool = True,
-    ) -> list[Totals]:
-        return list(
-            self._server.pieces(
-                "projection/totals",
-                Totals,
-                day_from=day_from,
-                day_to=day_to,
-                by=",".join(by) or None,
-                tenant=tenant,
-                project=project,
-                fresh=fresh,
-            )
-        )
+    def totals(self, question: Question, *, fresh: bool = True) -> Accounts:
+        asked = msgspec.json.encode(question).decode()
+        return self._server.get("projection/totals", Accounts, question=asked, fresh=fresh)
 
     @property
     def temporary(self) -> bool:
