@@ -23,7 +23,7 @@ from execution_envelope.testing import FakeClock, FaultyLedger
 from tests.console.test_openapi import CHECKS
 
 PRINCIPALS = {
-    "gateway": Principal("service", "gateway", frozenset({"acme"}), ("service",), "test"),
+    "gateway": Principal("service", "gateway", frozenset({"acme"}), ("requester",), "test"),
     "worker": Principal("service", "worker", frozenset({"acme"}), ("service",), "test"),
     "globex": Principal("service", "globex-gateway", frozenset({"globex"}), ("service",), "test"),
     "all": Principal("service", "all", None, ("service", "auditor"), "test"),

@@ -40,6 +40,7 @@ TOKENS = {
     "person": ("user:dana", None, "service"),
     "reader": ("user:rita", ["acme"], "reader"),
     "auditor": ("user:ada", None, "auditor"),
+    "requester": ("service:requester", None, "requester"),
     "slash": ("service:a/b", None, "service"),
 }
 
@@ -98,7 +99,7 @@ def opened(client: TestClient, token: str = "acme") -> str:
 # Who may
 
 
-@pytest.mark.parametrize("token", ["person", "reader", "auditor", "slash"])
+@pytest.mark.parametrize("token", ["person", "reader", "auditor", "slash", "requester"])
 def test_only_services_write(client: TestClient, token: str) -> None:
     said = client.post("/api/ledger/sessions", content=b"{}", headers=bearer(token))
     assert said.status_code == 403

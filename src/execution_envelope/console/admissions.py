@@ -16,17 +16,17 @@ from typing import Annotated, Any, Final, Literal
 
 import anyio
 import msgspec
-from fastapi import APIRouter, Header, HTTPException, Path, Request
+from fastapi import APIRouter, Depends, Header, HTTPException, Path, Request
 from fastapi.responses import Response
 
 from execution_envelope.admission import Admission
 from execution_envelope.console.api import read_body
 from execution_envelope.console.asserted import Service
-from execution_envelope.console.ledger_routes import Writing
+from execution_envelope.console.ledger_routes import service_of
 from execution_envelope.console.problems import problem
 from execution_envelope.console.schema import answers, body, encoded
 from execution_envelope.console.shared import Console
-from execution_envelope.console.who import Shared
+from execution_envelope.console.who import Admitter, Shared
 from execution_envelope.controller import AdmissionController
 from execution_envelope.credentials import shown
 from execution_envelope.document import AskDocument
@@ -49,6 +49,14 @@ from execution_envelope.record import Record
 from execution_envelope.resources import Amount
 
 router: Final = APIRouter(prefix="/admissions")
+
+
+def asking(who: Admitter) -> Service:
+    """A dependency: the backend service that asks. 403 for a person."""
+    return service_of(who)
+
+
+Asking = Annotated[Service, Depends(asking)]
 
 #: How long an attempt that is equal to the newest entry is taken for the same one, sent again.
 SAME_ATTEMPT: Final = timedelta(minutes=1)
@@ -207,7 +215,7 @@ class Trouble(_Fact, frozen=True, kw_only=True):
 )
 async def admit(
     request: Request,
-    who: Writing,
+    who: Asking,
     shared: Shared,
     idempotency_key: Annotated[str | None, Header(max_length=255)] = None,
     prefer: Annotated[str, Header(max_length=255)] = "",
@@ -398,7 +406,7 @@ _Reference = Annotated[
 def _route(name: str) -> None:
     type, say, description = FACTS[name]
 
-    async def fact(reference: _Reference, request: Request, who: Writing, shared: Shared) -> Response:
+    async def fact(reference: _Reference, request: Request, who: Asking, shared: Shared) -> Response:
         said = await read_body(request, type)
         controller = _controller(shared)
         admission = await _own(controller, reference, who, said.by)

@@ -84,8 +84,13 @@ router: Final = APIRouter(prefix="/api/ledger", route_class=Route, include_in_sc
 
 def service(who: Writer) -> Service:
     """A dependency: the backend service that writes. 403 for a person, who asks for nothing in a service's name."""
+    return service_of(who)
+
+
+def service_of(who: Principal) -> Service:
+    """A principal as a service. 403 for another."""
     if who.type != "service":
-        raise HTTPException(403, f"expected a service to write, {who.name} is none")
+        raise HTTPException(403, f"expected a service, {who.name} is none")
     if "/" in who.id or not 1 <= len(who.id) <= 64:
         raise HTTPException(403, "expected a service with a name of up to 64 characters, without a slash")
     return Service(who.id, who.tenants)
