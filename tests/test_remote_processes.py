@@ -136,7 +136,7 @@ def test_a_client_in_spool_mode_goes_on_while_its_server_is_killed(
         async with anyio.create_task_group() as group:
             for number in range(4):
                 group.start_soon(story, number, controller)
-            for _ in range(3):
+            for _ in range(2):
                 await anyio.sleep(0.4)
                 await anyio.to_thread.run_sync(server.kill)
                 await anyio.sleep(0.4)
