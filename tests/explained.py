@@ -27,6 +27,8 @@ from execution_envelope import (
 )
 from execution_envelope.budgets import Budget, Budgets
 from execution_envelope.ledger import Ledger
+from execution_envelope.record import Record
+from execution_envelope.reviewer import Finding, ReviewerDeclaration, Stop
 from execution_envelope.testing import FakeClock
 
 DEFECTS = Path(__file__).parent / "corpus" / "defects"
@@ -233,6 +235,46 @@ async def child(ledger: Ledger, clock: FakeClock) -> str:
     return call.id
 
 
+class Patrol:
+    """A reviewer that flags everything."""
+
+    declaration = ReviewerDeclaration(name="patrol")
+
+    def review(self, record: Record) -> Finding:
+        return Finding.flag("policy", "this model leaks")
+
+
+async def revoking(ledger: Ledger, clock: FakeClock) -> str:
+    """Flagged by a reviewer, to be revoked as kim asked, and the owner refuses."""
+    may = Rule("may-revoke", lambda e: Decision.allow(), kinds=frozenset({"maintenance"}))
+    controller = seam(ledger, clock, hooks=[may])
+    admission = await controller.begin(deploy())
+    await admission.bind("deployment", "dep-1", owner="engines")
+    await admission.grant(Grant({"gpu": 8, "memory": "16GiB"}, by="engines"))
+    clock.advance(minutes=5)
+    await controller.review([Patrol()])
+    clock.advance(minutes=5)
+    await controller.revoke(admission.id, by=KIM, reason="it leaks")
+
+    async def refuse(record: Record, why: str) -> Stop:
+        return Stop.refused("a backup runs")
+
+    await controller.carry_out({"engines": refuse})
+    return admission.id
+
+
+async def revoked(ledger: Ledger, clock: FakeClock) -> str:
+    """The same, and the owner ends it after all."""
+    id = await revoking(ledger, clock)
+
+    async def end(record: Record, why: str) -> Stop:
+        return Stop.stopped("the engine has ended")
+
+    clock.advance(minutes=1)
+    await seam(ledger, clock).carry_out({"engines": end})
+    return id
+
+
 def operators() -> Rule:
     """Only operators deploy."""
     return Rule(
@@ -257,5 +299,5 @@ async def refused(controller: AdmissionController, what: Ask) -> str:
 Story = Callable[[Ledger, FakeClock], Awaitable[str]]
 STORIES: dict[str, Story] = {
     story.__name__: story
-    for story in (kserve, llm_d, ray, reduced, no_budget, no_role, held, approved, no_room, abandoned, child)
+    for story in (kserve, llm_d, ray, reduced, no_budget, no_role, held, approved, no_room, abandoned, child, revoking, revoked)
 }

@@ -52,6 +52,7 @@ from execution_envelope.review.explain import (
     wording,
 )
 from execution_envelope.review.explain.explanation import MAX_EVENTS, MAX_SENTENCES
+from execution_envelope.reviewer import OPINIONS
 from execution_envelope.testing import START, FakeClock, ask
 from tests import strategies
 from tests.explained import BEGUN, LOOKED, STORIES
@@ -188,6 +189,7 @@ def test_the_tables_know_every_word() -> None:
     assert set(wording.NOUNS) == set(VOCABULARY)
     assert set(wording.ASKED_TO) == set(KINDS)
     assert set(asking._SAID) == set(OUTCOMES)
+    assert set(outcome._VERDICTS) == set(OPINIONS)
 
 
 def samples(kind: Any) -> Iterator[Any]:

@@ -30,6 +30,7 @@ def envelopes() -> list[Envelope]:
         ("model.deploy", "serving.deploy_model"),
         ("inference", "chat"),
         ("maintenance", "envelope.approve"),
+        ("maintenance", "envelope.revoke"),
     ):
         for gpu, roles, hints in itertools.product(
             (None, 1, 9, "unlimited"), ((), ("operator",)), ({}, {"a": "x"}, {"a": "y", "b": 1})

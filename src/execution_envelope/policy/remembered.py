@@ -14,8 +14,7 @@ from typing import Final
 import cel
 import msgspec
 
-from execution_envelope import approvals
-from execution_envelope.decision import Decision
+from execution_envelope.decision import ABOUT_OTHERS, Decision
 from execution_envelope.envelope import Envelope
 from execution_envelope.policy.cel import MAX_PLANS, CelRule, CelRules, Heard, Plan
 from execution_envelope.policy.expression import wanted
@@ -68,8 +67,8 @@ class Remembered:
         plan = self._rules.plan(envelope)
         if plan is None or not plan.rules:
             return self._rules.unmatched(envelope)
-        # Whether an approval is allowed depends on more than what is read.
-        if envelope.execution.operation == approvals.OPERATION:
+        # Who may approve or revoke is allowed by more than what is read.
+        if envelope.execution.operation in ABOUT_OTHERS:
             return self._rules.decide(envelope)
         known = self._known.get(id(plan)) or self._remember(plan)
         if known.asked >= _TRIED and known.found * 4 < known.asked:

@@ -35,6 +35,8 @@ SentenceKind: TypeAlias = Literal[
     "error",
     "hint",
     "redacted",
+    "review",
+    "revocation",
     "link",
     "unsaid",
     "more",

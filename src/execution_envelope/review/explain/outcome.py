@@ -20,6 +20,8 @@ from execution_envelope.lifecycle import (
     Ready,
     Released,
     Reported,
+    Review,
+    Revocation,
     Sealed,
     Used,
     Violation,
@@ -51,6 +53,13 @@ _ENDS: Final = {
     "revoked": "was revoked",
     "abandoned": "was abandoned",
 }
+#: What a reviewer said, and what an owner answered that was asked to end it.
+_VERDICTS: Final = {
+    "keep": "reviewed it: it may go on",
+    "flag": "flagged it: somebody should look at it",
+    "revoke": "asked its owner to revoke it",
+}
+_ANSWERS: Final = {"refused": "refused", "unknown": "did not confirm that it had ended"}
 
 
 # What was given
@@ -209,16 +218,16 @@ def _used(teller: Teller, section: str) -> None:
 
 
 def noted(teller: Teller) -> None:
-    """Violations, errors, obligations, what was taken out or may be lost, hints, what came late."""
+    """Violations, reviews, errors, obligations, what was taken out or may be lost, hints, what came late."""
     for event, broken in teller.facts(Violation):
         text = f"beyond a bound of {name(broken.source)}, {moment(event.at)}: {quoted(broken.text)}"
         keys = [f"{'resources' if broken.resource in VOCABULARY else 'constraints'}.{broken.resource}"]
         teller.say("noted", "violation", text, events=[event], keys=keys, by=[broken.source])
+    _reviews(teller)
     for event, error in teller.facts(Error):
         if teller.told(event):
             continue
-        who = f"observer {name(error.hook)}" if error.hook else name(event.by)
-        text = f"{moment(event.at)} {who} met an error that did not end it: {quoted(error.text)}"
+        text = f"{moment(event.at)} {name(error.hook or event.by)} met an error that did not end it: {quoted(error.text)}"
         teller.say("noted", "error", text, events=[event], by=[error.hook or event.by])
     _obligations(teller)
     for event, sealed in teller.of(Sealed):
@@ -237,6 +246,30 @@ def noted(teller: Teller) -> None:
     for event in late:
         text = f"{moment(event.at)}, after the end, {name(event.by)} recorded: {fact(event)}; that changes no state"
         teller.say("noted", "late", text, events=[event], by=[event.by])
+
+
+def _reviews(teller: Teller) -> None:
+    """What reviewers said, oldest first, which of it stands, and what owners answered who were asked to end it."""
+    record = teller.record
+    standing = {event.sequence for event in record.reviews.values()} if record.is_open else ()
+    for event in record.events:
+        said = event.data
+        if isinstance(said, Review):
+            text = f"{moment(event.at)} {name(said.reviewer)} {_VERDICTS[said.verdict]}"
+            text += f", because {quoted(said.text)}" if said.text else ""
+            text += f" ({name(said.code)})" if said.code else ""
+            text += f", by rule {names(said.policies)}" if said.policies else ""
+            text += f", by policy revision {name(said.revision)}" if said.revision else ""
+            if said.admission is not None:
+                text += f"; saying so was a request of its own, envelope {name(said.admission)}"
+            if said.verdict != "keep" and record.is_open:
+                text += "; that stands" if event.sequence in standing else "; the same reviewer says otherwise since"
+            codes = [said.verdict, said.code]
+            by, admission = [said.reviewer], said.admission
+            teller.say("noted", "review", text, events=[event], by=by, codes=codes, envelope=admission)
+        elif isinstance(said, Revocation):
+            text = f"{moment(event.at)} {name(said.owner)}, asked to end it, {_ANSWERS[said.answer]}: {quoted(said.text)}"
+            teller.say("noted", "revocation", text, events=[event], by=[said.owner], codes=[said.answer])
 
 
 def _obligations(teller: Teller) -> None:

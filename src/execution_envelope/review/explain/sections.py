@@ -10,7 +10,7 @@ from typing import Final
 from execution_envelope import approvals
 from execution_envelope.budgets import Balance, window
 from execution_envelope.delta import Difference
-from execution_envelope.lifecycle import Attempt, Denied, Event, Expired, Rejected, Verdict, Violation
+from execution_envelope.lifecycle import Attempt, Denied, Event, Expired, Rejected, Review, Verdict, Violation
 from execution_envelope.record import Record
 from execution_envelope.review.explain import remedies
 from execution_envelope.review.explain.asking import asked, decided, waits
@@ -87,6 +87,10 @@ _STATES: Final[Mapping[str, str]] = {
 }
 
 
+_REVOKING: Final = "it is to be revoked, as {} asked, and its owner has not confirmed that it ended"
+_FLAGGED: Final = "it is flagged by {}: somebody should look at it"
+
+
 def _short(teller: Teller) -> None:
     record = teller.record
     text = _STATES[record.state]
@@ -102,6 +106,9 @@ def _short(teller: Teller) -> None:
     teller.say("short", "state", text, events=state)
     if record.grants:
         teller.say("short", "state", _outcomes(teller.differences), events=teller.grants)
+    for event, text in ((record.revoking, _REVOKING), (record.flagged, _FLAGGED)):
+        if event is not None and isinstance(event.data, Review):
+            teller.say("short", "review", text.format(name(event.data.reviewer)), events=[event], by=[event.data.reviewer])
     broken = teller.facts(Violation)
     if broken:
         text = f"it went beyond a bound {some_times(len(broken))}"
