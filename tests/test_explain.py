@@ -15,7 +15,7 @@ import anyio
 import msgspec
 import pytest
 from click.testing import CliRunner
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.stateful import invariant
 
@@ -541,6 +541,8 @@ def _sealable(one: Any) -> bool:
 
 @given(histories())
 def test_whatever_was_recorded_is_explained(record: Record) -> None:
+    # Somebody may be called so; where nobody is, it is a mistake of ours.
+    assume(b"None" not in msgspec.json.encode([record.envelope, record.events]))
     holds(record, explain(record, now=LOOKED))
     again = msgspec.json.decode(msgspec.json.encode(record.events), type=list[Event])
     assert texts(explain(Record(record.envelope, again), now=LOOKED)) == texts(explain(record, now=LOOKED))

@@ -22,7 +22,8 @@ MAX_QUOTE: Final = 600
 #: The most items of one list in a sentence; the rest is counted.
 MAX_LISTED: Final = 12
 
-_PLAIN: Final = re.compile(r"[\w.:/@+#-]+", re.ASCII)
+#: A word that does not end as a sentence does.
+_PLAIN: Final = re.compile(r"[\w.:/@+#-]*[\w:/@+#-]", re.ASCII)
 
 #: Resource -> what one, and what several, or a mass, of it are called.
 NOUNS: Final[Mapping[str, tuple[str, str]]] = {
