@@ -299,5 +299,19 @@ async def refused(controller: AdmissionController, what: Ask) -> str:
 Story = Callable[[Ledger, FakeClock], Awaitable[str]]
 STORIES: dict[str, Story] = {
     story.__name__: story
-    for story in (kserve, llm_d, ray, reduced, no_budget, no_role, held, approved, no_room, abandoned, child, revoking, revoked)
+    for story in (
+        kserve,
+        llm_d,
+        ray,
+        reduced,
+        no_budget,
+        no_role,
+        held,
+        approved,
+        no_room,
+        abandoned,
+        child,
+        revoking,
+        revoked,
+    )
 }

@@ -8,7 +8,7 @@ import anyio
 import msgspec
 import pytest
 
-from execution_envelope import AdmissionController
+from execution_envelope import AdmissionController, Decision, Rule, Subject
 from execution_envelope.ledger import SqliteLedger, sqlite_store
 from execution_envelope.process import Process, current
 from execution_envelope.reconciliation import PATIENCE, Leases
@@ -80,6 +80,27 @@ async def test_an_admission_of_another_host_is_abandoned_when_its_lease_runs_out
     assert (await ours.reconcile({})).ids("gone") == [admission.id]
     record = await ours.read(admission.id)
     assert record.state == "abandoned"
+    await theirs.aclose()
+    await ours.aclose()
+
+
+@pytest.mark.anyio
+async def test_what_was_to_be_revoked_and_no_owner_heard_of_is_abandoned(
+    elsewhere: SqliteLedger, tmp_path: Path
+) -> None:
+    may = Rule("may", lambda e: Decision.allow(), kinds=frozenset({"maintenance"}))
+    theirs = AdmissionController(elsewhere)
+    ours = AdmissionController.open(f"sqlite:///{tmp_path}/l.db", hooks=[may])
+    watch = Watch()
+    ours._reconciler._leases = Leases(watch)
+    admission = await theirs.begin(ask())
+    await ours.revoke(admission.id, by=Subject("user", "kim", tenant="acme"), reason="it leaks")
+    await ours.reconcile({})
+    watch.now += PATIENCE
+    assert (await ours.reconcile({})).ids("gone") == [admission.id]
+    record = await ours.read(admission.id)
+    # The process is gone, and so is whoever could have confirmed.
+    assert (record.state, record.was_to_be_revoked) == ("abandoned", True)
     await theirs.aclose()
     await ours.aclose()
 

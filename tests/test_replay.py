@@ -313,6 +313,23 @@ def _approved(house: House) -> str:
     return id
 
 
+REVOKERS = """rules:
+- {name: deploys, match: {kinds: [model.deploy]}, expression: 'true'}
+- {name: revokers, match: {kinds: [maintenance], operations: [envelope.revoke]}, expression: 'true'}
+"""
+
+
+def test_who_may_revoke_is_not_compared() -> None:
+    house = House(REVOKERS)
+    assert house.ask(*gpus(1), end=False) == ["admitted"]
+    (id,) = house.ids
+    anyio.run(lambda: house.controller.revoke(id, by=KIM, reason="it leaks"))
+    # It says nothing of who may: the seam would refuse, which verdicts alone do not tell.
+    for policy in (REVOKERS, "rules: [{name: all, expression: 'true'}]"):
+        result = house.replay(policy)
+        assert (result.compared, result.changed, cannot(result)["approving"]) == (1, 0, 1)
+
+
 def test_what_was_approved_is_lifted_on_the_same_grounds_only() -> None:
     house = House(HOLDS % "production")
     id = _approved(house)
@@ -901,11 +918,13 @@ def test_the_command(tmp_path: Path) -> None:
         == 0
     )
     assert run("--ledger", url, "replay", "--policy", new, "--tenant", "nobody").exit_code == 0
+    assert run("--ledger", url, "replay", "--policy", same, "--since", "0001-01-01").exit_code == 0
     for arguments, said in (
         (("--policy", str(tmp_path / "none.yaml")), "expected a file that can be read"),
         (("--policy", written(tmp_path, "rules: 3", "bad.yaml")), "at `policy.rules`"),
         (("--policy", new, "--since", "soon"), "expected a day such as 2026-05-01, or a span such as 30d, got `soon`"),
         (("--policy", new, "--since", "2026-05-02", "--until", "2026-05-01"), "expected --since up to --until"),
+        (("--policy", new, "--until", "9999-12-31"), "expected a day such as 2026-05-01"),
         (("--policy", new, "--out", str(tmp_path)), "expected to write"),
         (("--policy", new, "--state", str(tmp_path)), "expected a file to write to"),
         (("--policy", same, "--state", str(tmp_path / "s")), "that of another policy"),

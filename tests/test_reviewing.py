@@ -318,6 +318,22 @@ async def test_what_a_changed_policy_would_not_admit_is_flagged_or_revoked(
     assert record.revoking is record.flagged is None and record.state == "granted"
 
 
+async def test_a_round_that_flags_leaves_a_revoke_of_the_same_policy_until_that_allows_it() -> None:
+    allowed: list[bool] = []
+    policy = Rule("policy", lambda e: None if allowed else Decision.deny("policy", "no more"))
+    controller = house(MemoryLedger(), Rule("other", lambda e: None))
+    admission = await live(controller)
+    revokes, flags = PolicyReviewer(policy, verdict="revoke"), PolicyReviewer(policy)
+    assert (await controller.review([revokes])).ids("revoke") == [admission.id]
+    found = await controller.review([flags])
+    assert (found.ids("revoke"), found.recorded) == ([admission.id], 0)
+    record = await read(controller, admission)
+    assert record.revoking is not None and types(record).count("review") == 1
+    allowed.append(True)
+    assert (await controller.review([flags])).recorded == 1
+    assert (await read(controller, admission)).revoking is None
+
+
 async def test_what_a_policy_would_hold_is_flagged_unless_it_was_approved(tmp_path: Path) -> None:
     path = tmp_path / "policy.yaml"
     rules(path, "r1", "false", "hold")

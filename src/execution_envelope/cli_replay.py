@@ -91,7 +91,7 @@ def replay(
     Exit status: 0 nothing would change, 1 something would, 2 cannot answer.
     """
     now = utc_now()
-    begin, end = _since(since, now), None if until is None else _day(until, "--until") + timedelta(days=1)
+    begin, end = _since(since, now), None if until is None else _day(until, "--until", 1)
     if end is not None and begin >= end:
         raise Problem(f"expected --since up to --until, got {since} and {until}")
     chosen: Language = language or ("cedar" if file.suffix == ".cedar" else "policy")
@@ -139,8 +139,9 @@ def _since(text: str, now: datetime) -> datetime:
     return now - (timedelta(days=count) if span[2] == "d" else timedelta(hours=count))
 
 
-def _day(text: str, option: str) -> datetime:
+def _day(text: str, option: str, later: int = 0) -> datetime:
+    """When a day begins, or one so many days later."""
     try:
-        return datetime.strptime(text, "%Y-%m-%d").replace(tzinfo=UTC)
-    except ValueError:
+        return datetime.strptime(text, "%Y-%m-%d").replace(tzinfo=UTC) + timedelta(days=later)
+    except (ValueError, OverflowError):
         raise Problem(f"expected a day such as 2026-05-01, or a span such as 30d, got `{text}` - at {option}") from None

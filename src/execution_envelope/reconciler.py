@@ -87,9 +87,9 @@ class Reconciler:
         return chain, None if chain is None else await self._journal.call(self._journal.ledger.writer, chain)
 
     async def _abandon(self, seen: Record, evidence: str, by: str) -> bool:
-        """End it, unless anything was recorded since it was looked at. What was to be revoked is not abandoned: that it
-        is gone is what was asked for."""
-        revoking = seen.revoking is not None
+        """End it, unless anything was recorded since it was looked at. What was to be revoked is not abandoned where
+        its owner says that it is gone: that is what it was asked for. Of what is not bound no owner says anything."""
+        revoking = seen.revoking is not None and seen.bound is not None
         end = lifecycle.Revoked(scrub(evidence)) if revoking else lifecycle.Abandoned(scrub(evidence))
         try:
             await self._journal.write([(seen, [end])], by=by)

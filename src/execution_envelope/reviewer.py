@@ -131,8 +131,8 @@ class PolicyReviewer:
     """A reviewer from any decider: what it would not admit any more is flagged, or, with `verdict` *revoke*, revoked.
 
     ``PolicyReviewer(policy.decider, verdict="revoke")``. It says what the decider says now of what was sealed, with
-    the revision of its policy. A denial is `verdict`. What it would hold is flagged in either case, unless the same
-    grounds were approved. A decider in shadow flags at most. One that abstains refuses nothing, which is *keep*; one
+    the revision of its policy. A denial is `verdict`; *flag* does not take back a *revoke* of the same decider that
+    stands. What it would hold is flagged in either case, unless the same grounds were approved. A decider in shadow flags at most. One that abstains refuses nothing, which is *keep*; one
     that failed has said nothing. Limits and budgets are not looked at: they bound what is granted, and that is checked
     where it is granted.
 
@@ -174,11 +174,16 @@ class PolicyReviewer:
         approved = approval.holds if isinstance(approval, Approval) and approval.decision == "approve" else {}
         verdict: Opinion = "keep"
         if said.decision == "deny":
-            verdict = "flag" if said.shadow else self._verdict
+            verdict = "flag" if said.shadow else "revoke" if self._stands(record) else self._verdict
         elif holding([said], approved):
             verdict = "flag"
         code = None if verdict == "keep" else said.code or "policy"
         return Finding(verdict, code, said.message, said.revision, said.policies)
+
+    def _stands(self, record: Record) -> bool:
+        """Whether the same reviewer, here or in another process, asked to revoke it, and has not taken that back."""
+        before = record.reviews.get(self.declaration.name)
+        return before is not None and isinstance(before.data, Review) and before.data.verdict == "revoke"
 
 
 # What is on a record

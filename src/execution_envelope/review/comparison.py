@@ -14,12 +14,12 @@ from typing import Any, Final, TypeAlias, TypeVar
 import msgspec
 from msgspec.structs import replace
 
-from execution_envelope import approvals, lifecycle
 from execution_envelope import envelope as envelopes
+from execution_envelope import lifecycle
 from execution_envelope.answers import Answer
 from execution_envelope.bounds import beyond_limits
+from execution_envelope.decision import ABOUT_OTHERS, combine, holding
 from execution_envelope.decision import allowed as allowed_by
-from execution_envelope.decision import combine, holding
 from execution_envelope.decision import limits as limits_of
 from execution_envelope.envelope import Correlation, Envelope, Execution, Identity, Requested
 from execution_envelope.envelope import decode as decode_envelope
@@ -215,7 +215,7 @@ class Comparison:
         if isinstance(outcome, Observed):
             tally.cannot("observed", id)
             return
-        if execution.operation == approvals.OPERATION:
+        if execution.operation in ABOUT_OTHERS:
             tally.cannot("approving", id)
             return
         recorded = next((verdict for verdict in opening.verdicts if verdict.hook == self._hook), None)

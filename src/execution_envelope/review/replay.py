@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from datetime import datetime, timedelta
+from datetime import datetime
 from pathlib import Path
 from typing import Final
 
@@ -30,8 +30,8 @@ from execution_envelope.review.replay_state import Header, State
 PART: Final = 20_000
 #: Of so many envelopes at a time it is read what was granted.
 _BATCH: Final = 500
-#: Ids of envelopes begin with the time; clocks may differ by as much.
-_SKEW: Final = timedelta(days=1)
+#: Ids of envelopes begin with the time; clocks may differ by as much, in milliseconds.
+_SKEW: Final = 86_400_000
 #: Later than any time.
 _NEVER: Final = "~"
 #: What each process runs.
@@ -167,7 +167,7 @@ def _header(
 ) -> Header:
     chains = ledger.chains()
     # UUIDv7: milliseconds first.
-    begin = None if since is None else max(0, int((since - _SKEW).timestamp() * 1000))
+    begin = None if since is None else max(0, int(since.timestamp() * 1000) - _SKEW)
     after = "" if begin is None else f"{begin >> 16:08x}-{begin & 0xFFFF:04x}"
     first, last = "" if since is None else timestamp(since), _NEVER if until is None else timestamp(until)
     sha256: str

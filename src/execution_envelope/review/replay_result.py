@@ -41,7 +41,7 @@ CANNOT: Final[Mapping[str, str]] = {
     "grants_damaged": "its limits become narrower, and what was granted cannot be read: compared without that",
     "exported": "up to so many were sealed in segments that were exported and dropped; not compared",
     "observed": "recorded after the fact: nobody decided; not compared",
-    "approving": "a request to approve another one, which takes more than verdicts to admit; not compared",
+    "approving": "a request to approve or revoke another one, which takes more than verdicts to admit; not compared",
     "budget_stands": "a budget denied it, and its answer stands: what the budgets of the policy that is replayed would "
     "have said depends on what was held then",
     "budget_not_asked": "admitted now and not then: no budget was asked about it, it counts as if there had been room",

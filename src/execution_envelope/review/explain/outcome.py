@@ -227,7 +227,8 @@ def noted(teller: Teller) -> None:
     for event, error in teller.facts(Error):
         if teller.told(event):
             continue
-        text = f"{moment(event.at)} {name(error.hook or event.by)} met an error that did not end it: {quoted(error.text)}"
+        who = name(error.hook or event.by)
+        text = f"{moment(event.at)} {who} met an error that did not end it: {quoted(error.text)}"
         teller.say("noted", "error", text, events=[event], by=[error.hook or event.by])
     _obligations(teller)
     for event, sealed in teller.of(Sealed):
@@ -268,7 +269,8 @@ def _reviews(teller: Teller) -> None:
             by, admission = [said.reviewer], said.admission
             teller.say("noted", "review", text, events=[event], by=by, codes=codes, envelope=admission)
         elif isinstance(said, Revocation):
-            text = f"{moment(event.at)} {name(said.owner)}, asked to end it, {_ANSWERS[said.answer]}: {quoted(said.text)}"
+            answer = f"{_ANSWERS[said.answer]}: {quoted(said.text)}"
+            text = f"{moment(event.at)} {name(said.owner)}, asked to end it, {answer}"
             teller.say("noted", "revocation", text, events=[event], by=[said.owner], codes=[said.answer])
 
 

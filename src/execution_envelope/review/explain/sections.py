@@ -108,7 +108,8 @@ def _short(teller: Teller) -> None:
         teller.say("short", "state", _outcomes(teller.differences), events=teller.grants)
     for event, text in ((record.revoking, _REVOKING), (record.flagged, _FLAGGED)):
         if event is not None and isinstance(event.data, Review):
-            teller.say("short", "review", text.format(name(event.data.reviewer)), events=[event], by=[event.data.reviewer])
+            by = event.data.reviewer
+            teller.say("short", "review", text.format(name(by)), events=[event], by=[by])
     broken = teller.facts(Violation)
     if broken:
         text = f"it went beyond a bound {some_times(len(broken))}"
