@@ -132,9 +132,9 @@ class PolicyReviewer:
 
     ``PolicyReviewer(policy.decider, verdict="revoke")``. It says what the decider says now of what was sealed, with
     the revision of its policy. A denial is `verdict`; *flag* does not take back a *revoke* of the same decider that
-    stands. What it would hold is flagged in either case, unless the same grounds were approved. A decider in shadow flags at most. One that abstains refuses nothing, which is *keep*; one
-    that failed has said nothing. Limits and budgets are not looked at: they bound what is granted, and that is checked
-    where it is granted.
+    stands. What it would hold is flagged in either case, unless the same grounds were approved. A decider in shadow
+    flags at most. One that abstains refuses nothing, which is *keep*; one that failed has said nothing. Limits and
+    budgets are not looked at: they bound what is granted, and that is checked where it is granted.
 
     Raises `InvalidField` for a decider that is declared wrongly. Without `kinds` it covers those of the decider, but
     *maintenance* only when that names it.
