@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from threading import Thread
 
 import pytest
 from hypothesis import settings
@@ -55,6 +56,24 @@ def test_whatever_happens(postgres: Server) -> None:
     run_state_machine_as_test(
         Projecting, settings=settings(max_examples=15, stateful_step_count=25, deadline=None, print_blob=True)
     )
+
+
+def test_who_reads_sees_one_state_whoever_forgets_meanwhile(postgres: Server) -> None:
+    url = postgres.schema()
+    with closing(PostgresLedger(url)) as ledger:
+        ledger.commit(common.admission(ask()))
+        ledger.projection().catch_up()
+        session = PostgresSession(Address(url))
+        with closing(session):
+            forgetting = Thread(target=ledger.projection().drop)
+            with session.reading():
+                session.all("state")
+                forgetting.start()
+                forgetting.join(0.5)  # in vain: it waits
+                assert session.all("count") == [(1,)] and len(session.all("positions")) == 1
+            forgetting.join()
+            with session.reading():
+                assert session.all("count") == [(0,)]
 
 
 @pytest.mark.parametrize("place", ["entries", "rows", "envelopes", "save"])

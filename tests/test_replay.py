@@ -919,6 +919,8 @@ def test_the_command(tmp_path: Path) -> None:
     )
     assert run("--ledger", url, "replay", "--policy", new, "--tenant", "nobody").exit_code == 0
     assert run("--ledger", url, "replay", "--policy", same, "--since", "0001-01-01").exit_code == 0
+    none = written(tmp_path, GPUS % 0, "none.yaml.new")
+    assert "2 of 2 decisions change (100 %)" in run("--ledger", url, "replay", "--policy", none).stdout
     for arguments, said in (
         (("--policy", str(tmp_path / "none.yaml")), "expected a file that can be read"),
         (("--policy", written(tmp_path, "rules: 3", "bad.yaml")), "at `policy.rules`"),

@@ -44,8 +44,8 @@ class PostgresSession:
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """See `Session`."""
-        with self._transaction(b"BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"):
+        """See `Session`. What is emptied is so for every transaction: `forget` waits for those that read."""
+        with self._transaction(self._sql["begin_reading"]):
             yield
 
     @contextmanager

@@ -19,9 +19,15 @@ MAX_SHOWN: Final = 10
 MAX_WHY: Final = 100
 
 
+def _percent(part: int, whole: int) -> str:
+    """With two digits where it is less than ten."""
+    share = 100 * part / whole
+    return f"{share:.2g}" if share < 9.95 else f"{share:.0f}"
+
+
 def replay_sheet(result: ReplayResult) -> list[RenderableType]:
     """What changes, for whom, with samples; what is live and would not be; and what cannot be said."""
-    share = f" ({100 * result.changed / result.compared:.2g} %)" if result.changed else ""
+    share = f" ({_percent(result.changed, result.compared)} %)" if result.changed else ""
     decisions = f"{result.changed} of {counted(result.compared, 'decision')} change"
     if result.changed:
         head = Text.assemble((decisions + share, "bold red"))

@@ -37,6 +37,12 @@ TRUNCATE projection_coverage
 -- name: forget_positions
 TRUNCATE projection_positions
 
+-- name: begin_reading
+-- Locked before the first look, in the order in which they are emptied.
+BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY;
+LOCK TABLE projection_envelopes, projection_entries, projection_shapes, projection_tenant_shapes, projection_terms,
+    projection_coverage, projection_positions, projection_rollups, projection_weeks IN ACCESS SHARE MODE
+
 -- name: positions
 SELECT chain, id, position, ended, unreadable FROM projection_positions
 
