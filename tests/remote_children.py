@@ -60,7 +60,7 @@ class ServerProcess:
     def start(self) -> None:
         """Returns once it listens."""
         path = os.pathsep.join(entry for entry in sys.path if entry)
-        program = "from execution_envelope.cli import cli; cli()"
+        program = "from execution_envelope.cli import main; main()"
         self.process = subprocess.Popen(
             [sys.executable, "-c", program, *self._arguments, "--port", self._port],
             stderr=subprocess.PIPE,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ from contextlib import closing
 from pathlib import Path
 
 import anyio
+import httpx
 import pytest
 
 pytest.importorskip("fastapi")
@@ -161,3 +163,19 @@ def test_a_client_in_spool_mode_goes_on_while_its_server_is_killed(
             record = stored.record()
             assert [event.data.type for event in record.events].count("granted") == grants, id
             assert record.state == "completed", (id, record.state)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGPIPE"), reason="no broken pipes")
+def test_what_goes_away_while_it_is_answered_ends_no_server(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/ledger.db"
+    with closing(open_ledger(url)) as ledger:
+        ledger.migrate()
+    tokens = tmp_path / "tokens.toml"
+    tokens.write_text(served.entry(served.TOKEN, "service:test", None, "service"))
+    server = ServerProcess(url, tokens)
+    try:
+        assert httpx.get(f"{server.url}/api/me").status_code == 401
+        server.process.send_signal(signal.SIGPIPE)  # what writing to it would do
+        assert httpx.get(f"{server.url}/api/me").status_code == 401
+    finally:
+        server.kill()

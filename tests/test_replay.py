@@ -641,6 +641,25 @@ def test_processes_say_the_same_as_one(url: str, monkeypatch: pytest.MonkeyPatch
     house.ledger.close()
 
 
+@pytest.mark.skipif(not hasattr(signal, "SIGPIPE"), reason="no broken pipes")
+def test_a_process_that_ends_does_not_end_the_command() -> None:
+    script = """
+import signal
+from execution_envelope.errors import LedgerUnavailable
+from execution_envelope.ledger.workers import Processes
+
+signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # as the command has it
+for _ in range(5):
+    try:
+        with Processes(2, "raise SystemExit(3)", b"x" * 1_000_000) as processes:
+            list(processes.answers([b"y" * 1_000_000] * 9))
+    except LedgerUnavailable:
+        print("told")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=120)
+    assert (done.returncode, done.stdout.split()) == (0, [b"told"] * 5), done.stderr
+
+
 def test_an_error_of_a_process_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     house = large(f"sqlite:///{tmp_path / 'l.db'}")
     monkeypatch.setattr(replays, "PART", 20)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
@@ -122,6 +123,9 @@ def serve(
             timeout_graceful_shutdown=GRACE,
             **tls,  # type: ignore[arg-type]
         )
+        if hasattr(signal, "SIGPIPE"):
+            # A client that went away ends nothing.
+            signal.signal(signal.SIGPIPE, signal.SIG_IGN)
         Announced(config).run()
 
 

@@ -106,7 +106,6 @@ class Search:
         self._shapes = shapes
         self._condition: Condition = All(()) if query is None else query.condition
         self._demands = self._condition.of if isinstance(self._condition, All) else (self._condition,)
-        self._restricted = tenants is not None
         self._tenants = self._of_tenants(tenants)
 
     def page(self, limit: int, after: str | None) -> Found:

@@ -14,7 +14,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Any, Final, Self
 
 import msgspec
@@ -73,7 +73,7 @@ class Processes:
         for process in self._processes:
             process.kill()
             # Closes its pipes and waits; what was not flushed yet is for nobody any more.
-            with suppress(BrokenPipeError), process:
+            with _broken_pipes_raise(), suppress(BrokenPipeError), process:
                 pass
 
     def answers(self, lines: Sequence[bytes]) -> Iterator[bytes]:
@@ -93,17 +93,33 @@ class Processes:
         """In a thread for each process: one line after the other."""
         assert process.stdin is not None and process.stdout is not None
         try:
-            process.stdin.write(self._first + b"\n")
-            while waiting:
-                try:
-                    line = waiting.popleft()
-                except IndexError:
-                    return
-                process.stdin.write(line + b"\n")
-                process.stdin.flush()
-                answers.put(process.stdout.readline())
+            with _broken_pipes_raise():
+                process.stdin.write(self._first + b"\n")
+                while waiting:
+                    try:
+                        line = waiting.popleft()
+                    except IndexError:
+                        return
+                    process.stdin.write(line + b"\n")
+                    process.stdin.flush()
+                    answers.put(process.stdout.readline())
         except (OSError, ValueError):
             answers.put(b"")
+
+
+@contextmanager
+def _broken_pipes_raise() -> Iterator[None]:
+    """In this thread, writing to a process that has ended raises, where it would end this one as it ends a filter."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGPIPE])
+    try:
+        yield
+    finally:
+        if signal.SIGPIPE in signal.sigpending():
+            signal.sigwait([signal.SIGPIPE])
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def serve(begin: Callable[[bytes], Callable[[bytes], bytes]]) -> None:
