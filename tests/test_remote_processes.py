@@ -11,7 +11,6 @@ from contextlib import closing
 from pathlib import Path
 
 import anyio
-import httpx
 import pytest
 
 pytest.importorskip("fastapi")
@@ -167,6 +166,8 @@ def test_a_client_in_spool_mode_goes_on_while_its_server_is_killed(
 
 @pytest.mark.skipif(not hasattr(signal, "SIGPIPE"), reason="no broken pipes")
 def test_what_goes_away_while_it_is_answered_ends_no_server(tmp_path: Path) -> None:
+    import httpx
+
     url = f"sqlite:///{tmp_path}/ledger.db"
     with closing(open_ledger(url)) as ledger:
         ledger.migrate()
