@@ -62,7 +62,7 @@ MEANINGS: Final[Mapping[int, str]] = {
     415: "The body is not of a media type that is taken here.",
     422: "A field is wrong; the problem names it.",
     429: "Too many requests; `Retry-After` says when to try again.",
-    503: "The ledger does not answer.",
+    503: "The ledger does not answer, or lists and sums are being made from the log.",
 }
 
 

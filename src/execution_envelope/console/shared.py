@@ -34,7 +34,7 @@ class Console:
         replays: Path | None,
         limits: RateLimits,
     ) -> None:
-        self.review = review
+        self.review = review.patient()
         self.authenticators = authenticators
         self.controller = controller
         self.replays = replays
@@ -75,6 +75,7 @@ class Console:
             base=request.scope.get("root_path", ""),
             csrf="" if session is None else session.csrf,
             who=who,
+            behind=self.review.behind,
             request=request,
             **values,
         )
