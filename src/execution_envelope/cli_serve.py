@@ -97,6 +97,7 @@ def serve(
 
         from execution_envelope.console.announced import Announced
         from execution_envelope.console.app import create_app
+        from execution_envelope.console.headers import OverHttps
     except ModuleNotFoundError as missing:
         raise Problem(
             f"expected the extra `console` of execution-envelope, `{missing.name}` is not installed"
@@ -110,6 +111,8 @@ def serve(
             controller=controller if decides else None,
             replays=replays,
         )
+        if behind_tls_proxy:
+            app.add_middleware(OverHttps)
         tls = {} if tls_cert is None else {"ssl_certfile": str(tls_cert), "ssl_keyfile": str(tls_key)}
         config = uvicorn.Config(
             app,

@@ -11,9 +11,9 @@ from starlette.concurrency import run_in_threadpool
 
 from execution_envelope.console import admissions, api, ledger_routes, pages, projection_routes, reading, signin
 from execution_envelope.console.access import Authenticator
-from execution_envelope.console.headers import BodyLimit, SecurityHeaders
+from execution_envelope.console.headers import BodyLimit, SecurityHeaders, protected
 from execution_envelope.console.limits import RateLimits
-from execution_envelope.console.problems import answer_errors
+from execution_envelope.console.problems import answer_errors, unexpected
 from execution_envelope.console.schema import describe
 from execution_envelope.console.shared import Console
 from execution_envelope.controller import AdmissionController
@@ -52,6 +52,7 @@ def create_app(
     )
     app.state.console = shared
     answer_errors(app)
+    app.add_exception_handler(Exception, protected(unexpected))
     app.add_middleware(BodyLimit)
     app.add_middleware(SecurityHeaders)  # the last one added is the first to see a request
     app.include_router(signin.router)

@@ -16,7 +16,7 @@ from execution_envelope.budgets import Balance, Budgets, Holding, Key
 from execution_envelope.budgets import window as window_of
 from execution_envelope.credentials import shown
 from execution_envelope.criteria import FLAGS
-from execution_envelope.errors import Exported, NotFound
+from execution_envelope.errors import Damaged, Exported, NotFound
 from execution_envelope.family import read_tree
 from execution_envelope.ledger import AttemptedRequest, Finding, Ledger
 from execution_envelope.ledger.checkpoint import NotProven, Statement, decode_checkpoint
@@ -118,7 +118,7 @@ class Review:
             id = self.ledger.find(kind, name) if colon else reference
             stored = None if id is None else self.ledger.read(id)
             record = None if stored is None else stored.record()
-        except Exported:
+        except (Exported, Damaged):
             if tenants is None:
                 raise
             record = None  # whose it was is not known any more

@@ -12,7 +12,17 @@ from execution_envelope.console.access import Principal
 from execution_envelope.console.pages.envelope import Reference, acts
 from execution_envelope.console.shared import Console
 from execution_envelope.console.who import Approver, Reader, Revoker, Shared
-from execution_envelope.errors import Denied, EnvelopeError, Exported, Held, NotFound, NotHeld, Reason, SelfApproval
+from execution_envelope.errors import (
+    Damaged,
+    Denied,
+    EnvelopeError,
+    Exported,
+    Held,
+    NotFound,
+    NotHeld,
+    Reason,
+    SelfApproval,
+)
 from execution_envelope.presentation import facts
 from execution_envelope.presentation.text import amounts, because, when
 from execution_envelope.record import Record
@@ -36,7 +46,7 @@ def approvals(
     for row in page.rows:
         try:
             record = shared.review.record(row.id, tenants=who.tenants)
-        except (NotFound, Exported):
+        except (NotFound, Exported, Damaged):
             continue
         if record.state == "held":
             waiting.append(_waiting(shared, who, record))
