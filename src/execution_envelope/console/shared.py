@@ -75,7 +75,7 @@ class Console:
             base=request.scope.get("root_path", ""),
             csrf="" if session is None else session.csrf,
             who=who,
-            behind=self.review.behind,
+            left=self.review.behind,
             request=request,
             **values,
         )
