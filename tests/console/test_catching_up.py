@@ -110,7 +110,9 @@ def test_a_read_knows_what_was_recorded_before_it(slow: tuple[World, Slow]) -> N
     for thread in threads:
         thread.start()
     for _ in range(20):
-        recorded.append(run(world.controller.begin, ask(kind="agent.run", operation="late.one", requested={"steps": 1})).id)
+        recorded.append(
+            run(world.controller.begin, ask(kind="agent.run", operation="late.one", requested={"steps": 1})).id
+        )
     for thread in threads:
         thread.join()
     look()

@@ -86,7 +86,9 @@ def replay(name: Annotated[str, InPath(max_length=120)], request: Request, share
 
     whole = own is None
     tenants, subjects = seen(result.tenants_affected), seen(result.subjects_affected)
-    samples, live = seen(result.samples), seen(result.live_listed)
+    # Which samples are kept, and which live ones are listed where there are many, depends on those of others.
+    samples = list(result.samples) if whole else []
+    live = seen(result.live_listed) if whole or result.live == len(result.live_listed) else []
     return shared.page(
         request,
         "replay.html",
