@@ -15,7 +15,7 @@ from execution_envelope.ledger.projection import Projection
 #: How long one reader waits, in seconds. Once one waited in vain, no other waits until it is done.
 PATIENCE: Final = 2.0
 #: Entries that are taken in at a time: for so long nobody else gets at how far it is.
-STEP: Final = 1000
+STEP: Final = 2000
 #: A thread that nobody needs any more ends after so many seconds.
 IDLE: Final = 5.0
 #: Between two steps others get a turn, in seconds.
