@@ -39,8 +39,10 @@ lint: $(VENV)/.test
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/mypy
 
+# The pages that are drawn from the code, and all pages as a site in build/docs.
 docs: $(VENV)/.test
 	$(VENV)/bin/python docs/build.py
+	$(VENV)/bin/sphinx-build -q -W --keep-going -b html docs build/docs
 
 # `make bench ROWS=seal,verify` measures some rows, KEEP=1 keeps the large ledger and reuses it, BENCH_DATA= chooses the
 # disk; `python -m bench --help` says more.

@@ -48,6 +48,9 @@ from execution_envelope.observed import MAX_SKEW
 from execution_envelope.observers import MAX_WAITING as MAX_UNTOLD
 from execution_envelope.reconciliation import PATIENCE, PROBE_TIMEOUT
 from execution_envelope.reporting import MAX_LINE
+from execution_envelope.review.explain.explanation import MAX_SENTENCES
+from execution_envelope.review.explain.sections import MAX_ACCOUNTS
+from execution_envelope.review.explain.wording import MAX_NAME, MAX_QUOTE
 from execution_envelope.reviewer import MAX_REVOCATIONS, REVOKE_TIMEOUT
 from execution_envelope.reviewing import MAX_REVIEWS, MAX_SILENCE
 from execution_envelope.reviewing import MAX_THREADS as MAX_REVIEW_THREADS
@@ -261,6 +264,21 @@ def _limits() -> str:
         ),
         ("segments of an SQLite ledger that are not dropped", str(MAX_SEGMENTS), "the next one is refused"),
         ("envelopes of a projection in memory", str(MAX_IN_MEMORY), "`LedgerUnavailable`: make the folder writable"),
+        (
+            "sentences of one section of an explanation",
+            str(MAX_SENTENCES),
+            "the last one says how many more there are",
+        ),
+        (
+            "a name, and a text, that an explanation quotes",
+            f"{MAX_NAME} and {MAX_QUOTE} characters",
+            "cut; how long it was is said",
+        ),
+        (
+            "accounts of budgets of which an explanation says how they stand now",
+            str(MAX_ACCOUNTS),
+            "left out: `envelope budgets`",
+        ),
         ("findings of a verification", str(MAX_FINDINGS), "counted, not listed"),
     ]
     return "# Limits\n\n" + _table(("what", "limit", "beyond it"), rows)

@@ -163,8 +163,9 @@ async def approved(ledger: Ledger, clock: FakeClock) -> str:
 
 
 async def no_room(ledger: Ledger, clock: FakeClock) -> str:
-    """Admitted, tried three times."""
-    controller = seam(ledger, clock)
+    """Admitted within a limit, tried three times."""
+    quota = Rule("gpu-quota", lambda e: Decision("allow", None, "each project has 4", {"gpu": 4}))
+    controller = seam(ledger, clock, hooks=[quota])
     admission = await controller.begin(deploy())
     await admission.bind("deployment", "dep-2", owner="scheduler", check_by=BEGUN + timedelta(hours=2))
     for _ in range(3):

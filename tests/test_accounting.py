@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import closing
@@ -620,3 +621,16 @@ def test_a_release_and_a_late_report_change_what_stands(sample: Sample) -> None:
     after = gpu()
     assert before["unreported"] == Sum(1, 4000) and "unreported" not in after
     assert after["unused"].total - before["unused"].total == 3000
+
+
+def test_the_page_says_what_each_number_means(sample: Sample, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parent.parent / "docs" / "reference" / "accounting.md").read_text()
+    for side, meaning in SIDES.items():
+        assert f"| `{side}` | {meaning} |" in page
+    [bounds] = [line for line in page.splitlines() if "are not there for" in line]
+    assert {name for name in VOCABULARY if f"`{name}`" in bounds} == BOUNDS
+    commands = re.findall(r"`envelope totals ([^`]+)`", page)
+    assert len(commands) > 5 and all(run(sample, *words.split()).exit_code == 0 for words in commands)
+    assert (tmp_path / "may.csv").exists()
+    assert all(f"`{name}`" in page for name in (*GROUPINGS, *columns(())))

@@ -157,6 +157,13 @@ def test_links_lead_somewhere(page):
             assert (page.parent / target).exists(), target
 
 
+def test_the_site_is_built_without_a_warning(tmp_path):
+    command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html", "docs", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "index.html").exists()
+
+
 def test_the_house_in_architecture_is_the_house():
     told = set(re.findall(r"^\| (.+?) \|", (ROOT / "ARCHITECTURE.md").read_text(), re.M))
     names = {name.strip("`/") for row in told for name in row.split(", ")}

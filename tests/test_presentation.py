@@ -34,9 +34,9 @@ from execution_envelope import (
 from execution_envelope.ledger import Finding, MemoryLedger
 from execution_envelope.ledger.chain import Closed, Entry, Opened
 from execution_envelope.presentation.facts import short_delta
-from execution_envelope.sentences import SENTENCES, sentence
 from execution_envelope.presentation.text import span
 from execution_envelope.process import Process
+from execution_envelope.sentences import SENTENCES, sentence
 
 NOW = datetime(2026, 5, 1, 13, 0, tzinfo=UTC)
 HOSTILE = "only \x1b[31mred\x1b[0m \x9b31m [bold]loud[/bold] :smile: \u202eevil\nnew line\x07"

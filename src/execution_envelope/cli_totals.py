@@ -39,8 +39,10 @@ def add_to(group: click.Group) -> None:
 @click.command(short_help="Add up what was asked for, granted and used, and the gaps between them.")
 @ledger_option
 @json_option
-@click.option("--csv", "csv_file", type=FILE, help="Write CSV to this file instead; - is the standard output.")
-@click.option("--parquet", "parquet_file", type=FILE, help="Write Parquet to this file instead.")
+@click.option(
+    "--csv", "csv_file", type=FILE, metavar="FILE", help="Write CSV to this file instead; - is the standard output."
+)
+@click.option("--parquet", "parquet_file", type=FILE, metavar="FILE", help="Write Parquet to this file instead.")
 @click.option("--since", default="7d", show_default=True, metavar="WHEN", help="From this day, week or month on.")
 @click.option("--until", metavar="WHEN", help="Up to this day, week or month, included; else to now.")
 @click.option("--by", multiple=True, type=click.Choice(GROUPINGS), default=["kind"], show_default=True, help="Group.")

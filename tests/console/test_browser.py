@@ -36,7 +36,9 @@ class Served:
 
     def __init__(self, folder: Path) -> None:
         self.world = World(folder)
-        self._server = uvicorn.Server(uvicorn.Config(self.world.app, port=0, log_level="warning", timeout_graceful_shutdown=1))
+        self._server = uvicorn.Server(
+            uvicorn.Config(self.world.app, port=0, log_level="warning", timeout_graceful_shutdown=1)
+        )
         self._thread = threading.Thread(target=self._server.run)
         self._thread.start()
         while not self._server.started:

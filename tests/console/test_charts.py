@@ -66,6 +66,6 @@ def test_a_sum_in_words_is_short_and_right(resource: str, amount: int) -> None:
     _, number, *unit = text.replace("/s", "").removesuffix(" units").split()
     base = {"milli": 1000, "micro": 1_000_000}.get(VOCABULARY[resource].unit, 1)
     factor = size[unit[0]] if unit else 1
-    if unit and unit[0] in ("k", "M", "G") or not unit:
+    if (unit and unit[0] in ("k", "M", "G")) or not unit:
         factor *= base
     assert abs(float(number) * factor - amount) <= amount * 0.006 + factor * 0.006

@@ -26,7 +26,25 @@ from tests.console.world import HOSTILE, World
 #: How heavy a page may be, in bytes, and style sheet and script together.
 MAX_PAGE = 60_000
 MAX_FILES = 40_000
-VOID = frozenset("area base br col embed hr img input link meta source track wbr rect path".split())
+VOID = frozenset(
+    [
+        "area",
+        "base",
+        "br",
+        "col",
+        "embed",
+        "hr",
+        "img",
+        "input",
+        "link",
+        "meta",
+        "source",
+        "track",
+        "wbr",
+        "rect",
+        "path",
+    ]
+)
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +139,7 @@ def test_every_page_is_whole_light_and_does_as_it_is_told(world: World, who: str
         assert len(page.ids) == len(set(page.ids)), path
         assert {str(one.get("id")) for one in page.inputs} <= page.labels, path
         assert all(link.startswith(("/", "#")) or link == "" for link in page.links), path
-        assert "lang=\"en\"" in answer.text and 'class="skip"' in answer.text
+        assert 'lang="en"' in answer.text and 'class="skip"' in answer.text
 
 
 def test_whoever_has_no_token_sees_no_page_and_every_file(world: World) -> None:
@@ -255,7 +273,7 @@ def test_pages_of_a_list_hold_each_once(world: World) -> None:
 
 
 def test_the_form_and_the_query_are_one_and_the_command_asks_the_same(world: World) -> None:
-    asked = {"q": "state=held or state=granted", "tenant": 'ac"me\' or $(reboot)', "kind": "model.deploy"}
+    asked = {"q": "state=held or state=granted", "tenant": "ac\"me' or $(reboot)", "kind": "model.deploy"}
     text = world.client("all").get("/envelopes", params=asked).text
     line = next(line for line in re.findall(r"<code>([^<]+)</code>", text) if "--where" in line)
     words = shlex.split(html.unescape(line))
@@ -285,12 +303,16 @@ def test_names_that_would_do_harm_are_text(world: World) -> None:
     assert HOSTILE not in html.unescape(text)
 
 
-HARD = st.text(st.characters(), max_size=300) | st.sampled_from(["\0", "\ud800", "a" * 5000, "%00", "../..", "' or 1=1"])
+HARD = st.text(st.characters(), max_size=300) | st.sampled_from(
+    ["\0", "\ud800", "a" * 5000, "%00", "../..", "' or 1=1"]
+)
 
 
 @given(HARD, HARD, HARD)
 @settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
-def test_whatever_is_asked_is_answered_and_never_by_an_error_of_ours(world: World, one: str, two: str, name: str) -> None:
+def test_whatever_is_asked_is_answered_and_never_by_an_error_of_ours(
+    world: World, one: str, two: str, name: str
+) -> None:
     client = world.client("acme")
 
     def encoded(text: str) -> str:
@@ -321,7 +343,7 @@ def test_what_is_printed_is_short_and_clean(text: str) -> None:
 
 
 def test_every_state_has_a_sign_that_is_not_a_colour() -> None:
-    assert OPEN | TERMINAL <= SIGNS.keys()
+    assert SIGNS.keys() >= OPEN | TERMINAL
     by_tone = dict[str, set[str]]()
     for sign, tone in SIGNS.values():
         by_tone.setdefault(sign, set()).add(tone)

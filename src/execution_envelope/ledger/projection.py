@@ -118,14 +118,14 @@ class ProjectedEnvelope(msgspec.Struct, frozen=True, omit_defaults=True):
     requested: Mapping[str, Amount] = {}
     granted: Mapping[str, Amount] = {}
     used: Mapping[str, Amount] = {}
-    was_granted: bool = False
-    by_default: tuple[str, ...] = ()
     outcomes: tuple[str, ...] = ()
     causes: tuple[str, ...] = ()
     hooks: tuple[str, ...] = ()
     refused_by: tuple[str, ...] = ()
     would_refuse: tuple[str, ...] = ()
     codes: tuple[str, ...] = ()
+    was_granted: bool = False
+    by_default: tuple[str, ...] = ()
 
     @property
     def resources(self) -> tuple[str, ...]:
@@ -259,16 +259,16 @@ def project(record: Record) -> ProjectedEnvelope:
         requested=_requested(envelope),
         granted=record.granted if has_grants else {},
         used={name: usage.amount for name, usage in record.used.items()},
-        was_granted=has_grants,
-        by_default=tuple(
-            name for name, quantity in envelope.requested.resources.items() if quantity.provenance == "client_default"
-        ),
         outcomes=tuple(sorted({difference.outcome for difference in differences})),
         causes=tuple(sorted(causes)),
         hooks=tuple(sorted(hooks)),
         refused_by=tuple(sorted(refused_by)),
         would_refuse=tuple(sorted(would_refuse)),
         codes=tuple(sorted(codes)),
+        was_granted=has_grants,
+        by_default=tuple(
+            name for name, quantity in envelope.requested.resources.items() if quantity.provenance == "client_default"
+        ),
     )
 
 

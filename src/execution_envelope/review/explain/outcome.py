@@ -86,7 +86,7 @@ def _grant(teller: Teller, event: Event, grant: Granted) -> None:
     text += f" ({grant.basis}: {_BASES[grant.basis]})"
     if grant.candidates:
         text += f"; of the places considered, {candidates(grant.candidates)}"
-    if event not in teller.grants:
+    if event.sequence not in teller.standing:
         text += "; a later grant replaced that"
     teller.say("given", "grant", text, events=[event], keys=keys_of(grant), by=[event.by], codes=[grant.basis])
 

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from execution_envelope.delta import Difference, Stated
 from execution_envelope.lifecycle import Attempt, Candidate, Denied, Event, Granted, Limit, Verdict
-from execution_envelope.resources import exceeds
+from execution_envelope.resources import Amount, exceeds
 from execution_envelope.review.explain.teller import Teller, path
 from execution_envelope.review.explain.wording import (
     amount,
@@ -71,14 +71,18 @@ def _policy(teller: Teller, difference: Difference, reason: Stated) -> str:
     if difference.sort == "resource":
         limits = [limit.resources[key] for limit in of_hook if key in limit.resources]
         if limits:
-            most, asked = amount(key, limits[-1]), teller.shown(difference, difference.requested)
-            return f"hook {hook} would have to raise its limit of {most} to {asked}, or at most {most} be asked for"
+            return _raise(reason.by, key, limits[-1], teller.shown(difference, difference.requested))
     else:
         allowed = [limit.constraints[key] for limit in of_hook if key in limit.constraints]
         if allowed:
             only = listed(map(bare_value, allowed[-1]), "or")
             return f"hook {hook} would have to allow that value, or {only} be asked for, which it allows"
     return f"{hook} would have to change its policy; which rule that is the record does not say"
+
+
+def _raise(hook: str, key: str, most: Amount, asked: str) -> str:
+    limit = amount(key, most)
+    return f"hook {name(hook)} would have to raise its limit of {limit} to {asked}, or at most {limit} be asked for"
 
 
 def _quota(teller: Teller, difference: Difference, reason: Stated) -> str:
@@ -152,8 +156,8 @@ _CAUSES: Final[Mapping[str, Callable[[Teller, Difference, Stated], str]]] = {
 
 def considered(teller: Teller, difference: Difference) -> list[Candidate]:
     """The places that the grants name, or where they name none, those that the newest attempt did."""
-    behind = teller.behind(difference)
-    seen = [one for event, grant in teller.of(Granted) if event in behind for one in grant.candidates]
+    behind = [event.data for event in teller.behind(difference)]
+    seen = [one for grant in behind if isinstance(grant, Granted) for one in grant.candidates]
     attempts = teller.of(Attempt)
     return list(dict.fromkeys(seen)) or (list(attempts[-1][1].candidates) if attempts else [])
 
@@ -296,6 +300,11 @@ ADVICE: Final[Mapping[str, Callable[[Teller, Any], str]]] = {
 def waiting(teller: Teller) -> None:
     """Of one that was admitted, and to which nothing is granted yet."""
     attempts, asked = teller.of(Attempt), teller.envelope.requested.resources
+    for key, (most, hook) in sorted(teller.record.limits.items()):
+        if key in asked and asked[key].per == "total" and exceeds(asked[key].amount, most):
+            text = f"for {quantity(key, asked[key])}: {_raise(hook, key, most, quantity(key, asked[key]))}"
+            by = [event for event, limit in teller.of(Limit) if limit.hook == hook]
+            teller.say("change", "change", text, events=by, keys=[f"resources.{key}"], by=[hook], codes=["policy"])
     if not attempts:
         text = "the backend would have to grant it; what it needs for that the record does not say"
         teller.say("change", "unsaid", text)

@@ -36,6 +36,7 @@ class Teller:
         #: The newest grant of each part, as an event.
         standing = {id(grant) for grant in record.grants.values()}
         self.grants = [event for event in record.events if id(event.data) in standing]
+        self.standing = frozenset(event.sequence for event in self.grants)
         #: The time as recorded times are written.
         self.stamp = timestamp(now)
         self._sections: dict[str, list[Sentence]] = {name: [] for name in SECTIONS}
