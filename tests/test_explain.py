@@ -333,6 +333,22 @@ def test_what_the_record_does_not_say_is_not_made_up() -> None:
     assert "the record does not say" in said.section("change")[0].text
 
 
+def test_what_was_said_in_shadow_refused_nothing() -> None:
+    record = Record(seal(ask(), id="x", now=START).envelope)
+    facts: list[EventData] = [
+        lifecycle.Verdict("new-rule", "1", "deny", "policy", "not any more", shadow=True),
+        lifecycle.Verdict("rule", "1", "deny", "policy", "no"),
+        lifecycle.Denied("policy", "no"),
+    ]
+    for number, fact in enumerate(facts):
+        record.apply(Event("x", number, "2026-11-27T11:02:00.000000Z", "test", fact))
+    said = explain(record, now=LOOKED)
+    assert [s.text for s in said.section("short")] == ["It was denied by rule (policy)."]
+    assert [s.by for s in said.section("change")] == [("rule",)]
+    [shadow] = [s for s in said.section("decided") if "new-rule" in s.by]
+    assert "in shadow: recorded, and not enforced" in shadow.text
+
+
 # What others wrote
 
 

@@ -25,7 +25,7 @@ from execution_envelope.lifecycle import (
     Violation,
     ended,
 )
-from execution_envelope.resources import exceeds
+from execution_envelope.resources import VOCABULARY, exceeds
 from execution_envelope.review.explain.teller import Teller, keys_of, part_name, path
 from execution_envelope.review.explain.wording import (
     amount,
@@ -160,6 +160,8 @@ def ended_or_used(teller: Teller) -> None:
 def happened(teller: Teller) -> None:
     """What its backend did with it, and every event of which nothing was said yet."""
     for event, bound in teller.of(Bound):
+        if teller.told(event):
+            continue
         text = f"{moment(event.at)} {name(event.by)} bound it to {name(bound.kind)} {name(bound.reference)} of "
         text += f"{name(bound.owner)}, which is asked from {deadline(bound.check_by)} on whether it still knows it"
         teller.say("course", "event", text, events=[event], by=[event.by, bound.owner])
@@ -210,7 +212,7 @@ def noted(teller: Teller) -> None:
     """Violations, errors, obligations, what was taken out or may be lost, hints, what came late."""
     for event, broken in teller.facts(Violation):
         text = f"beyond a bound of {name(broken.source)}, {moment(event.at)}: {quoted(broken.text)}"
-        keys = [f"resources.{broken.resource}"]
+        keys = [f"{'resources' if broken.resource in VOCABULARY else 'constraints'}.{broken.resource}"]
         teller.say("noted", "violation", text, events=[event], keys=keys, by=[broken.source])
     for event, error in teller.facts(Error):
         if teller.told(event):
