@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from bench import append, growth, hooks, http, inference, machine, memory, relaxed, seal, seam, table, verify
+from bench import append, growth, hooks, http, inference, machine, memory, relaxed, replay, seal, seam, table, verify
 from bench.rounds import Run
 from bench.table import GOALS, PAGE, RESULTS, Results, Row
 
@@ -41,6 +41,7 @@ MEASURES: Final[Mapping[tuple[str, ...], Callable[[Run], Iterator[Row]]]] = {
     ("inference_rate", "inference_p99_ms", "inference_first_byte_ms"): inference.measure,
     ("growth", "newest_50", "by_id"): growth.measure,
     ("verify",): verify.measure,
+    ("replay",): replay.measure,
     ("relaxed_p99_ms",): relaxed.measure,
     ("memory",): memory.measure,
 }

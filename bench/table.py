@@ -62,6 +62,7 @@ GOALS: Final[Mapping[str, Goal]] = {
     "newest_50": Goal("ms", "less", 5.0, 1.0, None),
     "by_id": Goal("ms", "less", 1.0, 0.2, None),
     "verify": Goal("events/cpu-s", "more", 0.40, 0.70, "sha256 + decode of the same rows"),
+    "replay": Goal("envelopes/cpu-s", "more", 20_000, 40_000, None),
     "relaxed_p99_ms": Goal("ms", "less", 1.0, 0.5, None),
     "memory": Goal("MiB", "less", 1.10, 1.02, "itself, half-way through a million appends"),
 }

@@ -6,8 +6,10 @@ after the other; at an admission it is not.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any, Final
+from operator import attrgetter
+from typing import Final
 
 import cel
 import msgspec
@@ -17,10 +19,12 @@ from execution_envelope.decision import Decision
 from execution_envelope.envelope import Envelope
 from execution_envelope.policy.cel import MAX_PLANS, CelRule, CelRules, Heard, Plan
 from execution_envelope.policy.expression import wanted
-from execution_envelope.policy.view import Wanted, view
+from execution_envelope.policy.view import NOTHING, Wanted, view
 
 #: Answers that are remembered of what the matching rules read together, and of what those that read the same do.
 MAX_REMEMBERED: Final = 65_536
+#: After so many times it is said whether it is worth while to remember what all of them say together.
+_TRIED: Final = 500
 
 _encode: Final = msgspec.json.Encoder().encode
 
@@ -31,14 +35,21 @@ class _Group:
 
     rules: tuple[tuple[int, CelRule], ...]
     wanted: Wanted | None
+    key: Callable[[Envelope], Hashable]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Known:
-    """Rules that match together, those apart that read different things. It keeps its plan: whose id is no other's."""
+    """Rules that match together, those apart that read different things. It keeps its plan: whose id is no other's.
+
+    `asked` and `found` say how often it was looked whether the answer of all of them is remembered, and was.
+    """
 
     plan: Plan
+    key: Callable[[Envelope], Hashable]
     groups: tuple[_Group, ...]
+    asked: int = 0
+    found: int = 0
 
 
 class Remembered:
@@ -49,8 +60,8 @@ class Remembered:
         self._allow = Decision("allow", revision=rules.revision, hints=())
         self._known: dict[int, _Known] = {}
         #: By the id of a plan, and of a group, and what is read.
-        self._said: dict[tuple[int, bytes], Decision] = {}
-        self._heard: dict[tuple[int, bytes], tuple[tuple[int, Heard], ...]] = {}
+        self._said: dict[tuple[int, Hashable], Decision] = {}
+        self._heard: dict[tuple[int, Hashable], tuple[tuple[int, Heard], ...]] = {}
 
     def decide(self, envelope: Envelope) -> Decision:
         """See `CelRules.decide`. The same object where the answer is remembered."""
@@ -60,13 +71,19 @@ class Remembered:
         # Whether an approval is allowed depends on more than what is read.
         if envelope.execution.operation == approvals.OPERATION:
             return self._rules.decide(envelope)
-        key = id(plan), b"" if plan.wanted is None else _encode(view(envelope, plan.wanted))
+        known = self._known.get(id(plan)) or self._remember(plan)
+        if known.asked >= _TRIED and known.found * 4 < known.asked:
+            return self._judged(known, envelope)  # all together, they hardly ever read what they read before
+        known.asked += 1
+        key = id(plan), known.key(envelope)
         said = self._said.get(key)
-        if said is None:
-            said = self._judged(self._known.get(id(plan)) or self._remember(plan), envelope)
-            if len(self._said) >= MAX_REMEMBERED:
-                self._said.clear()
-            self._said[key] = said
+        if said is not None:
+            known.found += 1
+            return said
+        said = self._judged(known, envelope)
+        if len(self._said) >= MAX_REMEMBERED:
+            self._said.clear()
+        self._said[key] = said
         return said
 
     def _remember(self, plan: Plan) -> _Known:
@@ -77,32 +94,90 @@ class Remembered:
         groups: dict[frozenset[tuple[str, ...]], list[tuple[int, CelRule]]] = {}
         for place, rule in enumerate(plan.rules):
             groups.setdefault(rule.reads, []).append((place, rule))
-        apart = (_Group(tuple(some), wanted(reads) if reads else None) for reads, some in groups.items())
-        self._known[id(plan)] = known = _Known(plan, tuple(apart))
+        apart = (
+            _Group(tuple(some), wanted(reads) if reads else None, what_is_read(reads)) for reads, some in groups.items()
+        )
+        known = _Known(plan, what_is_read(frozenset[tuple[str, ...]]().union(*groups)), tuple(apart))
+        self._known[id(plan)] = known
         return known
 
     def _judged(self, known: _Known, envelope: Envelope) -> Decision:
         """Asking again only those rules that read something new."""
         heard: list[tuple[int, Heard]] = []
         for group in known.groups:
-            plain = {} if group.wanted is None else view(envelope, group.wanted)
-            key = id(group), _encode(plain)
+            key = id(group), group.key(envelope)
             said = self._heard.get(key)
             if said is None:
-                said = _said(group, plain, envelope)
+                said = _said(group, envelope)
                 if len(self._heard) >= MAX_REMEMBERED:
                     self._heard.clear()
                 self._heard[key] = said
-            heard += said
+            if said:
+                heard += said
+        if not heard:
+            return self._allow
         together = Heard(None, envelope.scope.hints)
         heard.sort(key=lambda pair: pair[0])
         for _, one in heard:
             together.add(one)
-        return self._allow if together.plain else together.decision(self._rules.revision)
+        return together.decision(self._rules.revision)
 
 
-def _said(group: _Group, plain: dict[str, Any], envelope: Envelope) -> tuple[tuple[int, Heard], ...]:
-    context = cel.Context(plain)
+def what_is_read(reads: frozenset[tuple[str, ...]]) -> Callable[[Envelope], Hashable]:
+    """What is equal for envelopes whose views are equal at these paths; and not for others."""
+    simple: dict[tuple[str, ...], Callable[[Envelope], Hashable]] = {}
+    rest: set[tuple[str, ...]] = set()
+    for path in reads:
+        found = _simple(path)
+        if found is None:
+            rest.add(path)
+        else:
+            simple.setdefault(*found)
+    getters = tuple(simple.values())
+    if not rest:
+        if len(getters) == 1:
+            return getters[0]
+        return lambda envelope: tuple([get(envelope) for get in getters])
+    part = wanted(frozenset(rest))
+    return lambda envelope: (_encode(view(envelope, part)), *(get(envelope) for get in getters))
+
+
+def _simple(path: tuple[str, ...]) -> tuple[tuple[str, ...], Callable[[Envelope], Hashable]] | None:
+    """Where in the envelope that is of which the view has a part at the path: one frozen value; None where it is more,
+    or may be a number and true at the same time, which Python takes for equal."""
+    if len(path) < 2 or path[1] == NOTHING:
+        return None
+    family, name = path[:2]
+    if family in ("identity", "execution"):
+        return path, _attribute(path)
+    if family == "correlation":
+        return None if name == "facets" else (path, _attribute(path))
+    if family in ("scope", "provenance"):
+        if name != "hints":
+            return ("scope", name), attrgetter(f"scope.{name}")
+        return None if len(path) < 3 or path[2] == NOTHING else (("scope", *path[1:]), _hint(path[2]))
+    if name != "resources" or len(path) < 4 or path[3] == "most":
+        return None
+    return path[:3], _resource(path[2])
+
+
+def _attribute(path: tuple[str, ...]) -> Callable[[Envelope], Hashable]:
+    path = tuple(name for name in path if name != NOTHING)
+    if path[-2] in ("authentication", "request"):
+        path = path[:-1]  # which may be absent
+    return attrgetter(".".join(path))
+
+
+def _hint(name: str) -> Callable[[Envelope], Hashable]:
+    return lambda envelope: envelope.scope.hints.get(name)
+
+
+def _resource(name: str) -> Callable[[Envelope], Hashable]:
+    return lambda envelope: envelope.requested.resources.get(name)
+
+
+def _said(group: _Group, envelope: Envelope) -> tuple[tuple[int, Heard], ...]:
+    context = cel.Context({} if group.wanted is None else view(envelope, group.wanted))
     found = []
     for place, rule in group.rules:
         heard = Heard(context, envelope.scope.hints)

@@ -7,19 +7,21 @@ enforced, before and after. So the policy that judged, replayed over what it jud
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, TypeAlias, TypeVar
 
+import msgspec
 from msgspec.structs import replace
 
 from execution_envelope import approvals, lifecycle
+from execution_envelope import envelope as envelopes
 from execution_envelope.answers import Answer
 from execution_envelope.bounds import beyond_limits
 from execution_envelope.decision import allowed as allowed_by
 from execution_envelope.decision import combine, holding
 from execution_envelope.decision import limits as limits_of
-from execution_envelope.envelope import Envelope
+from execution_envelope.envelope import Correlation, Envelope, Execution, Identity, Requested
 from execution_envelope.envelope import decode as decode_envelope
 from execution_envelope.ledger.chain import decode as decode_entry
 from execution_envelope.ledger.commit import DAMAGED
@@ -36,6 +38,10 @@ _BUDGET: Final = "budget:"
 #: The events that are read of an envelope whose limits become narrower, to see what was granted.
 GRANTING: Final = ("sealed", "held", "admitted", "granted", "released")
 
+#: Families of each sort that are remembered.
+_MAX_FAMILIES: Final = 16_384
+
+T = TypeVar("T")
 Limits: TypeAlias = tuple[Mapping[str, Amount], Mapping[str, tuple[Any, ...]]]
 _Outcome: TypeAlias = Admitted | Denied | Held
 
@@ -49,6 +55,51 @@ class Scope:
     since: str
     until: str
     tenants: frozenset[str] | None = None
+
+
+class _Families(msgspec.Struct):
+    """A sealed envelope, of which those families are as bytes that come again and again."""
+
+    correlation: Correlation
+    execution: Execution
+    identity: msgspec.Raw
+    requested: msgspec.Raw
+    scope: msgspec.Raw
+
+
+_families: Final = msgspec.json.Decoder(_Families).decode
+_identity: Final = msgspec.json.Decoder(Identity).decode
+_requested: Final = msgspec.json.Decoder(Requested).decode
+_scope: Final = msgspec.json.Decoder(envelopes.Scope).decode
+
+
+class Envelopes:
+    """Reads sealed envelopes, as `envelope.decode` does, and remembers their families: reading these takes the time."""
+
+    def __init__(self) -> None:
+        self._identities: dict[bytes, Identity] = {}
+        self._requests: dict[bytes, Requested] = {}
+        self._scopes: dict[bytes, envelopes.Scope] = {}
+
+    def read(self, sealed: bytes) -> Envelope:
+        """Of bytes that are those that were sealed: nothing that is not a family is looked for beside them."""
+        families = _families(sealed)
+        return Envelope(
+            _known(self._identities, bytes(families.identity), _identity),
+            families.execution,
+            _known(self._scopes, bytes(families.scope), _scope),
+            _known(self._requests, bytes(families.requested), _requested),
+            families.correlation,
+        )
+
+
+def _known(known: dict[bytes, T], body: bytes, decode: Callable[[bytes], T]) -> T:
+    found = known.get(body)
+    if found is None:
+        if len(known) >= _MAX_FAMILIES:
+            known.clear()
+        known[body] = found = decode(body)
+    return found
 
 
 class _Damaged(ValueError):
@@ -77,13 +128,16 @@ def meaning(outcome: _Outcome) -> Meaning:
 class Comparison:
     """Compares one envelope after the other; `tally` is what they come to. For one thread."""
 
-    def __init__(self, candidate: Candidate, scope: Scope, *, ask: Asked, gone: Iterable[int] = ()) -> None:
+    def __init__(
+        self, candidate: Candidate, scope: Scope, *, ask: Asked, envelopes: Envelopes, gone: Iterable[int] = ()
+    ) -> None:
         """`gone` are the numbers of chains whose entries were dropped with their segment."""
         self.tally = Tally()
         self._candidate = candidate
         self._scope = scope
         self._gone = frozenset(gone)
         self._ask = ask
+        self._envelopes = envelopes
         self._hook = candidate.declaration.name
         #: What is counted of each envelope, until it is in the tally.
         self._days: dict[tuple[str, str, Meaning, Meaning], int] = {}
@@ -129,7 +183,7 @@ class Comparison:
         sealed = _data(first)
         if not isinstance(sealed, Sealed) or hashlib.sha256(first.sealed).hexdigest() != sealed.digest:
             raise _Damaged
-        envelope = decode_envelope(first.sealed)
+        envelope = self._envelopes.read(first.sealed)
         if envelope.correlation.id != id:
             raise _Damaged
         scope = self._scope

@@ -22,7 +22,7 @@ from execution_envelope.ledger.contract import Deciding
 from execution_envelope.ledger.exports import Exports, exports_of
 from execution_envelope.ledger.workers import Processes, serve
 from execution_envelope.review.candidate import Asked, Candidate, Source
-from execution_envelope.review.comparison import GRANTING, Comparison, Scope
+from execution_envelope.review.comparison import GRANTING, Comparison, Envelopes, Scope
 from execution_envelope.review.replay_result import VERSION, ReplayResult, Tally, lists_of
 from execution_envelope.review.replay_state import Header, State
 
@@ -49,6 +49,7 @@ class Reading:
         self._candidate = candidate
         self._scope = scope
         self._ask = Asked(candidate)
+        self._envelopes = Envelopes()
 
     def part(self, after: str, until: str | None) -> Tally:
         """The envelopes behind `after` up to and with `until`."""
@@ -60,7 +61,9 @@ class Reading:
                 return tally
 
     def _compared(self, after: str, until: str | None, gone: Exports) -> Tally:
-        comparison = Comparison(self._candidate, self._scope, ask=self._ask, gone=gone.chains)
+        comparison = Comparison(
+            self._candidate, self._scope, ask=self._ask, envelopes=self._envelopes, gone=gone.chains
+        )
         for rows in _by_envelope(self._ledger.decisions(after=after, until=until)):
             comparison.take(rows)
             if len(comparison.narrower) >= _BATCH:

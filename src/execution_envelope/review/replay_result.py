@@ -258,6 +258,7 @@ class Tally(msgspec.Struct):
         self.example(id, "cannot", name)
 
     def example(self, id: str, *key: str | None) -> None:
+        """Keep the id as an example of what has this key, among others."""
         kept = self.examples.setdefault(_encode_key(key).decode(), [])
         # An id comes with all of its events, so no example comes twice.
         kept.append(id)
@@ -265,12 +266,14 @@ class Tally(msgspec.Struct):
             _trim(kept)
 
     def sample(self, sample: Sample) -> None:
+        """Keep it among others of the same decisions and rule."""
         kept = self.samples.setdefault(_encode_key([sample.before, sample.after, sample.rule]).decode(), [])
         kept.append(sample)
         if len(kept) > 4 * MAX_SAMPLES[0]:
             _trim_samples(kept)
 
     def alive(self, live: Live) -> None:
+        """Count it, and list it while it is among the oldest."""
         self.live += 1
         self.listed.append(live)
         if len(self.listed) > 2 * MAX_LIVE:
@@ -315,6 +318,7 @@ class Tally(msgspec.Struct):
         )
 
     def examples_of(self, *key: str | None) -> tuple[str, ...]:
+        """The examples of what has this key."""
         return tuple(sorted(self.examples.get(_encode_key(key).decode(), ())))
 
 
