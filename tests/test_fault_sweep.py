@@ -35,6 +35,8 @@ from execution_envelope.hooks import HookChain
 from execution_envelope.ledger import Ledger, MemoryLedger, SqliteLedger, spool, verify, writer
 from execution_envelope.ledger.submission import Outcome, Submission
 from execution_envelope.lifecycle import Candidate
+from execution_envelope.record import Record
+from execution_envelope.reviewer import Finding, ReviewerDeclaration, Stop
 from execution_envelope.testing import FaultyLedger, ask
 from tests.children import until
 
@@ -150,7 +152,38 @@ async def left(client: Client) -> Ends:
     return ends
 
 
-STORIES: Final = (whole_life, held_and_approved, superseded, within_a_budget, left)
+class Revokes:
+    """A reviewer that has everything revoked."""
+
+    declaration = ReviewerDeclaration(name="revokes")
+
+    async def review(self, record: Record) -> Finding:
+        return Finding.revoke("policy", "no more")
+
+
+async def revoked(client: Client) -> Ends:
+    """Its owner refuses at first, and has stopped it when it is asked again. A later round finds what was spooled."""
+    controller = client.controller
+    admission = await client.begin()
+    await client.surely(lambda: admission.bind("deployment", "d1", owner="node"))
+    await client.surely(lambda: admission.grant(Grant({"gpu": 1})))
+
+    async def said(type: str) -> bool:
+        return (await controller.read(admission.id)).events[-1].data.type == type
+
+    while not await client.surely(lambda: said("review")):
+        await client.surely(lambda: controller.review([Revokes()]))
+    for answer, event in ((Stop.refused("pinned"), "revocation"), (Stop.stopped("ended"), "revoked")):
+
+        async def owner(record: Record, why: str, answer: Stop = answer) -> Stop:
+            return answer
+
+        while not await client.surely(lambda event=event: said(event)):
+            await client.surely(lambda owner=owner: controller.carry_out({"node": owner}))
+    return [(admission.id, "sealed admitted bound granted review revocation revoked")]
+
+
+STORIES: Final = (whole_life, held_and_approved, superseded, within_a_budget, left, revoked)
 
 
 class FaultyCalls(FaultyLedger):

@@ -28,15 +28,20 @@ from execution_envelope import (
     Record,
     Rule,
     Subject,
+    Target,
+    approvals,
     lifecycle,
     reviewing,
 )
 from execution_envelope.budgets import Budget, Budgets
-from execution_envelope.ledger import Ledger, MemoryLedger, SqliteLedger, verify
+from execution_envelope.decision import ABOUT_OTHERS
+from execution_envelope.ledger import Ledger, MemoryLedger, SqliteLedger, open_ledger, verify
 from execution_envelope.lifecycle import Revocation, Revoked
-from execution_envelope.policy.file import PolicyFile
+from execution_envelope.policy.cedar import Cedar
+from execution_envelope.policy.file import PolicyFile, parse
+from execution_envelope.policy.rego import Rego
 from execution_envelope.reconciliation import Liveness
-from execution_envelope.reviewer import MAX_REVOCATIONS, Finding, PolicyReviewer, ReviewerDeclaration, Stop
+from execution_envelope.reviewer import MAX_REVOCATIONS, OPERATION, Finding, PolicyReviewer, ReviewerDeclaration, Stop
 from execution_envelope.testing import FakeClock, FaultyLedger, ask
 
 pytestmark = pytest.mark.anyio
@@ -49,9 +54,14 @@ def anyio_backend(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.fixture(params=["memory", "sqlite"])
+@pytest.fixture(params=["memory", "sqlite", "postgres"])
 def ledger(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
-    found = MemoryLedger() if request.param == "memory" else SqliteLedger(tmp_path / "l.db")
+    if request.param == "memory":
+        found: Ledger = MemoryLedger()
+    elif request.param == "sqlite":
+        found = SqliteLedger(tmp_path / "l.db")
+    else:
+        found = open_ledger(request.getfixturevalue("postgres").schema())
     yield found
     assert verify(found).findings == ()
     found.close()
@@ -167,8 +177,6 @@ async def test_a_reviewer_takes_back_its_own_revoke_and_nobody_elses(ledger: Led
 async def test_only_what_lives_is_reviewed(ledger: Ledger) -> None:
     hold = Rule("hold", lambda e: Decision.hold("wait") if e.execution.target.id == "held" else None)
     controller = house(ledger, hold)
-    from execution_envelope import Target
-
     with pytest.raises(Held):
         await controller.begin(ask(target=Target("model", "held")))
     ended = await live(controller, "d0")
@@ -403,6 +411,48 @@ async def test_where_no_decider_covers_it_nobody_may_revoke(hooks: Any) -> None:
     with pytest.raises(Denied, match="has to be decided by policy"):
         await controller.revoke(admission.id, by=KIM, reason="no")
     assert (await read(controller, admission)).reviews == {}
+
+
+REVOKES = "envelope.revoke"
+APPROVES = "envelope.approve"
+OPERATIONS = {"maintenance": [REVOKES, APPROVES]}
+
+
+def _cel(operation: str) -> Rule:
+    rule = f"{{name: who, match: {{operations: [{operation}]}}, expression: '\"reviewer\" in identity.roles'}}"
+    return Rule("policy", parse(f"rules: [{rule}]".encode()).decide)
+
+
+def _cedar(operation: str) -> Cedar:
+    deploys = 'permit(principal, action in Action::"model.deploy", resource);'
+    return Cedar(f'{deploys} permit(principal, action == Action::"{operation}", resource);', operations=OPERATIONS)
+
+
+def _rego(operation: str) -> Rego:
+    return Rego(
+        'package envelope\nallow if input.execution.kind == "model.deploy"\n'
+        f'allow if input.execution.operation == "{operation}"\nallow if input.identity.tenant == "acme"\n'
+    )
+
+
+@pytest.mark.parametrize("make", [_cel, _cedar, _rego])
+async def test_a_policy_that_names_revoking_says_who_may_and_one_for_approvals_does_not(make: Any) -> None:
+    ledger = MemoryLedger()
+    admission = await live(house(ledger))
+    with pytest.raises(Denied):
+        await house(ledger, make(APPROVES)).revoke(admission.id, by=KIM, reason="no")
+    about = PolicyAsked(make(REVOKES)) if make is _rego else make(REVOKES)
+    record = await house(ledger, about).revoke(admission.id, by=KIM, reason="no")
+    assert record.revoking is not None
+    assert {APPROVES, REVOKES} == ABOUT_OTHERS and approvals.OPERATION == APPROVES and OPERATION == REVOKES
+
+
+class PolicyAsked:
+    """A decider about the kind, whose `allow` of Rego names no policies."""
+
+    def __init__(self, rego: Rego) -> None:
+        self.declaration = Declaration(name="rego", kinds=frozenset({"maintenance"}))
+        self.decide = rego.decide
 
 
 async def test_what_does_not_live_is_not_revoked() -> None:

@@ -353,8 +353,8 @@ class Admission:
         text = self._text(evidence)
 
         async def plan(record: Record) -> _Plan:
-            asked = any(isinstance(e.data, lifecycle.Review) and e.data.verdict == "revoke" for e in record.events)
-            if not asked:
+            # Others ask: this handle may not have seen it yet. Then the write below finds that it is behind.
+            if not (record.was_to_be_revoked or (await self._journal.read(record.id)).was_to_be_revoked):
                 raise NotLive(f"expected a request to revoke {record.id}, there is none", envelope_id=record.id)
             return _Plan([] if record.state == "revoked" else [lifecycle.Revoked(text)])
 

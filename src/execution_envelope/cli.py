@@ -101,9 +101,9 @@ class _Command(click.Group):
 def cli(context: click.Context, url: str | None) -> None:
     """Look into a ledger of execution envelopes: who asked for what, and what was really given.
 
-    Only `approve`, `deny`, `migrate` and `segment` change the ledger; `checkpoint` keeps a copy inside, `relay` how far
-    it came, and `list`, `coverage`, `project` and `rebuild` write the projection beside it. Exit status: 0 all right, 1
-    something does not fit, 2 cannot answer.
+    Only `approve`, `deny`, `review`, `revoke`, `migrate` and `segment` change the ledger; `checkpoint` keeps a copy
+    inside, `relay` how far it came, and `list`, `coverage`, `project` and `rebuild` write the projection beside it.
+    Exit status: 0 all right, 1 something does not fit, 2 cannot answer.
     """
     context.obj = url
     if context.invoked_subcommand is None:

@@ -61,7 +61,7 @@ def review(name: str | None, as_json: bool, verdict: Literal["flag", "revoke"], 
             if every is None:
                 break
             time.sleep(every)
-    if found.found or found.unreadable or found.left_out:
+    if any(one.verdict != "keep" for one in found.found) or found.unreadable or found.left_out:
         raise SystemExit(1)
 
 

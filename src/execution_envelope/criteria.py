@@ -139,9 +139,9 @@ FLAGS: Final[Mapping[str, str]] = {
     "violations": "granted or used beyond a bound",
     "observed": "recorded after the fact: it went past the seam",
     "undecided": "admitted while no decider covered the kind",
-    "late": "something came after the end",
     "flagged": "open, and a reviewer says that somebody should look at it",
     "revoking": "to be revoked, and its owner has not confirmed it",
+    "late": "something came after the end",
 }
 SIDES: Final[Mapping[str, str]] = {
     "requested": "what was asked for in all",

@@ -47,6 +47,10 @@ CODES: Final[Mapping[str, tuple[bool, str]]] = {
     "hook_quarantined": (True, "a decider blocked the event loop, is not asked for now, and its failure mode refuses"),
 }
 
+#: Operations of kind `maintenance` that say something of another envelope. Who may is decided by what was written for
+#: that: a policy that names the operation, or the kind. Where nothing was, nobody may.
+ABOUT_OTHERS: Final = frozenset({"envelope.approve", "envelope.revoke"})
+
 #: How many shares `Declaration.enforce_share` can tell apart.
 _SHARES: Final = 10_000
 

@@ -283,6 +283,11 @@ class Record:
         return self._standing("revoke")
 
     @property
+    def was_to_be_revoked(self) -> bool:
+        """Whether any review asked to revoke it, taken back since or not: what its owner confirms was asked for."""
+        return any(isinstance(event.data, Review) and event.data.verdict == "revoke" for event in self.events)
+
+    @property
     def flagged(self) -> Event | None:
         """The review that flags it, while it is open: the first of those that stand."""
         return self._standing("flag")

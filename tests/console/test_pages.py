@@ -186,7 +186,7 @@ def test_a_tenant_sees_nothing_of_another_on_any_page(world: World) -> None:
 def test_numbers_are_of_ones_own_tenants(world: World) -> None:
     def numbers(who: str) -> dict[str, str]:
         text = world.client(who).get("/").text
-        return dict((name, count) for count, name in re.findall(r"<b>([^<]+)</b> <span>([^<]+)</span>", text))
+        return {name: count for count, name in re.findall(r"<b>([^<]+)</b> <span>([^<]+)</span>", text)}
 
     assert numbers("all")["wait for approval"] == "4" and numbers("acme")["wait for approval"] == "3"
     assert numbers("globex")["wait for approval"] == "1" and numbers("globex")["open"] == "1"
@@ -310,9 +310,7 @@ HARD = st.text(st.characters(), max_size=300) | st.sampled_from(
 
 @given(HARD, HARD, HARD)
 @settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
-def test_whatever_is_asked_is_answered_and_never_by_an_error_of_ours(
-    world: World, one: str, two: str, name: str
-) -> None:
+def test_whatever_is_asked_is_answered_and_not_by_an_error(world: World, one: str, two: str, name: str) -> None:
     client = world.client("acme")
 
     def encoded(text: str) -> str:

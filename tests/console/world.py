@@ -1,11 +1,12 @@
-"""A ledger with what pages have to show: kinds, tenants, less than asked, held, denied, a tree, budgets, hostile names."""
+"""A ledger with what pages have to show: kinds, tenants, less than asked, held, denied, a tree, budgets, bad names."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import anyio
 from fastapi import FastAPI
@@ -33,6 +34,8 @@ from execution_envelope.review import Review
 from execution_envelope.review.candidate import Source
 from execution_envelope.review.replay import replay
 from execution_envelope.review.replay_result import encode
+
+T = TypeVar("T")
 
 NOW = datetime(2026, 5, 6, 12, tzinfo=UTC)
 #: A name that would do harm where it is not escaped, or not cleaned.
@@ -98,6 +101,12 @@ rules:
 """
 
 
+def run(call: Callable[..., Awaitable[T]], *arguments: Any) -> T:
+    """In a thread with a loop of its own: a browser that is driven has one in this."""
+    with ThreadPoolExecutor(1) as threads:
+        return threads.submit(anyio.run, call, *arguments).result()
+
+
 class World:
     """The ledger, its controller, and the console over it. `ids` are names of envelopes -> ids."""
 
@@ -116,7 +125,7 @@ class World:
         self.ids: dict[str, str] = {}
         self.replays = folder / "replays"
         self.replays.mkdir()
-        anyio.run(self.fill)
+        run(self.fill)
         self.replay = "new-policy.json"
         source = Source(POLICY.encode(), kinds=("model.deploy", "data.move"))
         (self.replays / self.replay).write_bytes(encode(replay(self.controller.ledger, source, now=NOW, jobs=1)))
@@ -203,7 +212,8 @@ class World:
             self.clock.now = NOW - timedelta(days=2 - day, hours=1)
             for number in range(3 + day):
                 move = await self._begin(
-                    f"move-{day}-{number}", kind="data.move", operation="ingestion.run", target=Target("dataset", f"set-{number}"),
+                    f"move-{day}-{number}", kind="data.move", operation="ingestion.run",
+                    target=Target("dataset", f"set-{number}"),
                     subject=Subject("service", "loader", tenant="globex" if number % 2 else "acme"),
                     requested={"bytes": "2GiB", "rows": 100_000}, constraints={},
                 )  # fmt: skip
@@ -238,4 +248,4 @@ class World:
 
     def close(self) -> None:
         """Let go of the ledger."""
-        anyio.run(self.controller.aclose)
+        run(self.controller.aclose)

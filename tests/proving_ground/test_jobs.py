@@ -10,9 +10,12 @@ from typing import Any, cast
 from uuid import UUID, uuid4
 
 import pytest
+from backend import OPERATORS
 from fastapi import HTTPException
 
 from execution_envelope import AdmissionController, Ask, Grant, Record, Subject, Target
+from execution_envelope.policy.file import PolicyFile
+from execution_envelope.reviewer import Finding, ReviewerDeclaration
 from proving_ground.auth import Caller, RunTokens
 from proving_ground.jobs import (
     JOBS,
@@ -26,6 +29,7 @@ from proving_ground.jobs import (
     Run,
     Work,
     prober,
+    revoker,
 )
 from proving_ground.maintenance import MAX_ROWS, Maintenance
 from proving_ground.state import Backend
@@ -266,6 +270,81 @@ def test_a_job_that_ends_ends_its_children_first(tmp_path: Path) -> None:
     running(body)
 
 
+class Revoke:
+    """A reviewer that has some envelopes revoked."""
+
+    declaration = ReviewerDeclaration(name="somebody")
+
+    def __init__(self, *ids: str) -> None:
+        self.ids = ids
+
+    async def review(self, record: Record) -> Finding:
+        return Finding.revoke("policy", "no more") if record.id in self.ids else Finding.keep()
+
+
+def test_a_revoked_job_and_those_that_it_started_end_and_say_what_they_used(tmp_path: Path) -> None:
+    async def body() -> None:
+        house = House(tmp_path, forever)
+        parent = await house.submit()
+        await until(lambda: parent.status == "RUNNING")
+        record = await house.record(parent)
+        child, other = await house.submit(part_of=record.id), await house.submit()
+        await until(lambda: "RUNNING" == child.status == other.status)
+        parent.done = child.done = 1
+        await house.controller.review([Revoke(record.id)])
+        found = await house.controller.carry_out({JOBS: revoker(house.jobs)})
+        children = await house.record(child)
+        assert [id for id, _ in found.revoked] == [children.id, record.id]
+        for job, why in ((child, f"revoked by part_of:{record.id}"), (parent, "revoked by somebody: no more")):
+            assert (job.status, job.error_code) == ("CANCELLED", "REVOKED")
+            assert job.error_message is not None and job.error_message.startswith(why)
+            ended = await house.record(job)
+            assert (ended.state, ended.used["samples"].amount, ended.events[-1].by) == ("revoked", 1, JOBS)
+        assert stored(tmp_path) == list(house.jobs.jobs.values())
+        assert (other.status, (await house.record(other)).state) == ("RUNNING", "granted")
+        assert (await house.controller.carry_out({JOBS: revoker(house.jobs)})).revoked == []
+        await house.jobs.close()
+
+    running(body)
+
+
+@pytest.mark.parametrize("resumable", [True, False])
+def test_a_job_whose_backend_was_killed_before_it_confirmed_is_revoked_by_the_next_one(
+    tmp_path: Path, resumable: bool
+) -> None:
+    async def body() -> None:
+        house = House(tmp_path, forever, resumable=resumable)
+        job = await house.ask()
+        await house.controller.review([Revoke((await house.record(job)).id)])
+        house.jobs.jobs[job.id] = job
+        job.stopped_by = "review: revoked by somebody: no more"
+        JobStore(tmp_path).save(job)
+        house.jobs = house.opened(forever, resumable)
+        await house.jobs.recover()
+        [again] = house.jobs.jobs.values()
+        await until(lambda: again.ended)
+        if not resumable:
+            # Nobody saw it end: it is looked for.
+            await house.controller.reconcile({JOBS: prober(house.jobs)}, everything=True)
+        assert (await house.record(job)).state == "revoked"
+        assert again.error_code == ("REVOKED" if resumable else "BACKEND_RESTARTED")
+        await house.jobs.close()
+
+    running(body)
+
+
+def test_a_job_that_nobody_knows_is_revoked(tmp_path: Path) -> None:
+    async def body() -> None:
+        house = House(tmp_path, forever)
+        job = await house.ask()
+        await house.controller.review([Revoke((await house.record(job)).id)])
+        [(_, evidence)] = (await house.controller.carry_out({JOBS: revoker(house.jobs)})).revoked
+        assert evidence == f"the backend has no evaluation {job.id}"
+        await house.jobs.close()
+
+    running(body)
+
+
 def test_more_wait_their_turn_but_what_a_run_has_started_does_not(tmp_path: Path) -> None:
     async def body() -> None:
         house = House(tmp_path, forever)
@@ -396,7 +475,9 @@ class NoDeployments:
 
 
 def maintenance_of(house: House, supervisor: NoDeployments) -> Maintenance:
-    return Maintenance(house.controller, {}, cast(Supervisor, supervisor), house.jobs)
+    return Maintenance(
+        house.controller, {}, {}, PolicyFile(OPERATORS), "flag", cast(Supervisor, supervisor), house.jobs
+    )
 
 
 def test_all_that_is_old_is_forgotten_an_envelope_for_each_round(tmp_path: Path) -> None:

@@ -18,9 +18,8 @@ from typing import Any, Final, Literal
 import cedarpy
 import msgspec
 
-from execution_envelope import approvals
 from execution_envelope.credentials import brief, invalid, shown
-from execution_envelope.decision import CODES, Decision, Declaration
+from execution_envelope.decision import ABOUT_OTHERS, CODES, Decision, Declaration
 from execution_envelope.envelope import KINDS, Envelope
 from execution_envelope.policy.cedar_schema import ANY, entities, request, schema, wanted
 from execution_envelope.policy.limits import least, read_limits
@@ -51,7 +50,7 @@ class _Known:
     message: str | None = None
     limits: Mapping[str, Any] = field(default_factory=dict)
     #: Whether it names approving, or the kind of that.
-    approves: bool = False
+    about: frozenset[str] = frozenset()
 
 
 class Cedar:
@@ -131,7 +130,8 @@ class Cedar:
             return self._decision("deny", "hook_error", "the engine came to no decision", names, errors, read)
         if not heard.allowed:
             return self._decision("deny", "policy", "no policy permits it", names, errors, read)
-        if envelope.execution.operation == approvals.OPERATION and not any(known.approves for known in determining):
+        operation = envelope.execution.operation
+        if operation in ABOUT_OTHERS and not any(operation in known.about for known in determining):
             return self._decision("abstain", None, None, [], errors, read)
         return self._decision("allow", None, None, names, errors, read, least([known.limits for known in determining]))
 
@@ -228,8 +228,9 @@ def _policy(id: str, policy: Mapping[str, Any]) -> _Known:
     limits = annotations.get("limits")
     read = {} if limits is None else read_limits(_pairs(limits, f"{_path(name)}.limits"), f"{_path(name)}.limits")
     code = msgspec.json.encode([policy.get("action"), policy.get("conditions")])
-    approves = b'"maintenance"' in code or f'"{approvals.OPERATION}"'.encode() in code
-    return _Known(name, effect, reason, annotations.get("message"), read, approves)
+    by_kind = b'"maintenance"' in code
+    about = frozenset(name for name in ABOUT_OTHERS if by_kind or f'"{name}"'.encode() in code)
+    return _Known(name, effect, reason, annotations.get("message"), read, about)
 
 
 def _path(name: str) -> str:

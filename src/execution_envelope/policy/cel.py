@@ -12,9 +12,8 @@ from typing import Any, Final, Literal, TypeAlias, cast, get_args
 
 import cel
 
-from execution_envelope import approvals
 from execution_envelope.credentials import brief, shown
-from execution_envelope.decision import CODES, Decision, Duty
+from execution_envelope.decision import ABOUT_OTHERS, CODES, Decision, Duty
 from execution_envelope.envelope import KINDS, Envelope, Scoped
 from execution_envelope.policy.expression import Expression, wanted
 from execution_envelope.policy.limits import least
@@ -64,12 +63,11 @@ class CelRule:
         found = (self.when, self.expression, self.message_expression)
         return frozenset[tuple[str, ...]]().union(*(one.reads for one in found if one is not None))
 
-    @property
-    def about_approvals(self) -> bool:
-        """Whether it says who may approve: it names the operation, or the kind alone."""
+    def is_about(self, operation: str) -> bool:
+        """Whether it says who may approve, or revoke: it names that operation, or the kind alone."""
         operations = self.match.get("operations")
         if operations is not None:
-            return approvals.OPERATION in operations
+            return operation in operations
         return "maintenance" in self.match.get("kinds", ())
 
 
@@ -194,8 +192,8 @@ class CelRules:
         """Abstains where no rule covers the kind, and none matches; else allows what no rule refuses. Deny beats hold
         beats warn.
 
-        Who may approve is allowed by a rule that names ``maintenance`` or the operation, and by no other: a rule for
-        everything that nobody wrote for approvals is no answer to that.
+        Who may approve, or revoke, is allowed by a rule that names ``maintenance`` or the operation, and by no other: a
+        rule for everything that nobody wrote for that is no answer to it.
 
         A rule that cannot be evaluated is named in `errors`; where it might have refused, or set a limit, it denies
         with ``hook_error``.
@@ -203,15 +201,16 @@ class CelRules:
         plan = self.plan(envelope)
         if plan is None or not plan.rules:
             return self.unmatched(envelope)
-        approving = envelope.execution.operation == approvals.OPERATION
+        operation = envelope.execution.operation
+        about_others = operation in ABOUT_OTHERS
         context = None if plan.wanted is None else cel.Context(view(envelope, plan.wanted))
-        if not (envelope.scope.hints or approving) and plan.holds(context):
+        if not (envelope.scope.hints or about_others) and plan.holds(context):
             return self._allow
         heard = Heard(context, envelope.scope.hints)
         for rule in plan.rules:
             heard.judge(rule)
-        if approving:
-            return heard.of_an_approval(self.revision)
+        if about_others:
+            return heard.about_another(operation, self.revision)
         if heard.plain:
             return self._allow
         return heard.decision(self.revision)
@@ -224,7 +223,7 @@ class CelRules:
     def unmatched(self, envelope: Envelope) -> Decision:
         """What is said where no rule matches."""
         # Rules that are only for other operations say nothing of this one.
-        covered = envelope.execution.kind in self._covered and envelope.execution.operation != approvals.OPERATION
+        covered = envelope.execution.kind in self._covered and envelope.execution.operation not in ABOUT_OTHERS
         return self._allow if covered else self._abstain
 
 
@@ -310,13 +309,13 @@ class Heard:
                 self._errors.append(str(failed))
         return rule.message or f"rule {rule.name} is violated"
 
-    def of_an_approval(self, revision: str | None) -> Decision:
-        """All of it together, where it takes a rule that is about approvals to allow it."""
+    def about_another(self, operation: str, revision: str | None) -> Decision:
+        """All of it together, where it takes a rule that is about this operation to allow it."""
         decision = self.decision(revision)
         if decision.outcome not in ("allow", "warn"):
             return decision
         # One that was violated and only warns, or could not be evaluated, allows nobody.
-        about = [rule.name for rule in self._applied if rule.about_approvals]
+        about = [rule.name for rule in self._applied if rule.is_about(operation)]
         if not about:
             return Decision("abstain", revision=revision, errors=decision.errors, hints=decision.hints)
         return replace(decision, policies=tuple(dict.fromkeys((*decision.policies, *about))))

@@ -16,9 +16,8 @@ from typing import Any, Final
 import msgspec
 import regopy
 
-from execution_envelope import approvals
 from execution_envelope.credentials import brief, invalid, shown
-from execution_envelope.decision import CODES, Decision, Declaration, Duty
+from execution_envelope.decision import ABOUT_OTHERS, CODES, Decision, Declaration, Duty
 from execution_envelope.envelope import Envelope
 from execution_envelope.policy.limits import least, read_limits
 from execution_envelope.policy.view import SHAPE, Wanted, view
@@ -36,7 +35,7 @@ _INPUT: Final = re.compile(r"\binput\b(?:\s*\.\s*([A-Za-z_]\w*))?")
 _UNNAMED: Final = "a builtin failed, or a rule has two values; the engine does not say which"
 #: Characters of a policy, without texts and comments. The parser recurses, and takes a time that grows with the square.
 MAX_CODE: Final = 32_768
-_APPROVES: Final = re.compile(rf"\bmaintenance\b|{re.escape(approvals.OPERATION)}")
+_MAINTENANCE: Final = re.compile(r"\bmaintenance\b")
 _TEXT_OR_COMMENT: Final = re.compile(r'"(?:[^"\\\n]|\\.)*"|`[^`]*`|#[^\n]*')
 _ERROR: Final = re.compile(r"errormsg \d+:([^)]*)")
 
@@ -61,7 +60,8 @@ class Rego:
         check_depth(code, "rego")
         if len(code) > MAX_CODE:
             raise invalid("rego", f"expected up to {MAX_CODE} characters beside texts and comments, got {len(code)}")
-        self._approves = _APPROVES.search(text) is not None
+        by_kind = _MAINTENANCE.search(text) is not None
+        self._about = frozenset(name for name in ABOUT_OTHERS if by_kind or name in text)
         self._hints = _hints(text)
         self._wanted = _wanted(text)
         self._local = threading.local()
@@ -105,8 +105,9 @@ class Rego:
             return self._failed(f"expected the document of package envelope, got {shown(document)}", read)
         try:
             decision = self._decision(document, read)
-            if decision.outcome == "allow" and envelope.execution.operation == approvals.OPERATION:
-                return decision if self._approves else Decision("abstain", revision=self.revision, hints=read)
+            operation = envelope.execution.operation
+            if decision.outcome == "allow" and operation in ABOUT_OTHERS:
+                return decision if operation in self._about else Decision("abstain", revision=self.revision, hints=read)
             return decision
         except ValueError as error:
             return self._failed(str(error), read)
