@@ -20,8 +20,8 @@ version errors credentials resources values envelope lifecycle delta reckoning r
 mailbox threads answers isolation hooks grant budgets approvals reviewer criteria query ledger reconciliation
 observers counters family journal above reporting reconciler judge admission block attempted observed approver
 reviewing blocking controller facets policy telemetry adapters integrations words sentences review presentation
-console cli_shared cli_admission cli_explain cli_proof cli_projection cli_list cli_relay cli_replay cli_review
-cli_serve cli_totals cli_upkeep cli testing
+console simulation cli_shared cli_admission cli_explain cli_proof cli_projection cli_list cli_relay cli_replay
+cli_review cli_serve cli_simulate cli_totals cli_upkeep cli testing
 """
 LEDGER_ORDER = """
 merkle chain rollups projection projection_session search schema exports commit balances submission contract writer
@@ -39,6 +39,7 @@ OPTIONAL = {
     "console",
     "presentation",
     "review",
+    "simulation",
     "cli",
     "cli_shared",
     "cli_admission",
@@ -50,6 +51,7 @@ OPTIONAL = {
     "cli_replay",
     "cli_review",
     "cli_serve",
+    "cli_simulate",
     "cli_totals",
     "cli_upkeep",
     "testing",

@@ -65,7 +65,7 @@ def rows(draw: st.DrawFn) -> list[ProjectedEnvelope]:
             used=sides,
             **dict.fromkeys(("subject", "operation", "target"), texts),
             **dict.fromkeys(("tenant", "project", "environment", "purpose", "owner", "part_of"), optional),
-            **{name: st.booleans() for name in ("ungranted", "observed", "undecided")},
+            **{name: st.booleans() for name in ("ungranted", "observed", "undecided", "flagged", "revoking")},
             **{name: st.integers(0, 2) for name in ("unstated", "violations", "late")},
         )
         found.append(draw(made))
@@ -150,7 +150,7 @@ class SearchContract:
 
     def test_it_finds_what_matches(self) -> None:
         with closing(Store(self.session())) as store:
-            before = search.LOOK, search.MAX_RUNS, search._FIRST, search._RUN
+            before = search.LOOK, search.DENSE, search._FIRST, search._MAX_RUN, search.MAX_SURE, search.MAX_RUNS
 
             @settings(max_examples=self.examples, deadline=None, suppress_health_check=list(HealthCheck))
             @given(
@@ -158,7 +158,9 @@ class SearchContract:
                 st.lists(queries, min_size=1, max_size=8),
                 st.sampled_from([1, 2, 7, 1000]),
                 st.none() | st.frozensets(st.sampled_from([*WORDS, "nobody"]), max_size=3),
-                st.sampled_from([before, (3, 2, 1, 1), (5, 1000, 2, 2), (4, 0, 3, 1)]),
+                st.sampled_from(
+                    [before, (3, 2, 1, 1, 0, 0), (5, 1000, 2, 2, 3, 1), (4, 0, 3, 1, 99, 99), (30, 7, 2, 3, 0, 9)]
+                ),
             )
             def check(
                 rows: list[ProjectedEnvelope],
@@ -167,7 +169,7 @@ class SearchContract:
                 tenants: frozenset[str] | None,
                 bounds: tuple[int, ...],
             ) -> None:
-                search.LOOK, search.MAX_RUNS, search._FIRST, search._RUN = bounds  # type: ignore[misc]
+                search.LOOK, search.DENSE, search._FIRST, search._MAX_RUN, search.MAX_SURE, search.MAX_RUNS = bounds  # type: ignore[misc]
                 fill(store, rows)
                 visible = [row for row in rows if tenants is None or row.tenant in tenants]
                 visible.sort(key=lambda row: row.id, reverse=True)
@@ -181,7 +183,7 @@ class SearchContract:
             try:
                 check()
             finally:
-                search.LOOK, search.MAX_RUNS, search._FIRST, search._RUN = before  # type: ignore[misc]
+                search.LOOK, search.DENSE, search._FIRST, search._MAX_RUN, search.MAX_SURE, search.MAX_RUNS = before  # type: ignore[misc]
 
 
 class TestSqliteSearch(SearchContract):

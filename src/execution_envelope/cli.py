@@ -38,6 +38,7 @@ from execution_envelope import (
     cli_replay,
     cli_review,
     cli_serve,
+    cli_simulate,
     cli_totals,
     cli_upkeep,
     presentation,
@@ -262,6 +263,7 @@ cli_relay.add_to(cli)
 cli_replay.add_to(cli)
 cli_review.add_to(cli)
 cli_serve.add_to(cli)
+cli_simulate.add_to(cli)
 cli_totals.add_to(cli)
 cli_upkeep.add_to(cli)
 

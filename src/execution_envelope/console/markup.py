@@ -31,10 +31,11 @@ SIGNS: Final[Mapping[str, tuple[str, str]]] = {
     **dict.fromkeys(("held", "hold", "waiting"), ("◔", "wait")),
     **dict.fromkeys(("admitted", "open", "raised", "added", "substituted"), ("○", "open")),
     **dict.fromkeys(("granted", "running", "chosen"), ("●", "run")),
-    **dict.fromkeys(("completed", "allow", "equal", "sound", "fulfilled", "approve", "keep"), ("✓", "good")),
+    **dict.fromkeys(("completed", "allow", "equal", "sound", "fulfilled", "approve", "keep", "answers"), ("✓", "good")),
+    **dict.fromkeys(("up to date", "nearly up to date"), ("✓", "good")),
     **dict.fromkeys(("denied", "deny", "rejected", "failed", "refused", "violation", "damaged"), ("✕", "bad")),
     **dict.fromkeys(("withheld", "ignored", "unsound", "unreachable", "revoke"), ("✕", "bad")),
-    **dict.fromkeys(("reduced", "warn", "unknown", "expired", "less", "behind", "flag", "late"), ("▽", "warn")),
+    **dict.fromkeys(("reduced", "warn", "unknown", "expired", "less", "behind", "flag", "late", "over"), ("▽", "warn")),
     **dict.fromkeys(("revoked", "abandoned", "revoking", "flagged"), ("◇", "warn")),
     **dict.fromkeys(("cancelled", "abstain", "observed", "considered", "tried", "none", "pending"), ("-", "quiet")),
 }

@@ -281,6 +281,9 @@ def _budgets(record: Record) -> Iterator[str]:
 
 
 def _noted(record: Record) -> Iterator[str]:
+    for review in (record.flagged, record.revoking):
+        if review is not None:
+            yield sentence(review.data)
     for violation in record.violations:
         yield f"violation: {violation.text} ({violation.source})"
     sealed = facts.sealed(record)

@@ -377,10 +377,13 @@ class Coverage:
 
 @dataclass(frozen=True, slots=True)
 class Accounts:
-    """What roll-ups say, group by group, and as of where: so many entries of the log are taken in, so many are not."""
+    """What roll-ups say, group by group, and as of where: so many entries of the log are taken in, so many are not.
+
+    `taken` is None for who does not see all tenants: they are everybody's.
+    """
 
     totals: Sequence[Totals]
-    taken: int
+    taken: int | None
     lag: Lag
 
 

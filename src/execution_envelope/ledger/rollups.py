@@ -7,6 +7,7 @@ hides what another did not get.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import date
@@ -57,13 +58,14 @@ GROUPINGS: Final[tuple[By, ...]] = get_args(By)
 #: Dimensions that are added up together, from the smallest on; the last one has them all. It is read where no other
 #: fits, and is as long as envelopes differ in anything.
 CUBES: Final[Mapping[str, tuple[Dimension, ...]]] = {
-    "kind": ("tenant", "project", "kind", "operation", "environment"),
-    "subject": ("tenant", "project", "kind", "subject"),
+    "kind": ("tenant", "project", "kind"),
+    "operation": ("tenant", "project", "kind", "operation", "environment"),
     "target": ("tenant", "project", "kind", "target"),
+    "subject": ("tenant", "project", "kind", "subject"),
     "all": DIMENSIONS,
 }
 #: Those that are summed up by whole weeks too, once these are over: of a long window most days lie in one.
-WEEKLY: Final = ("kind", "subject", "target")
+WEEKLY: Final = tuple(cube for cube in CUBES if cube != "all")
 #: How many days one sum is of: a day, or a week from its Monday on.
 DAY: Final = 1
 WEEK: Final = 7
@@ -427,7 +429,8 @@ class Grouping:
         self._names = CUBES[question.cube]
         self._by: list[int | Period] = [name if name in PERIODS else self._names.index(name) for name in question.by]
         self._where = [(self._names.index(name), value) for name, value in question.where.items()]
-        self._cells: dict[tuple[str | None, ...], Cell] = {}
+        self._cells: defaultdict[tuple[str | None, ...], defaultdict[int, int]] = defaultdict(lambda: defaultdict(int))
+        self._waiting: dict[tuple[str | None, ...], list[str]] = {}
         #: Names as they are kept -> the group, but for the time; None for what is not asked for.
         self._known: dict[str, tuple[str | None, ...] | None] = {}
         self._timed = any(name in PERIODS for name in question.by)
@@ -435,7 +438,7 @@ class Grouping:
     def add(self, begins: str, rows: Iterable[tuple[str, str]]) -> None:
         """(dims, body) of what is kept from this day on."""
         time = {"day": begins, "month": begins[:7], "week": week(begins)} if self._timed else {}
-        known, cells = self._known, self._cells
+        known, waiting = self._known, self._waiting
         for dims, body in rows:
             group = known.get(dims, ())
             if group == () and dims not in known:
@@ -444,10 +447,21 @@ class Grouping:
                 continue
             if time:
                 group = tuple([time[of] if isinstance(of, str) else at for of, at in zip(self._by, group, strict=True)])
-            cell = cells.get(group)
-            if cell is None:
-                cell = cells[group] = {}
-            take_in(cell, body)
+            bodies = waiting.get(group)
+            if bodies is None:
+                waiting[group] = [body]
+            else:
+                bodies.append(body)
+        self._take_in()
+
+    def _take_in(self) -> None:
+        """Those of one group at once, which is quicker."""
+        for group, bodies in self._waiting.items():
+            cell = self._cells[group]
+            flat = _decode(f"[{','.join([body[1:-1] for body in bodies])}]")
+            for number, amount in zip(flat[::2], flat[1::2], strict=True):
+                cell[number] += amount
+        self._waiting.clear()
 
     def _group(self, dims: str) -> tuple[str | None, ...] | None:
         values = _decode_dims(dims)

@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import ceil, log
 from typing import Any, Final, Protocol
 
 import msgspec
@@ -39,14 +41,17 @@ from execution_envelope.ledger.projection_session import Session
 from execution_envelope.query import Query
 
 #: Envelopes that may match and are looked at in one call; then it answers with what it has.
-LOOK: Final = 20_000
-#: Up to so many shapes are read as runs of their own, where everything could be read instead.
-MAX_RUNS: Final = 1000
+LOOK: Final = 12_000
+#: Where a page is expected among so many of all, these are looked at first: it is quicker than many runs.
+DENSE: Final = 2000
+#: So many shapes, each of each tenant, are read as runs of their own: more of them where all that is read matches.
+#: Where there are more still, everything is looked at, or all that is of the tenants.
+MAX_SURE: Final = 2500
+MAX_RUNS: Final = 200
 #: How many are looked at first, and how many more each time after that.
-_FIRST: Final = 256
+_FIRST: Final = 500
 _GROWTH: Final = 4
-#: Ids that a run reads at once: at first, and at most.
-_RUN: Final = 8
+#: To so many ids the next reading of a run grows by itself.
 _MAX_RUN: Final = 4096
 #: Above every id.
 _LAST: Final = "\U0010ffff"
@@ -106,26 +111,23 @@ class Search:
 
     def page(self, limit: int, after: str | None) -> Found:
         """One page."""
-        before = _LAST if after is None else after
-        way, where = self._way(before, limit)
-        if where is None:
-            ids = way.take(limit + 1)
-            return Found(tuple(ids[:limit]), ids[limit - 1] if len(ids) > limit else None)
         found: list[str] = []
-        looked, size = 0, _FIRST
-        while True:
-            size = min(size, LOOK - looked)
-            ids = way.take(size)
-            found += where.fitting(ids)
-            looked += len(ids)
-            if len(found) >= limit:
-                ended = len(ids) < size and len(found) == limit
-                return Found(tuple(found[:limit]), None if ended else found[limit - 1])
-            if len(ids) < size:
+        at, left = _LAST if after is None else after, LOOK
+        for way, where, most in self._ways(at, limit):
+            looked, size, ended = 0, _FIRST, False
+            while not ended and looked < min(most, left):
+                size = limit + 1 - len(found) if where is None else min(size, most - looked, left - looked)
+                ids = way.take(size)
+                found += ids if where is None else where.fitting(ids)
+                at, ended = ids[-1] if ids else at, len(ids) < size
+                if len(found) > limit or (len(found) == limit and not ended):
+                    return Found(tuple(found[:limit]), found[limit - 1])
+                looked += len(ids)
+                size *= _GROWTH
+            if ended:
                 return Found(tuple(found))
-            if looked >= LOOK:
-                return Found(tuple(found), ids[-1], self._created(ids[-1]))
-            size *= _GROWTH
+            left -= looked
+        return Found(tuple(found), at, self._created(at))
 
     def _created(self, id: str) -> str:
         found = self._session.all("created", id=id)
@@ -140,35 +142,57 @@ class Search:
                 wanted = demand.values if wanted is None else wanted & demand.values
         return wanted
 
-    def _way(self, before: str, limit: int) -> tuple[_Way, _Where | None]:
-        """How to come upon them, and what is still to be looked at; None when all that is come upon match."""
+    def _ways(self, before: str, limit: int) -> Iterator[tuple[_Way, _Where | None, int]]:
+        """How to come upon them: a way, what is still to be looked at (None when all that is come upon match), and how
+        many to look at before the next way is taken from there on."""
         ids = [demand.values for demand in self._demands if isinstance(demand, Equal) and demand.field == "id"]
         if ids:
             named = sorted((id for id in frozenset.intersection(*ids) if id < before), reverse=True)
-            return _Listed(named), self._where()
+            yield _Listed(named), self._where(), LOOK
+            return
         counts, said = self._counted()
         if not said:
-            return _Listed([]), None
-        sure = all(said.values())
+            yield _Listed([]), None, LOOK
+            return
+        where = None if all(said.values()) else self._where()
         bounds = self._bounds(before)
-        if self._tenants is None:
-            matching = sum(count for (_, number), count in counts.items() if number in said)
-            everything = sum(counts.values())
-            if not sure:
-                by = self._narrower(before, matching)
-                if by is not None:
-                    return by, self._where()
-            if len(said) > MAX_RUNS or matching == everything:
-                timed = all(self._shapes.of[number].timed for number in said)
-                top, floor = bounds[True] if timed and len(said) == len(counts) else (before, "")
-                walk = _Walk(self._session, "entries", {}, top, floor)
-                return walk, None if sure and matching == everything else self._where()
-        runs = [
-            _Run(number, *bounds[self._shapes.of[number].timed], tenant)
-            for tenant, number in sorted(counts)
-            if number in said
-        ]
-        return _Merged(self._session, runs, limit), None if sure else self._where()
+        matching = sum(count for (_, number), count in counts.items() if number in said)
+        everything = self._session.all("count")[0][0]
+        if self._tenants is None and where is not None:
+            few = sum(number in said for _, number in counts) <= MAX_RUNS
+            by = self._narrower(before, matching if few else everything)
+            if by is not None:
+                yield by, where, LOOK
+                return
+        if where is None and matching * DENSE >= everything * limit:
+            walk = self._walk(said, bounds)
+            known = None if matching == everything else self._where()
+            yield walk, known, LOOK if known is None else DENSE
+            bounds = self._bounds(min(before, walk.before))
+        shares = {key: count for key, count in sorted(counts.items()) if key[1] in said}
+        if len(shares) <= (MAX_SURE if where is None else MAX_RUNS):
+            query = "entries_of_shapes" if self._tenants is None else "entries_of_shapes_of_tenants"
+            runs = [
+                _Run(number, *bounds[self._shapes.of[number].timed], tenant, count / matching)
+                for (tenant, number), count in shares.items()
+            ]
+            yield _Merged(self._session, query, runs), where, LOOK
+        elif self._tenants is None:
+            yield self._walk(said, bounds), where or self._where(), LOOK
+        else:
+            timed = bounds[self._all_timed(said)]
+            tenants = Counter[str]()
+            for (tenant, _), count in counts.items():
+                tenants[tenant] += count
+            runs = [_Run(0, *timed, tenant, count / tenants.total()) for tenant, count in sorted(tenants.items())]
+            yield _Merged(self._session, "entries_of_tenants", runs), where or self._where(), LOOK
+
+    def _all_timed(self, said: Iterable[int]) -> bool:
+        return all(self._shapes.of[number].timed for number in said)
+
+    def _walk(self, said: Iterable[int], bounds: Mapping[bool, tuple[str, str]]) -> _Walk:
+        """Over all of them."""
+        return _Walk(self._session, "entries", {}, *bounds[self._all_timed(said)])
 
     def _counted(self) -> tuple[dict[tuple[str, int], int], dict[int, bool | None]]:
         """How many envelopes there are by tenant, which is empty where all count, and shape; what is said of shapes."""
@@ -200,8 +224,8 @@ class Search:
                     top = min(top, id_from(demand.end, CLOSE + 1))
         return {True: (top, floor), False: (before, "")}
 
-    def _narrower(self, before: str, matching: int) -> _Way | None:
-        """A way over fewer envelopes than are of the right shapes, where one is named by its project or subject."""
+    def _narrower(self, before: str, most: int) -> _Way | None:
+        """A way over fewer envelopes than that, where they are of one project or subject."""
         best: tuple[int, str, str] | None = None
         for demand in self._demands:
             if isinstance(demand, Equal) and demand.field in ("project", "subject") and len(demand.values) == 1:
@@ -210,8 +234,8 @@ class Search:
                     continue
                 query = f"entries_of_{demand.field}"
                 walk = _Walk(self._session, query, {"value": value}, before, "")
-                count = len(walk.take(min(matching, LOOK)))
-                if count < matching and (best is None or count < best[0]):
+                count = len(walk.take(min(most, LOOK)))
+                if count < most and (best is None or count < best[0]):
                     best = (count, query, value)
         return None if best is None else _Walk(self._session, best[1], {"value": best[2]}, before, "")
 
@@ -242,71 +266,85 @@ class _Walk:
         self._session = session
         self._query = query
         self._values = values
-        self._before = before
+        #: Where it is.
+        self.before = before
         self._floor = floor
 
     def take(self, count: int) -> list[str]:
-        rows = self._session.all(self._query, **self._values, before=self._before, floor=self._floor, limit=count)
+        rows = self._session.all(self._query, **self._values, before=self.before, floor=self._floor, limit=count)
         ids = [id for (id,) in rows]
         if ids:
-            self._before = ids[-1]
+            self.before = ids[-1]
         return ids
 
 
 @dataclass(slots=True)
 class _Run:
-    """The ids of one shape, or of one shape of one tenant: those that are read and not taken are in `ids`."""
+    """The ids of one shape, of one shape of one tenant, or of one tenant: those that are read and not taken are `ids`.
+
+    `share` is its part of all envelopes of all runs.
+    """
 
     shape: int
     before: str
     floor: str
-    tenant: str = ""
+    tenant: str
+    share: float
     ids: list[str] = field(default_factory=list)
     size: int = 0
     ended: bool = False
 
 
 class _Merged:
-    """Many runs as one. What is read of each is only as much as is taken of it, and somewhat more."""
+    """Many runs as one. Of each as much is read as will be taken of it where all are alike at all times, then more."""
 
-    def __init__(self, session: Session, runs: list[_Run], limit: int) -> None:
+    def __init__(self, session: Session, query: str, runs: list[_Run]) -> None:
         self._session = session
+        self._query = query
+        #: The one that has the newest comes first.
         self._runs = runs
-        self._query = "entries_of_tenants" if any(run.tenant for run in runs) else "entries_of_shapes"
-        self._first = limit + 1 if len(runs) <= _RUN else _RUN
         self._ready: list[str] = []
 
     def take(self, count: int) -> list[str]:
+        if any(not run.size for run in self._runs):
+            # Of more runs than ids, only those count that have the newest.
+            self._read(self._runs, count if len(self._runs) <= count else 0)
         while len(self._ready) < count and self._runs:
-            self._read()
+            missing = count - len(self._ready)
+            self._read(self._runs[:missing], missing)
             # Down to where the first of those ends that have more, everything is at hand.
             frontier = max((run.ids[-1] for run in self._runs if not run.ended), default="")
             more: list[str] = []
             for run in self._runs:
+                if run.ids[0] < frontier:
+                    break
                 cut = len(run.ids) - bisect_left(run.ids[::-1], frontier)
                 more += run.ids[:cut]
                 run.ids = run.ids[cut:]
+            self._read([run for run in self._runs if not run.ids], missing)
             more.sort(reverse=True)
             self._ready += more
-            self._runs = [run for run in self._runs if run.ids or not run.ended]
         taken, self._ready = self._ready[:count], self._ready[count:]
         return taken
 
-    def _read(self) -> None:
-        """Read more of the runs that have hardly any left."""
+    def _read(self, runs: Iterable[_Run], count: int) -> None:
+        """Read more of those that have too little for so many ids of all."""
         by_size: dict[int, list[_Run]] = {}
-        for run in self._runs:
-            if not run.ended and len(run.ids) <= run.size // 4:
-                run.size = min(run.size * _GROWTH, _MAX_RUN) or self._first
+        for run in runs:
+            expected = ceil(run.share * count)
+            if not run.ended and (not run.ids or len(run.ids) < min(expected, run.size)):
+                at_least = max(expected, min(run.size * _GROWTH, _MAX_RUN), 1)
+                run.size = _GROWTH ** ceil(log(at_least, _GROWTH))
                 by_size.setdefault(run.size, []).append(run)
-        for size, runs in by_size.items():
-            asked = [[run.shape, run.before, run.floor, run.tenant] for run in runs]
+        for size, some in by_size.items():
+            asked = [[run.shape, run.before, run.floor, run.tenant] for run in some]
             for number, ids in self._session.all(self._query, runs=json.dumps(asked), limit=size):
-                run, found = runs[number], json.loads(ids) if ids else []
+                run, found = some[number], json.loads(ids) if ids else []
                 run.ids += found
                 run.ended = len(found) < size
                 if found:
                     run.before = found[-1]
+        self._runs = sorted((run for run in self._runs if run.ids), key=lambda run: run.ids[0], reverse=True)
 
 
 class _Where:

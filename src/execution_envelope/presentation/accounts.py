@@ -198,8 +198,11 @@ def ranking_line(found: Accounting, resource: str) -> Text:
 
 
 def _behind(accounts: Accounts) -> str:
-    taken, behind = counted(accounts.taken, "entry"), accounts.lag.entries
-    return f"{taken} of the ledger taken in, {counted(behind, 'entry') if behind else 'none'} behind"
+    behind = accounts.lag.entries
+    if accounts.taken is None:
+        return "some of the newest not taken in yet" if behind else "complete"
+    missing = counted(behind, "entry") if behind else "none"
+    return f"{counted(accounts.taken, 'entry')} of the ledger taken in, {missing} behind"
 
 
 def _amount(resource: str, sums: Mapping[Side, Sum], side: Side) -> Text:

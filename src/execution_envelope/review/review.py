@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Final
 
@@ -84,15 +84,16 @@ class Review:
         Another tenant's is said not to exist, in the same words; so is what cannot be read, to who does not see all.
         """
         try:
-            id = self._resolved(reference)
-            stored = self.ledger.read(id)
+            kind, colon, name = reference.partition(":")
+            id = self.ledger.find(kind, name) if colon else reference
+            stored = None if id is None else self.ledger.read(id)
             record = None if stored is None else stored.record()
         except Exported:
             if tenants is None:
                 raise
             record = None  # whose it was is not known any more
         if record is None or not _seen(record, tenants):
-            raise NotFound(f"expected an envelope, none has the id {shown(reference, 200)}")
+            raise NotFound(f"expected an envelope, none is known by {shown(reference, 200)}")
         return record
 
     def row(self, id: str, *, tenants: Tenants = None, fresh: bool = True) -> ProjectedEnvelope | None:
@@ -212,14 +213,10 @@ class Review:
         """
         now = self.clock()
         question = Question(*window(since, until, now=now), tuple(by), where or {}, tenants)
-        return Accounting(question, self.ledger.projection().totals(question, fresh=fresh), now)
-
-    def _resolved(self, reference: str) -> str:
-        kind, colon, name = reference.partition(":")
-        found = self.ledger.find(kind, name) if colon else reference
-        if found is None:
-            raise NotFound(f"expected an envelope, none is bound to {shown(reference, 200)}")
-        return found
+        found = self.ledger.projection().totals(question, fresh=fresh)
+        if tenants is not None:
+            found = replace(found, taken=None, lag=Lag(min(1, found.lag.entries), 0))
+        return Accounting(question, found, now)
 
 
 def _asking(name: str) -> str:

@@ -24,8 +24,8 @@ router = APIRouter(include_in_schema=False)
 Reference = Annotated[str, Path(max_length=512)]
 #: The sections of the page, for its own navigation.
 SECTIONS: Final = (
-    ("why", "why"),
     ("resources", "resources"),
+    ("why", "why"),
     ("families", "families"),
     ("hooks", "hook ledger"),
     ("route", "route ledger"),
@@ -56,7 +56,7 @@ def envelope(reference: Reference, request: Request, shared: Shared, who: Reader
         "envelope.html",
         title=f"{record.envelope.execution.operation} {record.id[-12:]}",
         here="/envelopes",
-        sections=(*SECTIONS, *(("act", "decide"),) * bool(may)),
+        sections=(*(("act", "decide"),) * bool(may), *SECTIONS),
         why=why,
         children=children[-MAX_CHILDREN:],
         children_said=counted(len(children), "envelope") + (" is" if len(children) == 1 else " are") + " part of it",

@@ -12,6 +12,7 @@ from execution_envelope.console.who import Reader, Shared
 from execution_envelope.counters import COUNTERS
 from execution_envelope.errors import LedgerUnavailable
 from execution_envelope.ledger.contract import ChainHead
+from execution_envelope.presentation import counted
 
 router = APIRouter(include_in_schema=False)
 
@@ -35,7 +36,7 @@ def health(request: Request, shared: Shared, who: Reader) -> HTMLResponse:
             values |= {
                 "chains": [_chain(head) for head in reversed(heads[-MAX_CHAINS:])],
                 "more_chains": max(0, len(heads) - MAX_CHAINS),
-                "entries": sum(head.length for head in heads),
+                "log": f"{counted(sum(head.length for head in heads), 'entry')} in {counted(len(heads), 'chain')}",
                 "checkpoint": review.checkpoint(),
             }
         if who.may("audit"):
@@ -49,8 +50,8 @@ def health(request: Request, shared: Shared, who: Reader) -> HTMLResponse:
         page = review.find("revoking", limit=MAX_REVOKING, tenants=who.tenants, fresh=not behind)
         revoking = listed(page.rows, shared.clock())
     if shared.controller is not None and everything:
-        counted = shared.controller.counters
-        values["counters"] = [(name, counted[name], said) for name, said in COUNTERS.items() if counted[name]]
+        counts = shared.controller.counters
+        values["counters"] = [(name, counts[name], said) for name, said in COUNTERS.items() if counts[name]]
     return shared.page(
         request,
         "health.html",

@@ -70,8 +70,8 @@ def replay(name: Annotated[str, InPath(max_length=120)], request: Request, share
     file = next((file for file in _files(shared.replays) if file.name == name), None)
     if file is None:
         raise NotFound("expected a result of a replay, there is none of this name")
-    result, own = _read(file), None
-    own = _own(result, who)
+    result = _read(file)
+    own, since = _own(result, who), ("--since", result.since[:10]) if result.since else ()
 
     def seen(lines: Iterable[Any]) -> list[Any]:
         return [line for line in lines if who.tenants is None or line.tenant in who.tenants]
@@ -90,6 +90,7 @@ def replay(name: Annotated[str, InPath(max_length=120)], request: Request, share
         changed=str(result.changed) if whole else _changed(tenants),
         compared=str(result.compared) if whole else _compared(tenants),
         meanings=_MEANINGS,
+        words=("envelope", "replay", "--policy", "FILE", "--hook", result.hook, *since, "--out", name),
         matrix=_matrix(result) if whole else _matrix_of(tenants),
         **(_days(result) if whole else {"chart": None, "days": []}),
         rules=result.rules[:MAX_LINES] if whole else (),

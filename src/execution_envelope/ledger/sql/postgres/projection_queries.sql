@@ -90,6 +90,9 @@ SELECT body FROM projection_envelopes WHERE id = %(id)s
 -- name: shapes
 SELECT shape, body FROM projection_shapes WHERE shape > %(after)s ORDER BY shape
 
+-- name: count
+SELECT coalesce(max(count), 0) FROM projection_coverage WHERE term = 'envelopes'
+
 -- name: shape_counts
 SELECT shape, count FROM projection_shapes WHERE count > 0
 
@@ -118,7 +121,7 @@ SELECT j.number - 1, (SELECT json_agg(id)::text FROM (
     ORDER BY shape DESC, id DESC LIMIT %(limit)s) AS e)
 FROM json_array_elements(%(runs)s::json) WITH ORDINALITY AS j (run, number)
 
--- name: entries_of_tenants
+-- name: entries_of_shapes_of_tenants
 SELECT j.number - 1, (SELECT json_agg(id)::text FROM (
     SELECT id FROM projection_entries
     WHERE (tenant, shape, id) < (j.run ->> 3, (j.run ->> 0)::bigint, j.run ->> 1)
@@ -126,12 +129,21 @@ SELECT j.number - 1, (SELECT json_agg(id)::text FROM (
     ORDER BY tenant DESC, shape DESC, id DESC LIMIT %(limit)s) AS e)
 FROM json_array_elements(%(runs)s::json) WITH ORDINALITY AS j (run, number)
 
+-- name: entries_of_tenants
+SELECT j.number - 1, (SELECT json_agg(id)::text FROM (
+    SELECT id FROM projection_entries
+    WHERE (tenant, id) < (j.run ->> 3, j.run ->> 1) AND (tenant, id) >= (j.run ->> 3, j.run ->> 2)
+    ORDER BY tenant DESC, id DESC LIMIT %(limit)s) AS e)
+FROM json_array_elements(%(runs)s::json) WITH ORDINALITY AS j (run, number)
+
 -- name: created
 SELECT created FROM projection_entries WHERE id = %(id)s
 
 -- name: fitting
-SELECT e.id FROM projection_entries AS e
-WHERE e.id IN (SELECT json_array_elements_text(%(ids)s::json)) AND ({where})
+-- By id and nothing else: what is materialized is not planned together.
+WITH few AS MATERIALIZED (
+    SELECT * FROM projection_entries WHERE id IN (SELECT json_array_elements_text(%(ids)s::json)))
+SELECT e.id FROM few AS e WHERE {where}
 
 -- name: where_shape
 e.shape IN (SELECT json_array_elements_text({value}::json)::bigint)

@@ -90,6 +90,9 @@ SELECT body FROM projection_envelopes WHERE id = :id
 -- name: shapes
 SELECT shape, body FROM projection_shapes WHERE shape > :after ORDER BY shape
 
+-- name: count
+SELECT coalesce(max(count), 0) FROM projection_coverage WHERE term = 'envelopes'
+
 -- name: shape_counts
 SELECT shape, count FROM projection_shapes WHERE count > 0
 
@@ -115,10 +118,18 @@ SELECT j.key, (SELECT json_group_array(id) FROM (
     ORDER BY id DESC LIMIT :limit))
 FROM json_each(:runs) AS j
 
+-- name: entries_of_shapes_of_tenants
+SELECT j.key, (SELECT json_group_array(id) FROM (
+    SELECT id FROM projection_entries INDEXED BY projection_by_tenant_shape
+    WHERE tenant = json_extract(j.value, '$[3]') AND shape = json_extract(j.value, '$[0]')
+    AND id < json_extract(j.value, '$[1]') AND id >= json_extract(j.value, '$[2]')
+    ORDER BY id DESC LIMIT :limit))
+FROM json_each(:runs) AS j
+
 -- name: entries_of_tenants
 SELECT j.key, (SELECT json_group_array(id) FROM (
     SELECT id FROM projection_entries INDEXED BY projection_by_tenant
-    WHERE tenant = json_extract(j.value, '$[3]') AND shape = json_extract(j.value, '$[0]')
+    WHERE tenant = json_extract(j.value, '$[3]')
     AND id < json_extract(j.value, '$[1]') AND id >= json_extract(j.value, '$[2]')
     ORDER BY id DESC LIMIT :limit))
 FROM json_each(:runs) AS j
@@ -127,22 +138,23 @@ FROM json_each(:runs) AS j
 SELECT created FROM projection_entries WHERE id = :id
 
 -- name: fitting
-SELECT e.id FROM projection_entries AS e WHERE e.id IN (SELECT value FROM json_each(:ids)) AND ({where})
+-- By id and nothing else: the plus keeps other indexes out.
+SELECT e.id FROM json_each(:ids) AS j CROSS JOIN projection_entries AS e ON e.id = j.value WHERE {where}
 
 -- name: where_shape
-e.shape IN (SELECT value FROM json_each({value}))
++e.shape IN (SELECT value FROM json_each({value}))
 
 -- name: where_equal
-e.{column} IN (SELECT value FROM json_each({value}))
++e.{column} IN (SELECT value FROM json_each({value}))
 
 -- name: where_contains
 instr(lower(e.{column}), {value}) > 0
 
 -- name: where_since
-e.{column} <> '' AND e.{column} >= {value}
++e.{column} <> '' AND +e.{column} >= {value}
 
 -- name: where_before
-e.{column} <> '' AND e.{column} < {value}
++e.{column} <> '' AND +e.{column} < {value}
 
 -- name: amount
 json_extract(e.{column}, '$.' || {value})
