@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ from execution_envelope.adapters.declared import (
 )
 from execution_envelope.admission import MAX_CONFLICTS
 from execution_envelope.attempted import ATTEMPTED_BURST, ATTEMPTED_PER_SECOND
-from execution_envelope.console import access
+from execution_envelope.console import access, live, sessions, signin, tokens
 from execution_envelope.console import limits as console_limits
 from execution_envelope.console.app import create_app
 from execution_envelope.console.problems import MEANINGS
@@ -304,6 +304,27 @@ def _limits() -> str:
         ("rows of one page of a search", f"1 to {MAX_PAGE}", "refused, `limit` is named"),
         ("the cursor of a page", f"{MAX_CURSOR} characters", "refused, `after` is named"),
         ("envelopes that one page looks at", str(LOOK), "the page ends early and says how far it looked back"),
+        ("requests of one caller to a server process", console_limits.REQUESTS, "429, with `Retry-After`"),
+        (
+            "wrong credentials of one address",
+            console_limits.FAILURES,
+            "429, with `Retry-After`: none of it is looked at until then",
+        ),
+        ("body of a request to the server", f"{console_limits.MAX_BODY} bytes", "413"),
+        ("a token", f"{signin.MAX_TOKEN} characters", "nobody's"),
+        ("entries of a token file", str(tokens.MAX_TOKENS), "the file is refused"),
+        (
+            "a browser that is signed in",
+            f"{_hours(sessions.IDLE)} without a request, {_hours(sessions.LONGEST)} together",
+            "it signs in again",
+        ),
+        ("browsers that are signed in to one server process", str(sessions.MAX_SESSIONS), "the oldest sign in again"),
+        (
+            "live updates, to one caller and from one server process",
+            f"{live.MAX_STREAMS_OF_ONE} and {live.MAX_STREAMS} streams",
+            "429, and 503, with `Retry-After`",
+        ),
+        ("one stream of live updates", f"{live.LASTS:g} s", "who still may comes again by itself"),
         ("findings of a verification", str(MAX_FINDINGS), "counted, not listed"),
         ("`envelope simulate`", f"{MAX_COUNT} envelopes over {MAX_DAYS} days", "refused"),
     ]
@@ -400,6 +421,10 @@ nothing is left out in silence. `Projection.stream` and `envelope list --json --
 Of an envelope whose entries cannot be read there is only the id: it matches `id=...` and `state=damaged`, has no
 other field, and is in every list of `envelope list`, which names it on stderr.
 """
+
+
+def _hours(time: timedelta) -> str:
+    return f"{time / timedelta(hours=1):g} h"
 
 
 def _codes() -> str:
