@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from fastapi.dependencies.models import Dependant
 from fastapi.routing import APIRoute
 
 from execution_envelope import (
@@ -38,14 +39,18 @@ from execution_envelope.adapters.declared import (
 )
 from execution_envelope.admission import MAX_CONFLICTS
 from execution_envelope.attempted import ATTEMPTED_BURST, ATTEMPTED_PER_SECOND
-from execution_envelope.console import access, live, sessions, signin, tokens
+from execution_envelope.console import access, asserted, live, markup, sessions, sheet, signin, tokens
 from execution_envelope.console import limits as console_limits
 from execution_envelope.console.app import create_app
+from execution_envelope.console.clients import MAX_OF_SERVICE, MAX_SESSIONS, SILENT
+from execution_envelope.console.ledger_routes import MAX_LOOKED
+from execution_envelope.console.pages import budgets as budgets_page
+from execution_envelope.console.pages import replays
 from execution_envelope.console.problems import MEANINGS
 from execution_envelope.controller import AdmissionController
 from execution_envelope.decision import CODES
 from execution_envelope.family import MAX_LEVELS, MAX_PARENTS, MAX_TREE
-from execution_envelope.ledger import open_ledger
+from execution_envelope.ledger import open_ledger, remote_http, wire
 from execution_envelope.ledger.chain import Entry
 from execution_envelope.ledger.contract import MAX_ATTEMPTED
 from execution_envelope.ledger.postgres_database import TIMEOUT
@@ -65,6 +70,7 @@ from execution_envelope.review import Review
 from execution_envelope.review.explain.explanation import MAX_SENTENCES
 from execution_envelope.review.explain.sections import MAX_ACCOUNTS
 from execution_envelope.review.explain.wording import MAX_NAME, MAX_QUOTE
+from execution_envelope.review.review import MAX_COUNTED
 from execution_envelope.reviewer import MAX_REVOCATIONS, REVOKE_TIMEOUT
 from execution_envelope.reviewing import MAX_REVIEWS, MAX_SILENCE
 from execution_envelope.reviewing import MAX_THREADS as MAX_REVIEW_THREADS
@@ -282,6 +288,38 @@ def _limits() -> str:
             "what was said of a part before those is not looked for",
         ),
         ("segments of an SQLite ledger that are not dropped", str(MAX_SEGMENTS), "the next one is refused"),
+        ("one call of a ledger at a server", f"{remote_http.TIMEOUT:g} s", "`LedgerUnavailable`: 503, nothing started"),
+        (
+            "one request to a server that hosts a ledger",
+            f"{wire.MAX_BODY} bytes, {wire.MAX_GROUP} submissions",
+            "a group is sent in parts; what is larger alone is refused",
+        ),
+        (
+            "sessions of clients that a server hosts, in all and of one service",
+            f"{MAX_SESSIONS} and {MAX_OF_SERVICE}",
+            "`LedgerUnavailable` for the next one",
+        ),
+        (
+            "a client of which a server hears nothing",
+            f"{SILENT:g} s",
+            "its session is let go of, its chain has no closing entry; it opens another when it comes back",
+        ),
+        (
+            "a sealed envelope and the facts of one commit that a service sends",
+            f"{asserted.MAX_SEALED} and {asserted.MAX_FACTS} bytes, {asserted.MAX_DEPTH} levels, "
+            f"{asserted.MAX_COUNT} facts",
+            "refused, the field is named",
+        ),
+        (
+            "chains of a client whose leases it takes over after its server was started again",
+            str(wire.MAX_ADOPTED),
+            "older ones run out",
+        ),
+        (
+            "envelopes that are looked through for those of a service's tenants in one answer",
+            str(MAX_LOOKED),
+            "`newest` of a ledger at a server lists none of those behind",
+        ),
         ("envelopes of a projection in memory", str(MAX_IN_MEMORY), "`LedgerUnavailable`: make the folder writable"),
         (
             "sentences of one section of an explanation",
@@ -319,14 +357,40 @@ def _limits() -> str:
             "it signs in again",
         ),
         ("browsers that are signed in to one server process", str(sessions.MAX_SESSIONS), "the oldest sign in again"),
-        (
-            "live updates, to one caller and from one server process",
-            f"{live.MAX_STREAMS_OF_ONE} and {live.MAX_STREAMS} streams",
-            "429, and 503, with `Retry-After`",
-        ),
-        ("one stream of live updates", f"{live.LASTS:g} s", "who still may comes again by itself"),
         ("findings of a verification", str(MAX_FINDINGS), "counted, not listed"),
         ("`envelope simulate`", f"{MAX_COUNT} envelopes over {MAX_DAYS} days", "refused"),
+        (
+            "streams of live updates of one console, and of one principal",
+            f"{live.MAX_STREAMS} and {live.MAX_STREAMS_OF_ONE}",
+            "503 and 429: the page says that it is not live, and tries again later",
+        ),
+        (
+            "a stream of live updates",
+            f"{live.LASTS:g} s",
+            "ends; the page comes again, and its credential is looked at again",
+        ),
+        (
+            "new entries of one round of live updates",
+            str(live.MAX_ENTRIES),
+            "not looked at one by one: pages are told that much changed",
+        ),
+        (
+            "a text in one place of a page, and a name in a list",
+            f"{markup.MAX_TEXT} and {markup.MAX_NAME} characters",
+            "cut; of a text it is said how long it was",
+        ),
+        (
+            "events, and verdicts, on the page of an envelope",
+            f"{sheet.MAX_EVENTS} and {sheet.MAX_VERDICTS}",
+            "the middle of the events, and older verdicts, are left out: `envelope show`",
+        ),
+        (
+            "envelopes that are counted for who sees some tenants only",
+            str(MAX_COUNTED),
+            f"{MAX_COUNTED}+",
+        ),
+        ("balances on a page, the fullest first", str(budgets_page.MAX_BALANCES), "counted: `envelope budgets`"),
+        ("results of replays that the console looks at, the newest first", str(replays.MAX_FILES), "not shown"),
     ]
     return "# Limits\n\n" + _table(("what", "limit", "beyond it"), rows)
 
@@ -523,10 +587,15 @@ def _rights(routes: Iterable[Any]) -> Iterator[tuple[tuple[str, str], str]]:
                 for (method, path), right in _rights(included.routes)
             )
         elif isinstance(route, APIRoute):
-            for dependency in route.dependant.dependencies:
-                if dependency.call is not None and "having" in dependency.call.__qualname__:
-                    right = inspect.getclosurevars(dependency.call).nonlocals["right"]
-                    yield from (((method, route.path), right) for method in route.methods)
+            right = next(filter(None, map(_right, route.dependant.dependencies)))
+            yield from (((method, route.path), right) for method in route.methods or ())
+
+
+def _right(dependency: Dependant) -> str | None:
+    """The right that a dependency, or one of its own, asks for."""
+    if dependency.call is not None and "having" in dependency.call.__qualname__:
+        return str(inspect.getclosurevars(dependency.call).nonlocals["right"])
+    return next(filter(None, map(_right, dependency.dependencies)), None)
 
 
 def _answered(operation: Mapping[str, Any]) -> str:

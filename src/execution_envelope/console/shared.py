@@ -13,6 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from execution_envelope.budgets import Budgets
 from execution_envelope.console.access import Authenticator, Principal
+from execution_envelope.console.clients import Clients
 from execution_envelope.console.limits import RateLimits
 from execution_envelope.console.sessions import Session, Sessions
 from execution_envelope.controller import AdmissionController
@@ -39,6 +40,7 @@ class Console:
         self.replays = replays
         self.limits = limits
         self.sessions = Sessions(review.clock)
+        self.clients = Clients(review.ledger)
         self.templates = Environment(
             loader=PackageLoader("execution_envelope.console"),
             autoescape=True,
