@@ -587,8 +587,9 @@ def _rights(routes: Iterable[Any]) -> Iterator[tuple[tuple[str, str], str]]:
                 for (method, path), right in _rights(included.routes)
             )
         elif isinstance(route, APIRoute):
-            right = next(filter(None, map(_right, route.dependant.dependencies)))
-            yield from (((method, route.path), right) for method in route.methods or ())
+            right = next(filter(None, map(_right, route.dependant.dependencies)), None)
+            if right is not None:  # those without are no part of the API: signing in and out
+                yield from (((method, route.path), right) for method in route.methods or ())
 
 
 def _right(dependency: Dependant) -> str | None:
