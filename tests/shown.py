@@ -2,8 +2,8 @@
 
 On the page a comment before a block says what it is: ``<!-- file: NAME -->`` for a file that is written,
 ``<!-- runs -->`` for a console in which lines that begin with ``$`` are run and the others are what is printed, with
-``...`` for anything, and ``<!-- restart -->`` for starting what runs in the background again. ``kill -9 %1`` kills what was
-started first of what runs in the background, as it does in a shell.
+``...`` for anything, and ``<!-- restart -->`` for starting what runs in the background again. ``kill -9 %1`` kills what
+was started first of what runs in the background, as it does in a shell.
 """
 
 from __future__ import annotations
