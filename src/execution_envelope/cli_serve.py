@@ -122,7 +122,7 @@ def serve(
             timeout_graceful_shutdown=GRACE,
             **tls,  # type: ignore[arg-type]
         )
-        Announced(config).run()
+        Announced(app, config).run()
 
 
 @contextmanager

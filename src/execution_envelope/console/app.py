@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fastapi import FastAPI
@@ -11,6 +11,7 @@ from execution_envelope.console import api, pages, reading, signin
 from execution_envelope.console.access import Authenticator
 from execution_envelope.console.headers import BodyLimit, SecurityHeaders
 from execution_envelope.console.limits import RateLimits
+from execution_envelope.console.live import Follower
 from execution_envelope.console.problems import answer_errors
 from execution_envelope.console.schema import describe
 from execution_envelope.console.shared import Console
@@ -26,15 +27,17 @@ def create_app(
     controller: AdmissionController | None = None,
     replays: Path | None = None,
     limits: RateLimits | None = None,
+    revoked: Callable[[], None] | None = None,
 ) -> FastAPI:
     """The console over a ledger. It may be mounted anywhere in another application.
 
     With a `controller` those who may can approve, deny and revoke: as requests of their own, on which its policy
-    decides. `limits` say how much one caller may ask.
+    decides. `limits` say how much one caller may ask. `revoked` is called on the event loop when somebody asked
+    here for something to be revoked: whoever carries that out need not wait for the next round.
     """
     # Who sees the description is known too, so FastAPI does not serve it.
     app = FastAPI(title="execution envelope", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
-    app.state.console = Console(review, authenticators, controller, replays, limits or RateLimits())
+    app.state.console = Console(review, authenticators, controller, replays, limits or RateLimits(), revoked)
     answer_errors(app)
     app.add_middleware(BodyLimit)
     app.add_middleware(SecurityHeaders)  # the last one added is the first to see a request
@@ -44,3 +47,10 @@ def create_app(
     pages.add_to(app)
     describe(app)
     return app
+
+
+def end_streams(app: FastAPI) -> None:
+    """End the live updates of a console, and let no more begin: for a server that is told to stop, which would wait for
+    them. On the event loop."""
+    follower: Follower = app.state.follower
+    follower.end()

@@ -32,12 +32,14 @@ class Console:
         controller: AdmissionController | None,
         replays: Path | None,
         limits: RateLimits,
+        revoked: Callable[[], None] | None = None,
     ) -> None:
         self.review = review
         self.authenticators = authenticators
         self.controller = controller
         self.replays = replays
         self.limits = limits
+        self.revoked = revoked
         self.sessions = Sessions(review.clock)
         self.templates = Environment(
             loader=PackageLoader("execution_envelope.console"),

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Final
 
-from fastapi import APIRouter, Form, HTTPException, Query, Request
+from fastapi import APIRouter, Form, Query, Request
 from fastapi.responses import HTMLResponse
 from starlette.concurrency import run_in_threadpool
 
 from execution_envelope.console.access import Principal
+from execution_envelope.console.api import decide
 from execution_envelope.console.pages.envelope import Reference, acts
 from execution_envelope.console.shared import Console
 from execution_envelope.console.who import Approver, Reader, Revoker, Shared
@@ -78,20 +79,11 @@ async def _say(
 ) -> HTMLResponse:
     """Say it, and show what came of it. Refusals of the policy are answers, not errors of the page."""
     record = await run_in_threadpool(lambda: shared.review.record(reference, tenants=who.tenants))
-    if shared.controller is None:
-        raise HTTPException(409, "expected a server with a controller: this one only shows")
-    by = who.acting_in(record.envelope.identity.tenant)
     status, done, word, text = 200, False, "refused", ""
     own: str | None = None
     reasons: tuple[Reason, ...] = ()
     try:
-        match what:
-            case "approve":
-                record = await shared.controller.approve(record.id, by=by, reason=reason)
-            case "deny":
-                record = await shared.controller.deny(record.id, by=by, reason=reason)
-            case _:
-                record = await shared.controller.revoke(record.id, by=by, reason=reason)
+        record = await decide(shared, who, what, record, reason)
         done, word, text = True, what, _came_of(what, record)
     except (Denied, Held) as refused:
         status, text, own, reasons = (
