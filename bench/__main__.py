@@ -16,7 +16,22 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from bench import append, growth, hooks, http, inference, machine, memory, relaxed, replay, seal, seam, table, verify
+from bench import (
+    append,
+    growth,
+    hooks,
+    http,
+    inference,
+    machine,
+    memory,
+    relaxed,
+    replay,
+    review,
+    seal,
+    seam,
+    table,
+    verify,
+)
 from bench.rounds import Run
 from bench.table import GOALS, PAGE, RESULTS, Results, Row
 
@@ -44,6 +59,13 @@ MEASURES: Final[Mapping[tuple[str, ...], Callable[[Run], Iterator[Row]]]] = {
     ("replay",): replay.measure,
     ("relaxed_p99_ms",): relaxed.measure,
     ("memory",): memory.measure,
+    ("console_page_ms", "explain_ms", "accounting_30d_ms", "replay_per_core"): review.sqlite,
+    (
+        "console_page_ms_postgres",
+        "explain_ms_postgres",
+        "accounting_30d_ms_postgres",
+        "replay_per_core_postgres",
+    ): review.postgres,
 }
 _HERE: Final = Path(__file__).parent
 
@@ -73,7 +95,7 @@ def main(arguments: list[str] | None = None) -> int:
         def advance(text: str, share: float) -> None:
             progress.update(task, description=text, completed=share)
 
-        run = Run(data, given.quick, given.keep, advance)
+        run = Run(data, given.quick, given.keep, advance, given.simulated)
         data.mkdir(parents=True, exist_ok=True)
         described = machine.describe(run)
         rows, failures = list[Row](), list[str]()
@@ -100,7 +122,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("command", nargs="?", choices=["run", "docs"], default="run")
     parser.add_argument("--rows", default=",".join(GOALS), help="some of: " + ", ".join(GOALS))
     parser.add_argument("--quick", action="store_true", help="a small scale, for trying; its numbers mean nothing")
-    parser.add_argument("--keep", action="store_true", help="keep the ledger of two million envelopes, and reuse it")
+    parser.add_argument("--keep", action="store_true", help="keep the ledgers of two million envelopes, and reuse them")
+    parser.add_argument("--simulated", type=Path, metavar="FOLDER", help="where the simulated ledgers are, or are made")
     parser.add_argument("--output", type=Path, help="where the results go, in place of bench/results/latest.json")
     given = parser.parse_args(arguments)
     try:

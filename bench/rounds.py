@@ -15,13 +15,15 @@ from pathlib import Path
 class Run:
     """One run: where its data goes, how much it does, and who hears how far it is.
 
-    `quick` is a scale for trying, whose numbers mean nothing; `keep` reuses the large ledger of an earlier run.
+    `quick` is a scale for trying, whose numbers mean nothing; `keep` reuses the large ledgers of an earlier run, and
+    `simulated` is a folder with those of `envelope simulate`, which are kept anyway.
     """
 
     data: Path
     quick: bool
     keep: bool
     advance: Callable[[str, float], None]
+    simulated: Path | None = None
 
     def scale(self, full: int, quick: int) -> int:
         """How many, in this run."""

@@ -65,6 +65,14 @@ GOALS: Final[Mapping[str, Goal]] = {
     "replay": Goal("envelopes/cpu-s", "more", 20_000, 40_000, None),
     "relaxed_p99_ms": Goal("ms", "less", 1.0, 0.5, None),
     "memory": Goal("MiB", "less", 1.10, 1.02, "itself, half-way through a million appends"),
+    "console_page_ms": Goal("ms", "less", 100, 50, None),
+    "explain_ms": Goal("ms", "less", 10, 3, None),
+    "accounting_30d_ms": Goal("ms", "less", 500, 100, None),
+    "replay_per_core": Goal("envelopes/cpu-s", "more", 20_000, 40_000, None),
+    "console_page_ms_postgres": Goal("ms", "less", 100, 50, None),
+    "explain_ms_postgres": Goal("ms", "less", 10, 3, None),
+    "accounting_30d_ms_postgres": Goal("ms", "less", 500, 100, None),
+    "replay_per_core_postgres": Goal("envelopes/cpu-s", "more", 20_000, 40_000, None),
 }
 
 

@@ -34,6 +34,9 @@ from execution_envelope.adapters.declared import (
 )
 from execution_envelope.admission import MAX_CONFLICTS
 from execution_envelope.attempted import ATTEMPTED_BURST, ATTEMPTED_PER_SECOND
+from execution_envelope.console import live, markup, sheet
+from execution_envelope.console.pages import budgets as budgets_page
+from execution_envelope.console.pages import replays
 from execution_envelope.controller import AdmissionController
 from execution_envelope.decision import CODES
 from execution_envelope.family import MAX_LEVELS, MAX_PARENTS, MAX_TREE
@@ -43,7 +46,7 @@ from execution_envelope.ledger.postgres_database import TIMEOUT
 from execution_envelope.ledger.projection import MAX_CURSOR, MAX_PAGE
 from execution_envelope.ledger.projection_sqlite import MAX_IN_MEMORY
 from execution_envelope.ledger.recomputation import MAX_FINDINGS
-from execution_envelope.ledger.search import LOOK
+from execution_envelope.ledger.search import LOOK, MAX_SURE
 from execution_envelope.ledger.segments import PATIENCE as SEGMENT_PATIENCE
 from execution_envelope.ledger.spool import MAX_SPOOLED
 from execution_envelope.ledger.sqlite_database import BUSY_TIMEOUT, MAX_SEGMENTS
@@ -55,6 +58,7 @@ from execution_envelope.reporting import MAX_LINE
 from execution_envelope.review.explain.explanation import MAX_SENTENCES
 from execution_envelope.review.explain.sections import MAX_ACCOUNTS
 from execution_envelope.review.explain.wording import MAX_NAME, MAX_QUOTE
+from execution_envelope.review.review import MAX_COUNTED
 from execution_envelope.reviewer import MAX_REVOCATIONS, REVOKE_TIMEOUT
 from execution_envelope.reviewing import MAX_REVIEWS, MAX_SILENCE
 from execution_envelope.reviewing import MAX_THREADS as MAX_REVIEW_THREADS
@@ -293,6 +297,38 @@ def _limits() -> str:
         ("envelopes that one page looks at", str(LOOK), "the page ends early and says how far it looked back"),
         ("findings of a verification", str(MAX_FINDINGS), "counted, not listed"),
         ("`envelope simulate`", f"{MAX_COUNT} envelopes over {MAX_DAYS} days", "refused"),
+        (
+            "streams of live updates of one console, and of one principal",
+            f"{live.MAX_STREAMS} and {live.MAX_STREAMS_OF_ONE}",
+            "503 and 429: the page says that it is not live, and tries again later",
+        ),
+        (
+            "a stream of live updates",
+            f"{live.LASTS:g} s",
+            "ends; the page comes again, and its credential is looked at again",
+        ),
+        (
+            "new entries of one round of live updates",
+            str(live.MAX_ENTRIES),
+            "not looked at one by one: pages are told that much changed",
+        ),
+        (
+            "a text in one place of a page, and a name in a list",
+            f"{markup.MAX_TEXT} and {markup.MAX_NAME} characters",
+            "cut; of a text it is said how long it was",
+        ),
+        (
+            "events, and verdicts, on the page of an envelope",
+            f"{sheet.MAX_EVENTS} and {sheet.MAX_VERDICTS}",
+            "the middle of the events, and older verdicts, are left out: `envelope show`",
+        ),
+        (
+            "envelopes that are counted for who sees some tenants only",
+            str(MAX_COUNTED),
+            f"{MAX_COUNTED}+",
+        ),
+        ("balances on a page, the fullest first", str(budgets_page.MAX_BALANCES), "counted: `envelope budgets`"),
+        ("results of replays that the console looks at, the newest first", str(replays.MAX_FILES), "not shown"),
     ]
     return "# Limits\n\n" + _table(("what", "limit", "beyond it"), rows)
 
@@ -321,14 +357,14 @@ def _query() -> str:
         + _AMOUNTS
         + f"\n## Limits\n\nA query has up to {query.MAX_LENGTH} characters, {query.MAX_TERMS} values and flags, and "
         f"parentheses and `not` up to {query.MAX_DEPTH} deep. A page has up to {MAX_PAGE} rows.\n"
-        + _PAGES.format(look=LOOK)
+        + _PAGES.format(look=LOOK, sure=MAX_SURE)
     )
 
 
 _QUERY = """# The filter language
 
-The same in Python (`Query.parse`), in `envelope list --where`, over HTTP and on pages. A query says of each envelope
-whether it matches:
+The same in Python (`Query.parse`), in `envelope list --where`, over HTTP and on pages. A query says of each
+envelope whether it matches:
 
 ```
 kind=model.deploy and state in (granted, admitted) and outcome=reduced and cause=quota
@@ -338,9 +374,10 @@ state=open and ungranted and created<30m
 granted.gpu>0 and used.gpu=0 and ended>=7d
 ```
 
-Conditions are joined by `and`, `or`, `not` and parentheses; `and` binds closer than `or`. A value that is more than one
-plain word stands in quotes, `"..."` or `'...'`, with `\\` before a quote or another `\\` inside. `and`, `or`, `not` and
-`in` need quotes too where they are values. Names of fields, and these words, may be written in either case; values may not.
+Conditions are joined by `and`, `or`, `not` and parentheses; `and` binds closer than `or`. A value that is more than
+one plain word stands in quotes, `"..."` or `'...'`, with `\\` before a quote or another `\\` inside. `and`, `or`,
+`not` and `in` need quotes too where they are values. Names of fields, and these words, may be written in either
+case; values may not.
 
 | comparison | means |
 |---|---|
@@ -349,15 +386,15 @@ plain word stands in quotes, `"..."` or `'...'`, with `\\` before a quote or ano
 | `~`, `!~` | it contains that text; A to Z in either case are the same. Nothing in it is a wildcard |
 | `<`, `<=`, `>`, `>=` | of times and amounts |
 
-A time is a moment in RFC 3339 (`2026-05-01T12:00:00Z`), a UTC day (`2026-05-01`), or an age: `30m`, `12h`, `7d`, `2w`,
-counted back from now. `created>=7d` is what was created in the last seven days, `created<30m` what is older than half an
-hour. A day is the whole day: `created=2026-05-01` is on it, `created<=2026-05-01` up to its end, `created>2026-05-01` after
-it. What has not ended is at no time: neither `ended>=1d` nor `ended<1d`.
+A time is a moment in RFC 3339 (`2026-05-01T12:00:00Z`), a UTC day (`2026-05-01`), or an age: `30m`, `12h`, `7d`,
+`2w`, counted back from now. `created>=7d` is what was created in the last seven days, `created<30m` what is older
+than half an hour. A day is the whole day: `created=2026-05-01` is on it, `created<=2026-05-01` up to its end,
+`created>2026-05-01` after it. What has not ended is at no time: neither `ended>=1d` nor `ended<1d`.
 """
 _AMOUNTS = """
-Amounts are written as [resources](resources.md) are: `requested.memory>=8GiB`, `granted.cpu<500m`. They are totals. Instead of
-an amount there may be another in the same unit: `used.gpu<granted.gpu`. Absent, zero, unknown and unlimited are four
-different things:
+Amounts are written as [resources](resources.md) are: `requested.memory>=8GiB`, `granted.cpu<500m`. They are totals.
+Instead of an amount there may be another in the same unit: `used.gpu<granted.gpu`. Absent, zero, unknown and
+unlimited are four different things:
 
 | amount | `=` | `<` `<=` `>` `>=` |
 |---|---|---|
@@ -366,23 +403,25 @@ different things:
 | unknown | only `=unknown` | never |
 | unlimited | `=unlimited`, or another that is unlimited | more than any number |
 
-`!=` and `not` turn that round: `granted.gpu!=2` is also true where nothing is known of it; add `and granted.gpu>=0` where
-that is not meant.
+`!=` and `not` turn that round: `granted.gpu!=2` is also true where nothing is known of it; add `and granted.gpu>=0`
+where that is not meant.
 """
 _PAGES = """
 ## Pages
 
-Newest first, by id. A page ends with a cursor, at which the next one begins: what is admitted meanwhile does not move it,
-nothing is shown twice, and nothing that was there and still matches is left out. What changes meanwhile is as it is when its page is read.
+Newest first, by id. A page ends with a cursor, at which the next one begins: what is admitted meanwhile does not
+move it, nothing is shown twice, and nothing that was there and still matches is left out. What changes meanwhile is
+as it is when its page is read.
 
-Whatever is asked of what many envelopes have in common (kind, operation, state, outcome, cause, hooks, code, resource, flags)
-and of tenants and the time of creation is found without looking at anything else, however rare it is. For the rest
-envelopes that may match are looked at one by one, {look} of them for one page. A page that found too few among
-them ends early, says how far it looked back (`looked_back_to`), and has a cursor as any other: nothing is left out in
-silence. `Projection.stream` and `envelope list --json --all` go on by themselves.
+Whatever is asked of what many envelopes have in common (kind, operation, state, outcome, cause, hooks, code,
+resource, flags) and of tenants and the time of creation is found without looking at anything else, however rare it
+is, where up to {sure} different combinations of these are left. For the rest envelopes that may match are looked at
+one by one, {look} of them for one page. A page that found
+too few among them ends early, says how far it looked back (`looked_back_to`), and has a cursor as any other:
+nothing is left out in silence. `Projection.stream` and `envelope list --json --all` go on by themselves.
 
-Of an envelope whose entries cannot be read there is only the id: it matches `id=...` and `state=damaged`, has no other
-field, and is in every list of `envelope list`, which names it on stderr.
+Of an envelope whose entries cannot be read there is only the id: it matches `id=...` and `state=damaged`, has no
+other field, and is in every list of `envelope list`, which names it on stderr.
 """
 
 

@@ -37,6 +37,7 @@ from execution_envelope.ledger.projection_sqlite import SqliteSession
 from execution_envelope.ledger.projection_store import Store
 from execution_envelope.ledger.rollups import (
     BOUNDS,
+    CUBES,
     DIMENSIONS,
     GROUPINGS,
     SIDES,
@@ -244,7 +245,7 @@ def kept(store: Store) -> Any:
         days = [session.all("rollup_days_there", cube=cube) for cube in ("kind", "all")]
         rows = [
             (cube, span, begins, dims, dict(zip(*[iter(json.loads(body))] * 2, strict=True)))
-            for cube in ("kind", "subject", "target", "all")
+            for cube in CUBES
             for span in (1, 7)
             for begins, dims, body in session.all("rollups", cube=cube, span=span, begins="", ends="~", tenants=None)
         ]
@@ -295,7 +296,7 @@ class RollupContract:
         save(store, [row(f"e{after}", after) for after in range(7)])
         assert weekly(store) == {}
         save(store, [row("e7", 7)])
-        assert weekly(store) == {("kind", "2026-12-14"): 7, ("subject", "2026-12-14"): 7, ("target", "2026-12-14"): 7}
+        assert weekly(store) == {(cube, "2026-12-14"): 7 for cube in CUBES if cube != "all"}
         save(store, [row("e3", 3, gpu=5)])
         assert weekly(store)["target", "2026-12-14"] == 11
         save(store, [row("e21", 21)])

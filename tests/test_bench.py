@@ -15,7 +15,7 @@ from bench.table import GOALS, PAGE, RESULTS
 
 ROOT = Path(__file__).parent.parent
 #: What starts servers of its own takes longer than a smoke test should.
-SLOW = {"append_postgres_16"}
+SLOW = {"append_postgres_16", *(name for name in GOALS if name.endswith("_postgres"))}
 QUICK = [name for name in GOALS if name not in SLOW]
 
 

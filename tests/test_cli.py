@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import signal
 import sqlite3
 import subprocess
@@ -35,7 +36,7 @@ from execution_envelope import (
     cli_shared,
     cli_upkeep,
 )
-from execution_envelope.ledger import SqliteLedger, open_ledger
+from execution_envelope.ledger import SqliteLedger, open_ledger, search
 from execution_envelope.testing import FakeClock
 
 PAGE = Path(__file__).parent.parent / "docs" / "reference" / "cli.md"
@@ -304,6 +305,39 @@ def test_list_is_newest_first(sample: Sample) -> None:
 def test_list_filters(sample: Sample, filters: list[str], names: list[str]) -> None:
     found = json_lines(in_order("list", "--json", *filters, sample=sample))
     assert [item["id"] for item in found] == [getattr(sample, name) for name in names]
+
+
+def test_list_takes_a_query(sample: Sample) -> None:
+    def ids(*arguments: str) -> list[str]:
+        return [item["id"] for item in json_lines(in_order("list", "--json", *arguments, sample=sample))]
+
+    assert ids("--where", "outcome=reduced and kind=model.deploy") == [sample.granted]
+    assert ids("--where", "state=denied or kind=inference", "--kind", "inference") == [sample.pending]
+    assert ids("--where", "state=denied or state=granted", "--all", "--limit", "1") == [sample.denied, sample.granted]
+    assert ids("--after", sample.denied) == [sample.granted]
+    complains(in_order("list", "--where", "kynd=x", sample=sample), "did you mean `kind`, at character 1 - at `query`")
+    complains(in_order("list", "--all", sample=sample), "--all with --json")
+    complains(in_order("list", "--attempted", "--where", "late", sample=sample), "--attempted without")
+    complains(in_order("list", "--after", "x" * 201, sample=sample), "at `after`")
+
+
+def test_list_says_how_to_go_on(sample: Sample, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search, "LOOK", 1)
+    where = ["--where", "not target~'no such'  and tenant=acme and target~q", "--limit", "2"]
+    seen = []
+    command = ["list", "--json", *where]
+    for _ in range(9):
+        result = in_order(*command, sample=sample)
+        assert result.exit_code == 0
+        seen += [json.loads(line)["id"] for line in result.stdout.splitlines()]
+        if not result.stderr:
+            break
+        assert result.stderr.startswith("envelope: looked back to 20")
+        command = shlex.split(result.stderr.partition("to go on: envelope ")[2])
+        assert command[:-2] == ["list", "--json", *where]
+    monkeypatch.undo()
+    assert len(command) > 6
+    assert seen == [item["id"] for item in json_lines(in_order("list", "--json", *where, sample=sample))]
 
 
 def test_list_names_what_is_damaged_whatever_is_looked_for(sample: Sample) -> None:

@@ -914,3 +914,28 @@ def test_the_command(tmp_path: Path) -> None:
         result = run("--ledger", url, "replay", *arguments)
         assert (result.exit_code, said in result.stderr, result.stderr.count("\n")) == (2, True, 1), result.stderr
     assert run("--ledger", f"{url}x", "replay", "--policy", new).exit_code == 2
+
+
+def test_limits_that_are_new_are_held_against_what_was_granted() -> None:
+    house = House(GPUS % 9)
+    house.ask(*gpus(8), grant=Grant({"gpu": 6}, constraints={"region": "us"}))
+    result = house.replay(LIMITED % (4, "eu"))
+    assert [(one.name, one.change, one.count, one.below) for one in result.limits] == [
+        ("gpu", "new", 1, 1),
+        ("region", "new", 1, 1),
+    ]
+
+
+def test_what_was_approved_of_another_hook_stays_lifted() -> None:
+    deploys = frozenset({"model.deploy"})
+    house = House(HOLDS % "production", Rule("beside", lambda e: Decision.hold("ask"), kinds=deploys))
+    _approved(house)
+    free = house.replay("rules: [{name: all, expression: 'true'}]")
+    assert (changes(free), free.live) == ({("held", "held"): 1}, 0)
+
+
+def test_examples_are_few() -> None:
+    house = House(GPUS % 0)
+    house.ask(*gpus(*range(1, 9)))
+    (found,) = house.replay(GPUS % 9).cannot
+    assert (found.count, len(found.examples)) == (8, 5)

@@ -65,7 +65,7 @@ def rows(draw: st.DrawFn) -> list[ProjectedEnvelope]:
             used=sides,
             **dict.fromkeys(("subject", "operation", "target"), texts),
             **dict.fromkeys(("tenant", "project", "environment", "purpose", "owner", "part_of"), optional),
-            **{name: st.booleans() for name in ("ungranted", "observed", "undecided")},
+            **{name: st.booleans() for name in ("ungranted", "observed", "undecided", "flagged", "revoking")},
             **{name: st.integers(0, 2) for name in ("unstated", "violations", "late")},
         )
         found.append(draw(made))

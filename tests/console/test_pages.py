@@ -21,7 +21,8 @@ from execution_envelope.console.headers import POLICY
 from execution_envelope.console.markup import SIGNS, command, printed, short
 from execution_envelope.console.pages import PAGES
 from execution_envelope.lifecycle import OPEN, TERMINAL
-from tests.console.world import HOSTILE, World
+from execution_envelope.review import Review
+from tests.console.world import BUDGETS, HOSTILE, World
 
 #: How heavy a page may be, in bytes, and style sheet and script together.
 MAX_PAGE = 60_000
@@ -232,6 +233,15 @@ def test_budgets_are_shown_where_the_policy_says_whose_they_are(world: World) ->
     assert world.ids["less"][-12:] in account
     none = world.client("globex").get("/budgets?account=devices/acme").text
     assert "Nothing was ever entered" in none and world.ids["less"][-12:] not in none
+
+
+def test_holders_of_other_tenants_are_left_out_and_not_counted(world: World) -> None:
+    """An account that is read by a newer policy than it was kept by may have been of somebody else."""
+    review = Review(world.controller.ledger, clock=lambda: world.clock.now)
+    balance = next(one for one in review.balances(BUDGETS) if one.account == "everybody")
+    assert [one.envelope for one in review.holders(balance, 5)[0]] == [world.ids["less"]]
+    assert review.holders(balance, 5, tenants=frozenset({"acme"}))[0] != []
+    assert review.holders(balance, 5, tenants=frozenset({"globex"})) == ([], 0)
 
 
 # What is on a page

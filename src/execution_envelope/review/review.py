@@ -13,6 +13,7 @@ from datetime import datetime
 from typing import Final
 
 from execution_envelope.budgets import Balance, Budgets, Holding, Key
+from execution_envelope.budgets import window as window_of
 from execution_envelope.credentials import shown
 from execution_envelope.criteria import FLAGS
 from execution_envelope.errors import Exported, NotFound
@@ -30,7 +31,7 @@ from execution_envelope.review.explain import Explanation, accounts, explain
 from execution_envelope.tree import Tree
 
 #: So many are counted one by one; of more it is said that there are more.
-MAX_COUNTED: Final = 1000
+MAX_COUNTED: Final = 500
 #: Whose envelopes are seen; None is everybody's.
 Tenants = frozenset[str] | None
 
@@ -141,9 +142,14 @@ class Review:
         return Known(found, None)
 
     def balances(self, budgets: Budgets, *, account: str | None = None, tenants: Tenants = None) -> list[Balance]:
-        """What stands in accounts, in their order. To who does not see all: where `budgets` tell that an account is of
-        their tenants."""
-        found = self.ledger.balances(account=account)
+        """What stands in the accounts of now, of today and of this month; with `account` in all windows of that.
+
+        To who does not see all: where `budgets` tell that an account is of their tenants.
+        """
+        windows = (
+            ("now", window_of("day", self.clock()), window_of("month", self.clock())) if account is None else (None,)
+        )
+        found = [one for name in windows for one in self.ledger.balances(account=account, window=name)]
         return [one for one in found if tenants is None or _whose(budgets, one.account) <= tenants]
 
     def holders(self, balance: Balance, limit: int, *, tenants: Tenants = None) -> tuple[list[Holding], int]:

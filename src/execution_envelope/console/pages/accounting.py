@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from datetime import date, timedelta
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from datetime import timedelta
 from typing import Annotated, Any, Final
 
 from fastapi import APIRouter, Query, Request
@@ -12,16 +13,15 @@ from fastapi.responses import HTMLResponse
 from execution_envelope.console.charts import bars, columns, rough
 from execution_envelope.console.who import Reader, Shared
 from execution_envelope.credentials import invalid, shown
-from execution_envelope.ledger.rollups import DIMENSIONS, By, Dimension, Sum, Totals
+from execution_envelope.ledger.rollups import DIMENSIONS, By, Dimension, Side, Sum, Totals
 from execution_envelope.resources import VOCABULARY
 
 router = APIRouter(include_in_schema=False)
 
 #: Windows that are offered, in days up to today; a longer one is for the command.
 WINDOWS: Final = (1, 7, 30, 90)
-#: Groups and consumers on the page, by what they took.
+#: Groups on the page, those first that used most, then those that were granted most.
 MAX_GROUPS: Final = 30
-MAX_CONSUMERS: Final = 15
 #: Columns of the tables: a side, its name, what it is.
 _SIDES: Final = (
     ("requested", "requested"),
@@ -48,14 +48,15 @@ def accounting(
     if resource and resource not in VOCABULARY:
         raise invalid("resource", f"expected {', '.join(VOCABULARY)}, got {shown(resource)}")
 
-    def totals(*groups: By, fresh: bool = False) -> Sequence[Totals]:
-        found = shared.review.accounting(f"{days - 1}d", by=groups, tenants=who.tenants, fresh=fresh)
-        return found.totals
+    def totals(group: By, *, fresh: bool = False) -> Sequence[Totals]:
+        return shared.review.accounting(f"{days - 1}d", by=[group], tenants=who.tenants, fresh=fresh).totals
 
     last = shared.clock().date()
     first = last - timedelta(days=days - 1)
-    whole = next(iter(totals(fresh=True)), None)
-    named = sorted(whole.amounts) if whole is not None else []
+    by_day, by_group = totals("day", fresh=True), totals(group)
+    whole = _together(by_day)
+    days_of = [(first + timedelta(days=at)).isoformat() for at in range(days)]
+    named = sorted(whole.amounts)
     chosen = resource or _first(named)
     return shared.page(
         request,
@@ -70,32 +71,41 @@ def accounting(
         named=named or ([chosen] if chosen else []),
         first=first.isoformat(),
         last=last.isoformat(),
-        envelopes=0 if whole is None else whole.envelopes,
-        states=[] if whole is None else sorted(whole.states.items(), key=lambda one: -one[1]),
-        summary=[] if whole is None else [_line(name, name, whole) for name in named],
+        envelopes=whole.envelopes,
+        states=sorted(whole.states.items(), key=lambda one: -one[1]),
+        summary=[_line(name, name, whole) for name in named],
         sides=_SIDES,
-        **(_of_resource(totals, chosen, group, first, last) if chosen else {"chart": None, "groups": []}),
+        **(_of_resource(by_day, by_group, chosen, group, days_of) if chosen else {"chart": None, "groups": []}),
     )
 
 
 def _of_resource(
-    totals: Callable[..., Sequence[Totals]], resource: str, by: Dimension, first: date, last: date
+    by_day: Sequence[Totals], by_group: Sequence[Totals], resource: str, group: Dimension, days: Sequence[str]
 ) -> dict[str, Any]:
-    by_day = {str(one.group["day"]): one for one in totals("day")}
-    days = [(first + timedelta(days=at)).isoformat() for at in range((last - first).days + 1)]
+    """The chart, the numbers under it, and who took most."""
+    found = {str(one.group["day"]): one for one in by_day}
     sides = ("requested", "granted", "used")
-    series = {side: [_total(by_day.get(day), resource, side) for day in days] for side in sides}
+    series = {side: [_total(found.get(day), resource, side) for day in days] for side in sides}
     words = {side: [rough(resource, value) for value in values] for side, values in series.items()}
-    groups = _most([one for one in totals(by) if resource in one.amounts], resource)
-    consumers = _most([one for one in totals("subject") if resource in one.amounts], resource)
+    groups = _most([one for one in by_group if resource in one.amounts], resource)
     return {
         "chart": columns(days, series, words),
         "table": [(day, *(words[side][at] for side in sides)) for at, day in enumerate(days)],
-        "groups": [_line(_name(one.group[by]), resource, one) for one in groups[:MAX_GROUPS]],
+        "groups": [_line(_name(one.group[group]), resource, one) for one in groups[:MAX_GROUPS]],
         "more_groups": max(0, len(groups) - MAX_GROUPS),
-        "consumers": [_line(_name(one.group["subject"]), resource, one) for one in consumers[:MAX_CONSUMERS]],
-        "more_consumers": max(0, len(consumers) - MAX_CONSUMERS),
     }
+
+
+def _together(found: Iterable[Totals]) -> Totals:
+    """All of them as one group: days add up to the window."""
+    states, amounts = Counter[str](), dict[str, dict[Side, Sum]]()
+    for one in found:
+        states.update(one.states)
+        for resource, sums in one.amounts.items():
+            sides = amounts.setdefault(resource, {})
+            for side, amount in sums.items():
+                sides[side] = sides.get(side, Sum()) + amount
+    return Totals({}, states, amounts)
 
 
 def _first(named: Sequence[str]) -> str:

@@ -17,7 +17,7 @@ from execution_envelope.resources import human
 router = APIRouter(include_in_schema=False)
 
 #: Balances on the page, and executions that are named for each of one account.
-MAX_BALANCES: Final = 100
+MAX_BALANCES: Final = 40
 MAX_HOLDERS: Final = 12
 #: Balances of one account whose holders are named.
 MAX_HELD: Final = 8
@@ -32,6 +32,8 @@ def budgets(
 ) -> HTMLResponse:
     """Balances; of one account with its holders."""
     found = shared.review.balances(shared.budgets, account=account or None, tenants=who.tenants)
+    # Those that are fullest first; of one account the newest windows.
+    found.sort(key=(lambda one: one.window) if account else _full, reverse=True)
     holders = [_holders(shared, who, balance) for balance in found[:MAX_HELD]] if account else []
     nothing = "Nothing was ever entered for this account." if account else "Nothing was ever reserved of any budget."
     return shared.page(
@@ -46,6 +48,10 @@ def budgets(
         account=account,
         nothing=nothing,
     )
+
+
+def _full(one: Balance) -> float:
+    return (one.reserved + one.spent) / one.limit if one.limit else float(one.reserved + one.spent)
 
 
 def _balance(one: Balance) -> dict[str, Any]:
