@@ -238,7 +238,7 @@ def test_what_is_revoked_goes_while_one_looks(backend: Backend, signed_in: Calla
     expect(watching.locator("#live")).to_have_text("live")
     budgets = page.context.new_page()
     budgets.goto(f"{backend.url}/console/budgets")
-    expect(budgets.get_by_text("216 MiB").first).to_be_visible()
+    expect(budgets.get_by_role("cell", name="216 MiB", exact=True)).to_be_visible()
 
     page.get_by_label("Reason").fill("it leaks")
     begun = time.monotonic()
@@ -266,7 +266,16 @@ def test_each_sees_what_is_theirs(backend: Backend, signed_in: Callable[..., Pag
     deploy(backend)
     held = held_in_production(backend)["envelope"]
     lee = signed_in("lee")
-    for path in ("", "envelopes", "approvals", "budgets", "accounting", "coverage", "replays", f"envelopes?q=id%3D{held}"):
+    for path in (
+        "",
+        "envelopes",
+        "approvals",
+        "budgets",
+        "accounting",
+        "coverage",
+        "replays",
+        f"envelopes?q=id%3D{held}",
+    ):
         lee.goto(f"{backend.url}/console/{path}")
         text = lee.get_by_role("main").inner_text()
         assert "acme" not in text and "dana" not in text and MODEL not in text, path
@@ -296,9 +305,7 @@ def test_each_sees_what_is_theirs(backend: Backend, signed_in: Callable[..., Pag
 
 
 @pytest.mark.parametrize("server", ["proving ground", "envelope serve"])
-def test_it_ends_soon_while_somebody_looks(
-    start: Start, browser: Browser, tmp_path: Path, server: str
-) -> None:
+def test_it_ends_soon_while_somebody_looks(start: Start, browser: Browser, tmp_path: Path, server: str) -> None:
     backend = start(POLICY=str(EXAMPLE))
     context = browser.new_context()
     process = backend.process

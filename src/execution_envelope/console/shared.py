@@ -75,6 +75,7 @@ class Console:
             base=request.scope.get("root_path", ""),
             csrf="" if session is None else session.csrf,
             who=who,
+            live=getattr(request.state, "live", ""),
             request=request,
             **values,
         )

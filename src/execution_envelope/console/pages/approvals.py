@@ -12,6 +12,7 @@ from execution_envelope.console.access import Principal
 from execution_envelope.console.api import decide
 from execution_envelope.console.pages.envelope import Reference, acts
 from execution_envelope.console.shared import Console
+from execution_envelope.console.sheet import view
 from execution_envelope.console.who import Approver, Reader, Revoker, Shared
 from execution_envelope.errors import Denied, EnvelopeError, Exported, Held, NotFound, NotHeld, Reason, SelfApproval
 from execution_envelope.presentation import facts
@@ -107,10 +108,11 @@ async def _say(
             here="/approvals",
             done=done,
             word=word,
-            said=text,
+            answer=text,
             reasons=reasons,
-            id=record.id,
             own=own,
+            reads=f"/envelopes/{record.id}",
+            **view(record, now=shared.clock()),
         )
     )
     answer.status_code = status
