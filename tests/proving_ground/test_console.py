@@ -1,7 +1,7 @@
 """The console of the proving ground in a real browser, over real deployments: found, understood, approved, revoked.
 
-Everything is real: the backend is a process as `make run` starts it, its engines are children, deployments are asked for by
-the SDK, and people sign in with the tokens that the backend printed.
+Everything is real: the backend is a process as `make run` starts it, its engines are children, the SDK asks for
+deployments, and people sign in with the tokens that the backend printed.
 """
 
 import json
@@ -266,16 +266,8 @@ def test_each_sees_what_is_theirs(backend: Backend, signed_in: Callable[..., Pag
     deploy(backend)
     held = held_in_production(backend)["envelope"]
     lee = signed_in("lee")
-    for path in (
-        "",
-        "envelopes",
-        "approvals",
-        "budgets",
-        "accounting",
-        "coverage",
-        "replays",
-        f"envelopes?q=id%3D{held}",
-    ):
+    pages = ("", "envelopes", "approvals", "budgets", "accounting", "coverage", "replays", f"envelopes?q=id%3D{held}")
+    for path in pages:
         lee.goto(f"{backend.url}/console/{path}")
         text = lee.get_by_role("main").inner_text()
         assert "acme" not in text and "dana" not in text and MODEL not in text, path

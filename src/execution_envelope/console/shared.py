@@ -75,7 +75,7 @@ class Console:
             base=request.scope.get("root_path", ""),
             csrf="" if session is None else session.csrf,
             who=who,
-            live=getattr(request.state, "live", ""),
+            live_after=getattr(request.state, "live_after", ""),
             request=request,
             **values,
         )

@@ -52,7 +52,7 @@ def add_to(app: FastAPI) -> None:
 
     async def begin(request: Request) -> None:
         # Before anything is read for the page: its live updates go on from here, and nothing is missed in between.
-        request.state.live = follower.newest
+        request.state.live_after = follower.newest
 
     for module in _ROUTES:
         app.include_router(module.router, dependencies=[Depends(begin)])
