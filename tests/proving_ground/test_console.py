@@ -243,7 +243,7 @@ def test_what_is_revoked_goes_while_one_looks(backend: Backend, signed_in: Calla
     page.get_by_label("Reason").fill("it leaks")
     begun = time.monotonic()
     page.get_by_role("button", name="Revoke").click()
-    expect(page.get_by_role("status").filter(has_text="Its owner is asked to stop it")).to_be_visible()
+    expect(page.get_by_role("status").filter(has_text="To be revoked: its owner is asked to stop it")).to_be_visible()
     until(lambda: not procfs.is_running(pid, started))
     gone = time.monotonic() - begun
     for one in (page, watching):  # without a reload

@@ -80,12 +80,12 @@ async def _say(
 ) -> HTMLResponse:
     """Say it, and show what came of it. Refusals of the policy are answers, not errors of the page."""
     record = await run_in_threadpool(lambda: shared.review.record(reference, tenants=who.tenants))
-    status, done, word, text = 200, False, "refused", ""
+    status, done, text = 200, False, ""
     own: str | None = None
     reasons: tuple[Reason, ...] = ()
     try:
         record = await decide(shared, who, what, record, reason)
-        done, word, text = True, what, _came_of(what, record)
+        done, text = True, _came_of(what, record)
     except (Denied, Held) as refused:
         status, text, own, reasons = (
             403,
@@ -105,9 +105,8 @@ async def _say(
             request,
             "said.html",
             title=title,
-            here="/approvals",
+            here="/envelopes" if what == "revoke" else "/approvals",
             done=done,
-            word=word,
             answer=text,
             reasons=reasons,
             own=own,
@@ -128,7 +127,7 @@ def _came_of(what: str, record: Record) -> str:
         return "Denied: it stays denied."
     if record.state == "revoked":
         return "Revoked: its owner has stopped it."
-    return "Its owner is asked to stop it; it is revoked when the owner confirms."
+    return "To be revoked: its owner is asked to stop it; it is revoked when the owner confirms."
 
 
 def _waiting(shared: Console, who: Principal, record: Record) -> dict[str, Any]:
