@@ -34,12 +34,15 @@ from execution_envelope.adapters.declared import (
 )
 from execution_envelope.admission import MAX_CONFLICTS
 from execution_envelope.attempted import ATTEMPTED_BURST, ATTEMPTED_PER_SECOND
-from execution_envelope.console import live, markup, sheet
+from execution_envelope.console import asserted, live, markup, sheet
+from execution_envelope.console.clients import MAX_OF_SERVICE, MAX_SESSIONS, SILENT
+from execution_envelope.console.ledger_routes import MAX_LOOKED
 from execution_envelope.console.pages import budgets as budgets_page
 from execution_envelope.console.pages import replays
 from execution_envelope.controller import AdmissionController
 from execution_envelope.decision import CODES
 from execution_envelope.family import MAX_LEVELS, MAX_PARENTS, MAX_TREE
+from execution_envelope.ledger import remote_http, wire
 from execution_envelope.ledger.chain import Entry
 from execution_envelope.ledger.contract import MAX_ATTEMPTED
 from execution_envelope.ledger.postgres_database import TIMEOUT
@@ -273,6 +276,38 @@ def _limits() -> str:
             "what was said of a part before those is not looked for",
         ),
         ("segments of an SQLite ledger that are not dropped", str(MAX_SEGMENTS), "the next one is refused"),
+        ("one call of a ledger at a server", f"{remote_http.TIMEOUT:g} s", "`LedgerUnavailable`: 503, nothing started"),
+        (
+            "one request to a server that hosts a ledger",
+            f"{wire.MAX_BODY} bytes, {wire.MAX_GROUP} submissions",
+            "a group is sent in parts; what is larger alone is refused",
+        ),
+        (
+            "sessions of clients that a server hosts, in all and of one service",
+            f"{MAX_SESSIONS} and {MAX_OF_SERVICE}",
+            "`LedgerUnavailable` for the next one",
+        ),
+        (
+            "a client of which a server hears nothing",
+            f"{SILENT:g} s",
+            "its session is let go of, its chain has no closing entry; it opens another when it comes back",
+        ),
+        (
+            "a sealed envelope and the facts of one commit that a service sends",
+            f"{asserted.MAX_SEALED} and {asserted.MAX_FACTS} bytes, {asserted.MAX_DEPTH} levels, "
+            f"{asserted.MAX_COUNT} facts",
+            "refused, the field is named",
+        ),
+        (
+            "chains of a client whose leases it takes over after its server was started again",
+            str(wire.MAX_ADOPTED),
+            "older ones run out",
+        ),
+        (
+            "envelopes that are looked through for those of a service's tenants in one answer",
+            str(MAX_LOOKED),
+            "`newest` of a ledger at a server lists none of those behind",
+        ),
         ("envelopes of a projection in memory", str(MAX_IN_MEMORY), "`LedgerUnavailable`: make the folder writable"),
         (
             "sentences of one section of an explanation",

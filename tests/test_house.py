@@ -16,8 +16,8 @@ CORE = "execution_envelope"
 
 #: A module may import only from those before it; a name stands for the module or for everything in the folder.
 ORDER = """
-version errors credentials resources values envelope lifecycle delta reckoning record tree bounds decision process
-mailbox threads answers isolation hooks grant budgets approvals reviewer criteria query ledger reconciliation
+version errors credentials resources values envelope document lifecycle delta reckoning record tree bounds decision
+process mailbox threads answers isolation hooks grant budgets approvals reviewer criteria query ledger reconciliation
 observers counters family journal above reporting reconciler judge admission block attempted observed approver
 reviewing blocking controller facets policy telemetry adapters integrations words sentences review presentation
 console simulation cli_shared cli_admission cli_explain cli_proof cli_projection cli_list cli_relay cli_replay
@@ -25,9 +25,9 @@ cli_review cli_serve cli_simulate cli_totals cli_upkeep cli testing
 """
 LEDGER_ORDER = """
 merkle chain rollups projection projection_session search schema exports commit balances submission contract writer
-spool sqlite_database sqlite_segments sqlite_store rollup_store projection_store projector projection_sqlite memory
+wire spool sqlite_database sqlite_segments sqlite_store rollup_store projection_store projector projection_sqlite memory
 sqlite postgres_database postgres_segments postgres_store projection_postgres postgres sums recomputation workers
-verification checkpoint proof segment_file segments
+verification checkpoint proof segment_file segments remote_http remote_segments projection_remote remote_store remote
 """
 #: What only some deciders, adapters or commands need: the core does without.
 OPTIONAL = {
@@ -65,6 +65,7 @@ EXTRA = {
         for module in ("postgres", "postgres_database", "postgres_store", "projection_postgres")
     },
     "execution_envelope.ledger.segment_file": {"pyarrow"},
+    "execution_envelope.ledger.remote_http": {"httpx"},
 }
 PUBLIC = tuple(
     f"execution_envelope.{module}"

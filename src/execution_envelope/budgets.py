@@ -173,7 +173,7 @@ class Budget:
 
     def account(self, envelope: Envelope) -> str:
         """The account of a request: different ones for whatever differs in any of `per`."""
-        account = "/".join([self.name, *(_named(_dimension(envelope, name)) for name in self.per)])
+        account = "/".join([self.name, *(quoted(_dimension(envelope, name)) for name in self.per)])
         if len(account) <= MAX_ACCOUNT:
             return account
         # No value is written with a `#`, so that no other account is taken for it.
@@ -202,7 +202,8 @@ def _dimension(envelope: Envelope, name: str) -> str | None:
     return None if scoped is None else str(scoped.value)
 
 
-def _named(value: str | None) -> str:
+def quoted(value: str | None) -> str:
+    """A value as it stands in the name of an account."""
     # Quoted, so that no value is taken for two, nor for the one that stands for none.
     if value is None:
         return "-"

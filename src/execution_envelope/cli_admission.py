@@ -35,7 +35,8 @@ from execution_envelope.cli_shared import (
 )
 from execution_envelope.controller import AdmissionController
 from execution_envelope.decision import Decider, Hook
-from execution_envelope.envelope import Ask, Subject, Target
+from execution_envelope.document import AskDocument
+from execution_envelope.envelope import Ask, Subject
 from execution_envelope.errors import Denied, Held
 from execution_envelope.judge import Plan
 from execution_envelope.resources import human
@@ -299,37 +300,10 @@ def _declared(hook: Hook) -> dict[str, Any]:
     }
 
 
-class _AskFile(msgspec.Struct, forbid_unknown_fields=True):
-    """What an ask says, in a file."""
-
-    kind: str
-    operation: str
-    target: dict[str, str]
-    subject: dict[str, Any]
-    scope: dict[str, Any] = {}
-    requested: dict[str, Any] = {}
-    constraints: dict[str, Any] = {}
-    part_of: str | None = None
-    runs_on: str | None = None
-    supersedes: str | None = None
-
-
 def _ask(data: bytes) -> Ask:
     try:
-        said = msgspec.json.decode(data, type=_AskFile)
-        return Ask(
-            kind=said.kind,
-            operation=said.operation,
-            target=Target(**said.target),
-            subject=Subject(**said.subject),
-            scope=said.scope,
-            requested=said.requested,
-            constraints=said.constraints,
-            part_of=said.part_of,
-            runs_on=said.runs_on,
-            supersedes=said.supersedes,
-        )
-    except (msgspec.MsgspecError, TypeError) as error:
+        return msgspec.json.decode(data, type=AskDocument).ask(by="file")
+    except (msgspec.MsgspecError, UnicodeError) as error:
         raise Problem(f"expected an ask in JSON: {error}") from error
 
 

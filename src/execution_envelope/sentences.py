@@ -14,7 +14,8 @@ from execution_envelope.words import amounts, because, counted, pairs, plain_val
 def sentence(data: EventData | Opened | Closed) -> str:
     """What happened."""
     if isinstance(data, Opened):
-        return f"a chain was opened by {data.process}, version {data.version}"
+        of = f" of the service {data.service}" if data.service else ""
+        return f"a chain was opened by {data.process}{of}, version {data.version}"
     if isinstance(data, Closed):
         lost = f"; {counted(data.dropped, 'event')} of {data.emitted} acknowledged were dropped" if data.dropped else ""
         return f"the chain was closed in order, {counted(data.stored, 'event')} stored in it{lost}"

@@ -13,7 +13,7 @@ from typing import Final, Literal, Protocol, TypeAlias, get_args
 from execution_envelope.credentials import invalid, shown
 from execution_envelope.envelope import Subject
 
-Right: TypeAlias = Literal["read", "approve", "revoke", "write", "audit"]
+Right: TypeAlias = Literal["read", "approve", "revoke", "admit", "write", "audit"]
 RIGHTS: Final[tuple[str, ...]] = get_args(Right)
 
 #: Role -> its rights. Roles are what tokens and OIDC claims name.
@@ -22,14 +22,16 @@ ROLES: Final[Mapping[str, frozenset[Right]]] = {
     "approver": frozenset({"read", "approve"}),
     "operator": frozenset({"read", "approve", "revoke"}),
     "auditor": frozenset({"read", "audit"}),
-    "service": frozenset({"read", "write"}),
+    "requester": frozenset({"read", "admit"}),
+    "service": frozenset({"read", "admit", "write"}),
 }
 #: What each right is for.
 MEANINGS: Final[Mapping[Right, str]] = {
     "read": "see the envelopes of one's tenants",
     "approve": "say yes or no to what is held; the policy still decides who may",
     "revoke": "ask for an execution to be stopped; the policy still decides who may",
-    "write": "admit, grant and close as a backend service",
+    "admit": "ask as a backend service, the server's policy decides; and say what became of it",
+    "write": "decide as a backend service too: seal, grant and close with hooks of its own",
     "audit": "see what belongs to no tenant: chains, verification, attempted requests",
 }
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 from fastapi import FastAPI
+from starlette.concurrency import run_in_threadpool
 
-from execution_envelope.console import api, pages, reading, signin
+from execution_envelope.console import admissions, api, ledger_routes, pages, projection_routes, reading, signin
 from execution_envelope.console.access import Authenticator
 from execution_envelope.console.headers import BodyLimit, SecurityHeaders
 from execution_envelope.console.limits import RateLimits
@@ -35,15 +37,32 @@ def create_app(
     decides. `limits` say how much one caller may ask. `revoked` is called on the event loop when somebody asked
     here for something to be revoked: whoever carries that out need not wait for the next round.
     """
+    shared = Console(review, authenticators, controller, replays, limits or RateLimits(), revoked)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        await run_in_threadpool(shared.clients.close)
+
     # Who sees the description is known too, so FastAPI does not serve it.
-    app = FastAPI(title="execution envelope", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
-    app.state.console = Console(review, authenticators, controller, replays, limits or RateLimits(), revoked)
+    app = FastAPI(
+        title="execution envelope",
+        version=__version__,
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+        lifespan=lifespan,
+    )
+    app.state.console = shared
     answer_errors(app)
     app.add_middleware(BodyLimit)
     app.add_middleware(SecurityHeaders)  # the last one added is the first to see a request
     app.include_router(signin.router)
     app.include_router(reading.router, prefix="/api")
     app.include_router(api.router, prefix="/api")
+    app.include_router(admissions.router, prefix="/api")
+    app.include_router(ledger_routes.router)
+    app.include_router(projection_routes.router)
     pages.add_to(app)
     describe(app)
     return app

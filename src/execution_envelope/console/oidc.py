@@ -80,7 +80,7 @@ class OidcIssuer:
         subject = claims["sub"]
         if not ours or not isinstance(subject, str) or not subject:
             return None
-        type = "service" if "service" in ours else "user"
+        type = "service" if {"service", "requester"} & set(ours) else "user"
         seen = None if "*" in tenants else frozenset(tenants)
         return Principal(type, subject, seen, ours, "oidc", self._issuer)
 

@@ -59,6 +59,7 @@ MEANINGS: Final[Mapping[int, str]] = {
     409: "It is not in the state that this needs, or its entries were changed in the database.",
     410: "Its entries were exported and dropped; the problem says with which segment.",
     413: "The body is larger than allowed.",
+    415: "The body is not of a media type that is taken here.",
     422: "A field is wrong; the problem names it.",
     429: "Too many requests; `Retry-After` says when to try again.",
     503: "The ledger does not answer.",

@@ -13,6 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from execution_envelope.budgets import Budgets
 from execution_envelope.console.access import Authenticator, Principal
+from execution_envelope.console.clients import Clients
 from execution_envelope.console.limits import RateLimits
 from execution_envelope.console.sessions import Session, Sessions
 from execution_envelope.controller import AdmissionController
@@ -41,6 +42,7 @@ class Console:
         self.limits = limits
         self.revoked = revoked
         self.sessions = Sessions(review.clock)
+        self.clients = Clients(review.ledger)
         self.templates = Environment(
             loader=PackageLoader("execution_envelope.console"),
             autoescape=True,

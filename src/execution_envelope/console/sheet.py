@@ -49,6 +49,8 @@ class Line:
     cells: Sequence[Sequence[str]]
     outcome: str
     words: str
+
+
 #: What stands at the top while nothing has ended: the newest of these.
 _WAITING: Final = ("held", "approval")
 

@@ -39,7 +39,8 @@ async def principal(request: Request, shared: Shared) -> Principal:
     if not token:
         raise unauthenticated()
     who = await identified(request, shared, token)
-    shared.limits.spend(who.name)
+    if not who.may("admit"):  # services ask as often as their own callers do
+        shared.limits.spend(who.name)
     if session is not None:
         request.state.session = session
         if request.method not in _SAFE:
@@ -91,5 +92,6 @@ def having(right: Right) -> Any:
 Reader = Annotated[Principal, having("read")]
 Approver = Annotated[Principal, having("approve")]
 Revoker = Annotated[Principal, having("revoke")]
+Admitter = Annotated[Principal, having("admit")]
 Writer = Annotated[Principal, having("write")]
 Auditor = Annotated[Principal, having("audit")]

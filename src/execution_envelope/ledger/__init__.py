@@ -22,8 +22,9 @@ __all__ = [
 
 
 def open_ledger(url: str, *, read_only: bool = False) -> Ledger:
-    """``sqlite:///relative.db``, ``sqlite:////absolute.db``, ``postgresql://user:password@host:port/database`` or
-    ``memory://``. Raises `InvalidField` for another, and for PostgreSQL without its package.
+    """``sqlite:///relative.db``, ``sqlite:////absolute.db``, ``postgresql://user:password@host:port/database``,
+    ``memory://``, or ``https://host:port`` where `envelope serve` answers (``http://`` on this machine only). Raises
+    `InvalidField` for another, and without the package that it needs.
 
     With `read_only` the ledger has to be there; it is never created or changed.
     """
@@ -33,9 +34,11 @@ def open_ledger(url: str, *, read_only: bool = False) -> Ledger:
         return MemoryLedger()
     if url.startswith(("postgresql://", "postgres://")):
         return _postgres_ledger(url, read_only)
+    if url.startswith(("https://", "http://")):
+        return _remote_ledger(url, read_only)
     path = url.removeprefix("sqlite:///")
     if path == url or not path:
-        expected = "`sqlite:///path`, `postgresql://...` or `memory://`"
+        expected = "`sqlite:///path`, `postgresql://...`, `https://...` or `memory://`"
         raise InvalidField("ledger", f"expected {expected}, got `{redact_text(url)[:64]}`")
     return SqliteLedger(path, read_only=read_only)
 
@@ -49,3 +52,14 @@ def _postgres_ledger(url: str, read_only: bool) -> Ledger:
         problem = "expected the package psycopg for PostgreSQL: install `execution-envelope[postgres]`"
         raise InvalidField("ledger", problem) from None
     return PostgresLedger(url, read_only=read_only)
+
+
+def _remote_ledger(url: str, read_only: bool) -> Ledger:
+    try:
+        from execution_envelope.ledger.remote import RemoteLedger
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "httpx":
+            raise
+        problem = "expected the package httpx for a ledger at a server: install `execution-envelope[remote]`"
+        raise InvalidField("ledger", problem) from None
+    return RemoteLedger(url, read_only=read_only)

@@ -20,11 +20,18 @@ from execution_envelope.process import Process
 GENESIS: Final = bytes(32)
 
 
-class Opened(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", tag="opened"):
-    """The first entry of a chain."""
+class Opened(
+    msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True, tag_field="type", tag="opened"
+):
+    """The first entry of a chain.
+
+    `service` is who wrote it over HTTP, as the server authenticated it; `process` is that of its client then, as the
+    client says. None where the process has the database itself.
+    """
 
     process: Process
     version: str
+    service: str | None = None
 
 
 class Closed(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", tag="closed"):
@@ -85,9 +92,9 @@ class Chain:
         self.position = 0
         self.head = GENESIS
 
-    def opening(self, at: str, process: Process, version: str) -> Link:
+    def opening(self, at: str, process: Process, version: str, service: str | None = None) -> Link:
         """The first entry, which names the process that writes."""
-        entry = Entry(self.id, 0, at, "ledger", Opened(process, version))
+        entry = Entry(self.id, 0, at, "ledger", Opened(process, version, service))
         return self._link(entry, GENESIS)
 
     def link(self, events: Sequence[Event], *, behind: Sequence[Link] = ()) -> list[Link]:

@@ -7,7 +7,7 @@ with a chain of its own, in a forked child.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -384,3 +384,10 @@ def _check_reference(fact: Bound, commit: Commit, stored: Standing) -> None:
 
 #: How many attempted requests a ledger keeps.
 MAX_ATTEMPTED = 10_000
+
+
+def decisions_of(steps: Iterable[Step]) -> Iterator[Deciding]:
+    """What `Ledger.decisions` reads, where a ledger has nothing quicker than its steps."""
+    for id, sequence, type, chain, position, closed, row, _ in steps:
+        if type in DECIDING and row is not None:
+            yield Deciding(id, sequence, type, chain, position, sequence == 0 and closed, row.body, row.sealed)

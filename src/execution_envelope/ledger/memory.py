@@ -18,7 +18,6 @@ from execution_envelope.ledger.balances import Balances
 from execution_envelope.ledger.chain import Chain, Link
 from execution_envelope.ledger.commit import BudgetExhausted, Commit, KeyRow, KeyTaken, SequenceConflict, Stored
 from execution_envelope.ledger.contract import (
-    DECIDING,
     MAX_ATTEMPTED,
     AttemptedRequest,
     ChainHead,
@@ -28,6 +27,7 @@ from execution_envelope.ledger.contract import (
     Row,
     Step,
     check,
+    decisions_of,
 )
 from execution_envelope.ledger.projection import Projection
 from execution_envelope.ledger.schema import CHAINS_PER_SEGMENT
@@ -297,9 +297,7 @@ class MemoryLedger:
             return found
 
     def decisions(self, *, after: str = "", until: str | None = None) -> Iterator[Deciding]:
-        for id, sequence, type, chain, position, closed, row, _ in self.steps(after=after, until=until):
-            if type in DECIDING and row is not None:
-                yield Deciding(id, sequence, type, chain, position, sequence == 0 and closed, row.body, row.sealed)
+        yield from decisions_of(self.steps(after=after, until=until))
 
     def splits(self, size: int) -> list[str]:
         with self._lock:

@@ -40,7 +40,7 @@ from execution_envelope.ledger.postgres_segments import PostgresSegments
 from execution_envelope.ledger.postgres_store import Store, open_to_write
 from execution_envelope.ledger.projection import Projection
 from execution_envelope.ledger.submission import Submission
-from execution_envelope.ledger.writer import Writer
+from execution_envelope.ledger.writer import Guest, HostedStore, Writer
 from execution_envelope.lifecycle import Event
 from execution_envelope.process import Process
 
@@ -77,6 +77,7 @@ class PostgresLedger:
         self._readers = _Pool(self._address, self._read_only)
         self._store = Store(self._address, self._clock)
         self._writer = Writer(self._store)
+        self._hosted: weakref.WeakSet[Store] = weakref.WeakSet()
         log = projection_postgres.PostgresLog(self, self._readers.run)
         self._projection = projection_postgres.beside(self._address, log)
 
@@ -96,6 +97,13 @@ class PostgresLedger:
 
     def conservation(self) -> Conservation:
         return self._writer.conservation()
+
+    def host(self, guest: Guest) -> HostedStore:
+        """See `writer.Host`."""
+        self._check_writable()
+        store = Store(self._address, self._clock, guest)
+        self._hosted.add(store)
+        return store
 
     def note(self, request: AttemptedRequest) -> None:
         self._check_writable()
@@ -429,7 +437,7 @@ _inherited: list[object] = []
 
 def _after_fork() -> None:
     for ledger in _open_ledgers:
-        _inherited.extend((ledger._store.database, *ledger._readers.idle, ledger._projection))
+        _inherited.extend((ledger._store.database, *ledger._readers.idle, ledger._projection, *ledger._hosted))
         ledger._forget()
 
 

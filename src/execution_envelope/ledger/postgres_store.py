@@ -22,6 +22,7 @@ which it gets only when the old session has ended, and then the chain says wheth
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -52,6 +53,7 @@ from execution_envelope.ledger.commit import (
 from execution_envelope.ledger.contract import Conservation, check
 from execution_envelope.ledger.postgres_database import CONFLICTS, Address, Database, Numbers, Rows, Texts, bucket_of
 from execution_envelope.ledger.submission import Outcome, Submission
+from execution_envelope.ledger.writer import Guest
 from execution_envelope.lifecycle import TERMINAL, Bound, Event
 from execution_envelope.process import current
 from execution_envelope.version import __version__
@@ -98,11 +100,14 @@ class _Batch:
 
 
 class Store:
-    """See `writer.Store`. Only one thread uses it."""
+    """See `writer.Store`. Only one thread uses it at a time; for a `guest`, whoever hosts it."""
 
-    def __init__(self, address: Address, clock: Callable[[], datetime]) -> None:
+    def __init__(self, address: Address, clock: Callable[[], datetime], guest: Guest | None = None) -> None:
         self._address = address
         self._clock = clock
+        self._guest = guest
+        #: See `HostedStore`.
+        self.working = threading.Lock()
         self.database: Database | None = None
         self._chain: chains.Chain | None = None
         self._number = 0
@@ -303,12 +308,25 @@ class Store:
         database = self._session(deadline)
         if self._chain is None or self._chain.position >= MAX_CHAIN:
             chain = chains.Chain(str(uuid_utils.uuid7()))
-            opening = chain.opening(timestamp(self._clock()), current(), __version__)
+            process, service = (current(), None) if self._guest is None else (self._guest.process, self._guest.service)
+            opening = chain.opening(timestamp(self._clock()), process, __version__, service)
             self._number = database.open_chain(chain.id, opening.body, opening.hash)
             chain.advance([opening])
             self._chain = chain
             self._leased = [*self._leased[1 - MAX_LEASED :], chain.id]
         return database, self._chain
+
+    def place(self) -> tuple[str, int] | None:
+        """See `HostedStore`."""
+        return None if self._chain is None else (self._chain.id, self._chain.position)
+
+    def adopt(self, chains: Sequence[str]) -> None:
+        """See `HostedStore`."""
+        self._leased = [*chains, *self._leased][-MAX_LEASED:]
+
+    def let_go(self) -> None:
+        """See `HostedStore`."""
+        self._drop()
 
     def _session(self, deadline: float) -> Database:
         """A session that holds the chain of this process, if there is one."""

@@ -43,7 +43,7 @@ from execution_envelope.ledger.sqlite_database import Database, open_read_only, 
 from execution_envelope.ledger.sqlite_segments import SqliteSegments
 from execution_envelope.ledger.sqlite_store import Store
 from execution_envelope.ledger.submission import Submission
-from execution_envelope.ledger.writer import Writer
+from execution_envelope.ledger.writer import Guest, HostedStore, Writer
 from execution_envelope.lifecycle import Event
 from execution_envelope.process import Process
 
@@ -80,6 +80,8 @@ class SqliteLedger:
         self._noting = threading.Lock()
         self._store = Store(self._path, self._clock)
         self._writer = Writer(self._store)
+        #: Those of guests; a fork lets go of their files too.
+        self._hosted: weakref.WeakSet[Store] = weakref.WeakSet()
         log = projection_sqlite.SqliteLog(self, self._reader_of_log, self._translated)
         self._projection = projection_sqlite.beside(self._path, log)
 
@@ -99,6 +101,13 @@ class SqliteLedger:
 
     def conservation(self) -> Conservation:
         return self._writer.conservation()
+
+    def host(self, guest: Guest) -> HostedStore:
+        """See `writer.Host`."""
+        self._check_writable()
+        store = Store(self._path, self._clock, guest)
+        self._hosted.add(store)
+        return store
 
     def note(self, request: AttemptedRequest) -> None:
         with self._beside() as database:
@@ -467,6 +476,9 @@ def _before_fork() -> None:
         _quieten(*ledger._projection.locks)
     for ledger in ledgers:
         _quieten(ledger._writer.working, ledger._reading, ledger._noting)
+        for hosted in list(ledger._hosted):
+            _quieten(hosted.working)
+            hosted.rest()
         ledger._projection.rest()
         ledger._store.rest()
         ledger._drop_reader()

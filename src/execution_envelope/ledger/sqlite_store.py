@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
+import threading
 import time
 from collections.abc import Callable, Sequence
 from datetime import datetime
@@ -21,6 +22,7 @@ from execution_envelope.ledger.commit import BudgetExhausted, Commit, KeyTaken, 
 from execution_envelope.ledger.contract import Conservation, check
 from execution_envelope.ledger.sqlite_database import Database, open_to_write, unavailable
 from execution_envelope.ledger.submission import Outcome, Submission
+from execution_envelope.ledger.writer import Guest
 from execution_envelope.lifecycle import TERMINAL, Bound
 from execution_envelope.process import current
 from execution_envelope.version import __version__
@@ -59,11 +61,14 @@ class _Rows:
 
 
 class Store:
-    """What the writer's thread does to the file."""
+    """What the writer's thread does to the file; or, for a `guest`, whoever hosts it."""
 
-    def __init__(self, path: Path, clock: Callable[[], datetime]) -> None:
+    def __init__(self, path: Path, clock: Callable[[], datetime], guest: Guest | None = None) -> None:
         self._path = path
         self._clock = clock
+        self._guest = guest
+        #: Held by who hosts a guest while the store is at work: a fork waits for it.
+        self.working = threading.Lock()
         self._database: Database | None = None
         self._chain: chains.Chain | None = None
         self._number = 0
@@ -236,7 +241,8 @@ class Store:
             return self._chain
         chain = chains.Chain(str(uuid_utils.uuid7()))
         self._number = database.one("open_chain", chain.id)
-        opening = chain.opening(timestamp(self._clock()), current(), __version__)
+        process, service = (current(), None) if self._guest is None else (self._guest.process, self._guest.service)
+        opening = chain.opening(timestamp(self._clock()), process, __version__, service)
         segment = self._number // schema.CHAINS_PER_SEGMENT
         database.insert(f"events_{segment}", [(self._number << 32, opening.body, opening.hash, None)])
         chain.advance([opening])
@@ -295,6 +301,18 @@ class Store:
             self._dropped_before = conservation.dropped
         finally:
             self._drop()
+
+    def place(self) -> tuple[str, int] | None:
+        """See `HostedStore`."""
+        return None if self._chain is None else (self._chain.id, self._chain.position)
+
+    def adopt(self, chains: Sequence[str]) -> None:
+        """See `HostedStore`."""
+        self._leased = [*chains, *self._leased][-MAX_LEASED:]
+
+    def let_go(self) -> None:
+        """Of the file, without an end of the chain: its process is gone, or goes on with another."""
+        self._drop()
 
     def _opened(self, deadline: float) -> Database:
         if self._database is None:

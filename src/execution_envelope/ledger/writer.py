@@ -11,13 +11,15 @@ import queue
 import threading
 import time
 from collections.abc import Sequence
-from typing import Final, Protocol
+from dataclasses import dataclass
+from typing import Final, Protocol, runtime_checkable
 
 from execution_envelope.errors import LedgerUnavailable
 from execution_envelope.ledger.commit import Commit
 from execution_envelope.ledger.contract import Conservation
 from execution_envelope.ledger.submission import Outcome, Submission
 from execution_envelope.lifecycle import Event
+from execution_envelope.process import Process
 
 #: Submissions in one transaction at most, and waiting at most; beyond that a ledger is unavailable.
 MAX_GROUP: Final = 512
@@ -39,6 +41,42 @@ class Store(Protocol):
 
     def finish(self, conservation: Conservation) -> None:
         """End the chain, and let go of the database."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Guest:
+    """Who writes through the process that has the database: a service, by this process of its own."""
+
+    service: str
+    process: Process
+
+
+class HostedStore(Store, Protocol):
+    """A store that writes for a guest: its chain names that one. From any thread that holds `working`."""
+
+    #: Held during every call; a fork waits for it.
+    working: threading.Lock
+
+    def place(self) -> tuple[str, int] | None:
+        """Its chain, and how many entries that has; None when the next write opens one."""
+        ...
+
+    def adopt(self, chains: Sequence[str]) -> None:
+        """Renew the leases of these too: the guest wrote them, oldest first, through another store."""
+        ...
+
+    def let_go(self) -> None:
+        """Let go of the database without ending the chain: its process is gone, or goes on with another."""
+        ...
+
+
+@runtime_checkable
+class Host(Protocol):
+    """A ledger that others write to through this process."""
+
+    def host(self, guest: Guest) -> HostedStore:
+        """A store of its own for a guest; whoever takes it ends it with `finish` or `let_go`."""
         ...
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
 
@@ -220,9 +220,7 @@ class Review:
         now = self.clock()
         question = Question(*window(since, until, now=now), tuple(by), where or {}, tenants)
         found = self.ledger.projection().totals(question, fresh=fresh)
-        if tenants is not None:
-            found = replace(found, taken=None, lag=Lag(min(1, found.lag.entries), 0))
-        return Accounting(question, found, now)
+        return Accounting(question, found if tenants is None else found.narrowed(), now)
 
 
 def _asking(name: str) -> str:
