@@ -116,15 +116,16 @@ def shown_command(page: Page, beginning: str) -> str:
     return found
 
 
-def ran(backend: Backend, command: str, code: int = 0) -> str:
-    """It, run as somebody would who copied it."""
+def ran(backend: Backend, command: str, code: int = 0, *, server: str | None = None) -> str:
+    """It, run as somebody would who copied it: where the database is, or by a server, with ada's token."""
     words = shlex.split(command)
     assert words[0] == "envelope"
     env = {
         "PATH": os.environ["PATH"],
         "PYTHONPATH": str(SOURCE),
         "COLUMNS": "200",
-        "EXECUTION_ENVELOPE_LEDGER": f"sqlite:///{backend.data}/envelopes.db",
+        "EXECUTION_ENVELOPE_LEDGER": server or f"sqlite:///{backend.data}/envelopes.db",
+        "EXECUTION_ENVELOPE_TOKEN": backend.token("ada"),
     }
     command_line = [sys.executable, "-m", "execution_envelope.cli", *words[1:]]
     found = subprocess.run(command_line, env=env, capture_output=True, text=True)
@@ -185,6 +186,13 @@ def test_less_than_asked_is_found_and_explained(
     assert policy.read_text() != EXAMPLE.read_text()
     ran(backend, f"envelope replay --policy {policy} --jobs 1 --out {backend.data}/replays/stricter.json", code=1)
     ada = signed_in("ada")
+    server = ada.locator("footer code").last.inner_text().removeprefix("export EXECUTION_ENVELOPE_LEDGER=")
+    assert server == f"{backend.url}/console"
+    for command, said in (
+        ("envelope list --where outcome=reduced", "reduced"),
+        (f"envelope show {id}", "asked 4, given 1"),
+    ):
+        assert said in words(ran(backend, command, server=server))
     ada.get_by_role("link", name="Replays").click()
     ada.get_by_role("link", name="stricter.json").click()
     expect(ada.locator("figure.chart")).to_be_visible()
