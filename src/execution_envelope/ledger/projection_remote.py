@@ -24,7 +24,7 @@ class RemoteProjection:
         self._server = server
 
     def catch_up(self, limit: int | None = None, *, progress: Progress | None = None) -> Lag:
-        """The server catches up before it answers: of how far it is nothing is told meanwhile, and it is not bounded."""
+        """The server catches up before it answers: unbounded, and of how far it is nothing is told meanwhile."""
         self.get(_NOBODY, fresh=True)
         return self.lag()
 
