@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Final
@@ -122,7 +122,8 @@ def serve(
             timeout_graceful_shutdown=GRACE,
             **tls,  # type: ignore[arg-type]
         )
-        Announced(config).run()
+        with suppress(KeyboardInterrupt):  # what was under way is answered, or was cut
+            Announced(app, config).run()
 
 
 @contextmanager
