@@ -177,7 +177,15 @@ def _authenticators(file: Path | None, issuer: str | None, audience: str | None)
 @click.option("--subject", required=True, metavar="TYPE:ID", help="Who holds it, such as user:dana.")
 @click.option("--tenant", "tenants", multiple=True, help="Whose envelopes it sees; may be repeated.")
 @click.option("--all-tenants", is_flag=True, help="It sees everybody's.")
-@click.option("--role", "roles", multiple=True, type=click.Choice(list(ROLES)), default=["reader"], show_default=True)
+@click.option(
+    "--role",
+    "roles",
+    multiple=True,
+    type=click.Choice(list(ROLES)),
+    default=["reader"],
+    show_default=True,
+    help="What it may do; may be repeated.",
+)
 @click.option("--days", type=click.IntRange(min=1, max=3650), help="For so many days; else until it is taken out.")
 def token(
     as_json: bool,
