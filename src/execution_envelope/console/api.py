@@ -101,17 +101,19 @@ async def revoke(reference: Reference, request: Request, who: Revoker, shared: S
 
 
 async def _say(shared: Console, who: Principal, what: str, reference: str, said: Said) -> Response:
-    record = await decide(shared, who, what, reference, said.reason)
+    record = await run_in_threadpool(shared.review.record, reference, tenants=who.tenants)
+    record = await decide(shared, who, what, record, said.reason)
     return encoded(Decided(record.id, record.state))
 
 
-async def decide(shared: Console, who: Principal, what: str, reference: str, reason: str) -> Record:
+async def decide(shared: Console, who: Principal, what: str, record: Record, reason: str) -> Record:
     """Say `approve`, `deny` or `revoke` of an envelope that `who` sees. Raises what the controller raises."""
     if shared.controller is None:
         raise HTTPException(409, "expected a server that decides, this one was started without a controller")
-    record = await run_in_threadpool(shared.review.record, reference, tenants=who.tenants)
     by = who.acting_in(record.envelope.identity.tenant)
     found: Record = await getattr(shared.controller, what)(record.id, by=by, reason=reason)
+    if what == "revoke" and shared.revoked is not None:
+        shared.revoked()
     return found
 
 

@@ -74,6 +74,8 @@ class Follower:
         self._woken = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._listening: Counter[str] = Counter()
+        #: Whether the server is told to stop: every stream ends.
+        self.ended = False
         #: Tells the numbers of this process from those of another.
         self.epoch = secrets.token_hex(4)
         #: How often the log was looked at, for tests: it does not grow with the listeners.
@@ -92,8 +94,15 @@ class Follower:
         """Microseconds since it was made, and not before what was found last."""
         return max(self._number, (time.monotonic_ns() - self._began) // 1000)
 
+    def end(self) -> None:
+        """End every stream, and let none begin any more."""
+        self.ended = True
+        self._woken.set()
+
     def admit(self, who: Principal) -> None:
-        """Count a listener in. Raises HTTP 429 and 503 where there are too many."""
+        """Count a listener in. Raises HTTP 429 and 503 where there are too many, and 503 at the end."""
+        if self.ended:
+            raise HTTPException(503, "the server is about to end", headers={"Retry-After": "5"})
         if self._listening[who.name] >= MAX_STREAMS_OF_ONE:
             raise HTTPException(429, f"expected up to {MAX_STREAMS_OF_ONE} streams", headers={"Retry-After": "30"})
         if self.streams >= MAX_STREAMS:
@@ -210,7 +219,7 @@ async def _stream(follower: Follower, who: Principal, after: str) -> AsyncIterat
     began = heard = time.monotonic()
     last = after or follower.newest
     yield _said("hello", last, {})
-    while time.monotonic() - began < LASTS:
+    while not follower.ended and time.monotonic() - began < LASTS:
         changes, complete = follower.since(last)
         if not complete:
             last = follower.newest
