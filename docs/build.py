@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import msgspec
+from fastapi.dependencies.models import Dependant
+from fastapi.routing import APIRoute
 
 from execution_envelope import (
     answers,
@@ -34,15 +39,18 @@ from execution_envelope.adapters.declared import (
 )
 from execution_envelope.admission import MAX_CONFLICTS
 from execution_envelope.attempted import ATTEMPTED_BURST, ATTEMPTED_PER_SECOND
-from execution_envelope.console import asserted, live, markup, sheet
+from execution_envelope.console import access, asserted, live, markup, oidc, sessions, sheet, signin, tokens
+from execution_envelope.console import limits as console_limits
+from execution_envelope.console.app import create_app
 from execution_envelope.console.clients import MAX_OF_SERVICE, MAX_SESSIONS, SILENT
 from execution_envelope.console.ledger_routes import MAX_LOOKED
 from execution_envelope.console.pages import budgets as budgets_page
 from execution_envelope.console.pages import replays
+from execution_envelope.console.problems import MEANINGS
 from execution_envelope.controller import AdmissionController
 from execution_envelope.decision import CODES
 from execution_envelope.family import MAX_LEVELS, MAX_PARENTS, MAX_TREE
-from execution_envelope.ledger import remote_http, wire
+from execution_envelope.ledger import open_ledger, remote_http, wire
 from execution_envelope.ledger.chain import Entry
 from execution_envelope.ledger.contract import MAX_ATTEMPTED
 from execution_envelope.ledger.postgres_database import TIMEOUT
@@ -58,6 +66,8 @@ from execution_envelope.observed import MAX_SKEW
 from execution_envelope.observers import MAX_WAITING as MAX_UNTOLD
 from execution_envelope.reconciliation import PATIENCE, PROBE_TIMEOUT
 from execution_envelope.reporting import MAX_LINE
+from execution_envelope.review import Review
+from execution_envelope.review.catching_up import PATIENCE as MAX_WAIT
 from execution_envelope.review.explain.explanation import MAX_SENTENCES
 from execution_envelope.review.explain.sections import MAX_ACCOUNTS
 from execution_envelope.review.explain.wording import MAX_NAME, MAX_QUOTE
@@ -81,6 +91,9 @@ def pages() -> dict[Path, str]:
         HERE / "counters.md": _counters(),
         HERE / "credentials.md": _credentials(),
         HERE / "adapters.md": _adapters(),
+        HERE / "access.md": _access(),
+        HERE / "http-api.md": _http_api(),
+        HERE / "openapi.json": json.dumps(_console().openapi(), indent=2, ensure_ascii=False) + "\n",
         HERE / "envelope.schema.json": _schema(envelope.Envelope),
         HERE / "event.schema.json": _schema(Entry),
     }
@@ -330,6 +343,25 @@ def _limits() -> str:
         ("rows of one page of a search", f"1 to {MAX_PAGE}", "refused, `limit` is named"),
         ("the cursor of a page", f"{MAX_CURSOR} characters", "refused, `after` is named"),
         ("envelopes that one page looks at", str(LOOK), "the page ends early and says how far it looked back"),
+        ("requests of one caller to a server process", console_limits.REQUESTS, "429, with `Retry-After`"),
+        (
+            "wrong credentials of one address",
+            console_limits.FAILURES,
+            "429, with `Retry-After`; a right one is taken all the same",
+        ),
+        ("body of a request to the server", f"{console_limits.MAX_BODY} bytes", "413"),
+        ("a token", f"{signin.MAX_TOKEN} characters", "nobody's"),
+        ("entries of a token file", str(tokens.MAX_TOKENS), "the file is refused"),
+        (
+            "a browser that is signed in",
+            f"{_hours(sessions.IDLE)} without a request, {_hours(sessions.LONGEST)} together",
+            "it signs in again",
+        ),
+        (
+            "browsers that are signed in to one server process, and with one token",
+            f"{sessions.MAX_SESSIONS} and {sessions.MAX_OF_ONE}",
+            "the oldest sign in again",
+        ),
         ("findings of a verification", str(MAX_FINDINGS), "counted, not listed"),
         ("`envelope simulate`", f"{MAX_COUNT} envelopes over {MAX_DAYS} days", "refused"),
         (
@@ -341,6 +373,16 @@ def _limits() -> str:
             "a stream of live updates",
             f"{live.LASTS:g} s",
             "ends; the page comes again, and its credential is looked at again",
+        ),
+        (
+            "keys of an OpenID Connect issuer",
+            f"asked for at most every {oidc.RETRY:g} s, and taken for {oidc.LASTS:g} s",
+            "a token with a key that is not known is of nobody",
+        ),
+        (
+            "how long a page waits for lists and sums that are up to date",
+            f"{MAX_WAIT:g} s",
+            "pages show what is there and say so; programs get 503 and `Retry-After`",
         ),
         (
             "new entries of one round of live updates",
@@ -460,6 +502,10 @@ other field, and is in every list of `envelope list`, which names it on stderr.
 """
 
 
+def _hours(time: timedelta) -> str:
+    return f"{time / timedelta(hours=1):g} h"
+
+
 def _codes() -> str:
     rows = [(f"`{code}`", "yes" if later else "no", meaning) for code, (later, meaning) in CODES.items()]
     return "# Reason codes\n\nWhy a decider denied or held.\n\n" + _table(("code", "can later help", "meaning"), rows)
@@ -480,6 +526,141 @@ def _credentials() -> str:
         "before anything is sealed or recorded. The request is not refused. A secret in no such format is taken out "
         "only when the adapter names its field (`Ask.secrets`).\n\n" + _table(("format", "marker"), rows)
     )
+
+
+def _access() -> str:
+    rows = [
+        (f"`{role}`", *("yes" if right in rights else "" for right in access.RIGHTS))
+        for role, rights in access.ROLES.items()
+    ]
+    return (
+        "# Who may look\n\nA token says who somebody is, which tenants' envelopes they see, and their roles; "
+        "[how](../howto/serve-the-console.md#who-may-look). A right is what one may do. Seeing an envelope is never a "
+        "right in itself: the tenants of the token say whose are seen, on every page, in every count and every "
+        "error.\n\n"
+        + _table(("role", *access.RIGHTS), rows)
+        + "\n"
+        + _table(("right", "for"), [(f"`{right}`", access.MEANINGS[right]) for right in access.RIGHTS])
+    )
+
+
+def _console() -> Any:
+    review = Review(open_ledger("memory://"), clock=lambda: datetime(2026, 1, 1, tzinfo=UTC))
+    return create_app(review, authenticators=[])
+
+
+#: Problems that every route answers.
+_ALWAYS = ("401", "403", "422", "429", "503")
+
+
+def _http_api() -> str:
+    app = _console()
+    described, rights = app.openapi(), dict(_rights(app.routes))
+    text = (
+        "# The HTTP API\n\nWhat `envelope serve` answers to programs; "
+        "[how it is served](../howto/serve-the-console.md). The whole description, with every shape, is "
+        "[openapi.json](openapi.json) (OpenAPI 3.1); a server gives it to those who may read at "
+        "`/api/openapi.json`.\n\nThe token is sent as `Authorization: Bearer TOKEN`, never in a URL. Everything "
+        "answered is about the envelopes of the token's tenants alone: what is another tenant's is not found. Amounts "
+        "are in the base units of [resources](resources.md), times in UTC.\n\n"
+        f"A caller may send {_rate(console_limits.REQUESTS)}; an address {_rate(console_limits.FAILURES)} with "
+        f"a wrong credential; a body may have {console_limits.MAX_BODY // 1024**2} MiB.\n\n"
+        "## Problems\n\nEvery error is an RFC 9457 problem, `application/problem+json`, with `type`, `title`, "
+        "`status`, `detail`, and where there is one the `field` that is wrong and the `envelope` that it is about. The "
+        "first five may come from every route.\n\n"
+        + _table(
+            ("status", "means"),
+            [
+                (str(status), MEANINGS[status])
+                for status in sorted(MEANINGS, key=lambda status: (str(status) not in _ALWAYS, status))
+            ],
+        )
+    )
+    for path, methods in sorted(described["paths"].items()):
+        for method, operation in methods.items():
+            text += f"\n## {method.upper()} {path}\n\n{operation['description']}\n"
+            text += f"\nTakes the right `{rights[method.upper(), path]}`. Answers {_answered(operation)}.\n"
+            rows = [_parameter(one) for one in operation.get("parameters", ())]
+            if "requestBody" in operation:
+                rows.append(("the body", ", ".join(_shapes(operation["requestBody"]["content"])), ""))
+            if rows:
+                text += "\n" + _table(("parameter", "is", "without it"), rows)
+    return text
+
+
+def _rate(said: str) -> str:
+    count, _, per = said.partition("/")
+    return f"{count} requests a {per}"
+
+
+def _rights(routes: Iterable[Any]) -> Iterator[tuple[tuple[str, str], str]]:
+    """(method, path) -> the right that it takes."""
+    for route in routes:
+        if (included := getattr(route, "original_router", None)) is not None:
+            yield from (
+                ((method, f"{route.include_context.prefix}{path}"), right)
+                for (method, path), right in _rights(included.routes)
+            )
+        elif isinstance(route, APIRoute):
+            right = next(filter(None, map(_right, route.dependant.dependencies)), None)
+            if right is not None:  # those without are no part of the API: signing in and out
+                yield from (((method, route.path), right) for method in route.methods or ())
+
+
+def _right(dependency: Dependant) -> str | None:
+    """The right that a dependency, or one of its own, asks for."""
+    if dependency.call is not None and "having" in dependency.call.__qualname__:
+        return str(inspect.getclosurevars(dependency.call).nonlocals["right"])
+    return next(filter(None, map(_right, dependency.dependencies)), None)
+
+
+def _answered(operation: Mapping[str, Any]) -> str:
+    found = []
+    for status, answer in operation["responses"].items():
+        if status < "300":
+            shapes = _shapes({media: of for media, of in answer.get("content", {}).items() if of.get("schema")})
+            found.append(f"{status}" + (f" with {' or '.join(shapes)}" if shapes else ""))
+    others = [status for status in operation["responses"] if status >= "300" and status not in _ALWAYS]
+    return ", ".join(found) + (f"; problems also {', '.join(others)}" if others else "")
+
+
+def _shapes(content: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{_shape(of['schema'])}{'' if media == 'application/json' else f', `{media}`'}"
+        for media, of in content.items()
+    ]
+
+
+def _shape(schema: Mapping[str, Any]) -> str:
+    """A schema in words; what has a name is looked up in the description."""
+    if "$ref" in schema:
+        return f"`{schema['$ref'].rpartition('/')[2]}`"
+    if "anyOf" in schema:
+        return " or ".join(_shape(one) for one in schema["anyOf"] if one.get("type") != "null")
+    if schema.get("type") == "array":
+        return f"a list of {_shape(schema['items'])}"
+    if isinstance(schema.get("additionalProperties"), dict):
+        return f"an object of {_shape(schema['additionalProperties'])}"
+    named = {"string": "text", "integer": "a whole number", "object": "an object", "boolean": "true or false"}
+    return named.get(schema.get("type", ""), "anything")
+
+
+def _parameter(one: Mapping[str, Any]) -> tuple[str, str, str]:
+    schema, bounds = one["schema"], []
+    for part in (schema, *schema.get("anyOf", ())):
+        if "minimum" in part and "maximum" in part:
+            bounds.append(f"{part['minimum']} to {part['maximum']}")
+        if "maxLength" in part:
+            bounds.append(f"up to {part['maxLength']} characters")
+        if "maxItems" in part:
+            bounds.append(f"up to {part['maxItems']}")
+    said = one.get("description", "").rstrip(".")
+    default = "needed" if one["required"] else _without(schema.get("default"))
+    return f"`{one['name']}`", "; ".join([_shape(schema), *bounds, *([said] if said else [])]), default
+
+
+def _without(default: object) -> str:
+    return "" if default in (None, "", []) else f"`{json.dumps(default, ensure_ascii=False)}`"
 
 
 #: What functions make of fields, beside what they declare: (fields, what they become).

@@ -2,7 +2,8 @@
 
 On the page a comment before a block says what it is: ``<!-- file: NAME -->`` for a file that is written,
 ``<!-- runs -->`` for a console in which lines that begin with ``$`` are run and the others are what is printed, with
-``...`` for anything, and ``<!-- restart -->`` for starting what runs in the background again.
+``...`` for anything, and ``<!-- restart -->`` for starting what runs in the background again. ``kill -9 %1`` kills what
+was started first of what runs in the background, as it does in a shell.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ ROOT = Path(__file__).parent.parent
 _STEP = re.compile(
     r"<!-- (?:file: (?P<file>\S+)|(?P<runs>runs)|(?P<restart>restart)) -->\n(?:```\w*\n(?P<block>.*?)```)?", re.S
 )
+_KILL = re.compile(r"kill -9 %(?P<job>\d)")
 _PORT = re.compile(r"\b80\d\d\b")
 
 
@@ -74,6 +76,9 @@ class Page:
         if command.endswith("&"):
             self._start(command.removesuffix("&").strip())
             return ""
+        if killed := _KILL.fullmatch(command):
+            self._kill(list(self.running)[int(killed["job"]) - 1])
+            return ""
         kept = self.folder / ".environment"
         # What a command exports is there for the next one.
         script = f"set -a\n{command}\nstatus=$?\nenv -0 > {kept}\nexit $status"
@@ -110,6 +115,11 @@ class Page:
                 break
             time.sleep(0.05)
         assert not ports, f"{command} does not listen: {(self.folder / 'background.log').read_text()}"
+
+    def _kill(self, command: str) -> None:
+        process = self.running.pop(command)
+        process.kill()
+        process.wait()
 
     def _stop(self, command: str) -> None:
         process = self.running.pop(command)

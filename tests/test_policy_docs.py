@@ -41,7 +41,18 @@ def test_every_name_is_documented(name: str) -> None:
 
 
 def test_every_engine_and_annotation_is_documented() -> None:
-    others = {"__init__", "cel", "cedar_schema", "circuit", "expression", "limits", "view", "watched", "yaml_text"}
+    others = {
+        "__init__",
+        "cel",
+        "cedar_schema",
+        "circuit",
+        "expression",
+        "limits",
+        "remembered",
+        "view",
+        "watched",
+        "yaml_text",
+    }
     engines = {path.stem for path in (ROOT / "src/execution_envelope/policy").glob("*.py")} - others
     assert engines == set(re.findall(r"`execution_envelope\.policy\.(\w+)`", PAGE))
     assert set(cedar.ANNOTATIONS) == set(re.findall(r"^\| `@(\w+)\(", PAGE, re.M))

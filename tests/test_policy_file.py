@@ -278,6 +278,12 @@ def test_counts_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "expected up to 64 different limits, got 80" in str(refused(json.dumps({"rules": many})))
 
 
+def test_a_budget_of_whole_devices_is_read_once() -> None:
+    policy = parse("budgets: [{name: g, resource: gpu, limit: 16}, {name: c, resource: cpu, limit: 2, unknown: 1}]")
+    gpus, cores = policy.budgets.budgets
+    assert (gpus.limit, cores.limit, cores.unknown) == (16_000, 2_000, 1_000)
+
+
 def test_budgets_prices_and_approval() -> None:
     policy = parse("""
     budgets:

@@ -259,6 +259,26 @@ class ProjectionContract:
             projection.catch_up()
             assert shown(projection) == before
 
+    def test_who_asks_how_far_it_is_waits_for_one_batch_at_most(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(projector, "BATCH", 4)
+        with self.opened(tmp_path) as (ledger, projection):
+            for _ in range(6):
+                ledger.commit(admission(ask()))
+            told: list[int] = []
+
+            def ask_beside(_: int) -> None:
+                def look() -> None:
+                    told.append(projection.lag().entries)
+
+                beside = threading.Thread(target=look, daemon=True)
+                beside.start()
+                beside.join(10)
+
+            projection.catch_up(progress=ask_beside)
+            assert told == [9, 5, 1, 0]
+
     def test_threads_share_it(self, tmp_path: Path) -> None:
         with self.opened(tmp_path) as (ledger, projection):
             failed: list[BaseException] = []
@@ -292,6 +312,28 @@ class TestMemoryProjection(ProjectionContract):
 class TestSqliteProjection(ProjectionContract):
     def make_ledger(self, folder: Path) -> Ledger:
         return SqliteLedger(folder / "ledger.db")
+
+
+def test_dropped_while_it_catches_up_it_is_made_from_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(projector, "BATCH", 4)
+    path = tmp_path / "ledger.db"
+    with closing(SqliteLedger(path)) as ledger, closing(SqliteLedger(path)) as second:
+        projection = ledger.projection()
+        for _ in range(3):
+            ledger.commit(admission(ask()))
+        projection.catch_up()
+        for _ in range(3):
+            second.commit(admission(ask()))  # in a chain of its own: the first one is not behind
+        before, dropped = folded(ledger), []
+
+        def drop(_: int) -> None:
+            if not dropped:
+                dropped.append(True)
+                projection.drop()
+
+        projection.catch_up(progress=drop)
+        assert dropped and projection.catch_up() == Lag(0, 0)
+        assert shown(projection) == before
 
 
 @pytest.mark.parametrize("place", ["entries", "rows", "envelopes", "save"])

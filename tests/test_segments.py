@@ -289,6 +289,8 @@ def test_many_segments_are_read_without_making_a_table_of_them_all(aged: Aged) -
                     database.of_chain(1_000_000, name, *([1_000_000] if name == "head" else [0, 1, 1]))
                 elif name == "steps":
                     database.all(name, "", 0, "x", 10)
+                elif name == "decisions":
+                    database.all(name, "", 0, "x", "[]", 10)
                 else:
                     database.all(name, *values)
             finally:
@@ -653,7 +655,7 @@ def test_what_stays_of_dropped_envelopes_is_counted(aged: Aged, statement: str, 
 
 
 def test_the_commands(aged: Aged, monkeypatch: pytest.MonkeyPatch) -> None:
-    from execution_envelope import cli, cli_shared
+    from execution_envelope import cli, cli_list, cli_shared
 
     def call(*arguments: str, status: int = 0) -> str:
         done = CliRunner().invoke(cli.cli, arguments, catch_exceptions=True)
@@ -687,7 +689,7 @@ def test_the_commands(aged: Aged, monkeypatch: pytest.MonkeyPatch) -> None:
     listed, left_out = call("list", "--json").splitlines()
     assert json.loads(listed)["id"] not in (*aged.ids, aged.over)
     assert left_out == "envelope: left out 11 envelopes, exported and dropped with a segment"
-    monkeypatch.setattr(cli, "MAX_EXPORTED", 2)
+    monkeypatch.setattr(cli_list, "MAX_EXPORTED", 2)
     assert "left out 2 envelopes, exported and dropped with a segment; looked no further" in call("list")
     went = "it was exported with segment 1 (`events-1.json`)"
     for name in (aged.ids[0], aged.over, "job:j1"):

@@ -76,7 +76,11 @@ def _check_another(identity: Identity, ask: Ask, held: Record) -> None:
     approver = seal(ask, id=held.id, now=datetime.min.replace(tzinfo=UTC)).envelope.identity
     if identity.tenant is not None and approver.tenant is not None and identity.tenant != approver.tenant:
         return  # of another tenant a subject of the same name is somebody else
-    if {identity.subject, *identity.delegation} & {approver.subject, *approver.delegation}:
+    proof = identity.authentication
+    # A service that says who asks is the one who asked, whoever that is said to be.
+    asserting = proof.issuer if proof is not None and proof.method.startswith("asserted") else None
+    itself = asserting == f"{approver.subject.type}:{approver.subject.id}"
+    if itself or {identity.subject, *identity.delegation} & {approver.subject, *approver.delegation}:
         raise SelfApproval(f"expected another approver, {approver.subject.id} asked for {held.id}", envelope_id=held.id)
 
 

@@ -120,9 +120,13 @@ class Budget:
     kinds: frozenset[str] | None = None
     unknown: Any = "deny"
     mode: Mode = "enforce"
+    #: Amounts in base units are not read as written ones again: 16 GPUs would be 16000.
+    _in_base_units: bool = field(default=False, init=False, repr=False, compare=False)
 
     def checked(self) -> Budget:
-        """With amounts in base units. Raises `InvalidField`."""
+        """With amounts in base units; one that is, is returned as it is. Raises `InvalidField`."""
+        if self._in_base_units:
+            return self
         path = f"budgets.{self.name}"
         if not isinstance(self.name, str) or not _NAME.fullmatch(self.name):
             raise invalid("budgets", f"expected a name of up to 64 letters, digits and `_.-`, got {shown(self.name)}")
@@ -153,7 +157,7 @@ class Budget:
             if not isinstance(assumed, int) or assumed > limit:
                 said = f"expected `deny`, `admit` or an amount within the limit, got {shown(self.unknown)}"
                 raise invalid(f"{path}.unknown", said)
-        return Budget(
+        checked = Budget(
             name=self.name,
             resource=self.resource,
             limit=limit,
@@ -164,6 +168,8 @@ class Budget:
             unknown=assumed,
             mode=self.mode,
         )
+        object.__setattr__(checked, "_in_base_units", True)
+        return checked
 
     def covers(self, envelope: Envelope) -> bool:
         """Whether a request takes of it."""

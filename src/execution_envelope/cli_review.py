@@ -27,7 +27,7 @@ def add_to(group: click.Group) -> None:
     group.add_command(revoke)
 
 
-@click.command()
+@click.command(short_help="Ask the deciders about everything that runs.")
 @controller_option
 @json_option
 @click.option(
@@ -65,7 +65,7 @@ def review(name: str | None, as_json: bool, verdict: Literal["flag", "revoke"], 
         raise SystemExit(1)
 
 
-@click.command()
+@click.command(short_help="Ask for a live execution to be stopped.")
 @controller_option
 @json_option
 @subject_options

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Final
@@ -61,7 +61,11 @@ def add_to(group: click.Group) -> None:
 @click.option("--replays", type=FOLDER, metavar="FOLDER", help="Show the results of `envelope replay --out` in it.")
 @click.option("--tls-cert", type=FILE, metavar="FILE", help="Serve https with this certificate.")
 @click.option("--tls-key", type=FILE, metavar="FILE", help="And this key.")
-@click.option("--behind-tls-proxy", is_flag=True, help="Listen elsewhere than here without TLS: a proxy has it.")
+@click.option(
+    "--behind-tls-proxy",
+    is_flag=True,
+    help="Listen without TLS: a proxy has it, at the address FORWARDED_ALLOW_IPS, else at 127.0.0.1.",
+)
 @click.option("--root-path", default="", metavar="PATH", help="Where a proxy puts it, such as /envelopes.")
 @click.pass_context
 def serve(
@@ -98,6 +102,7 @@ def serve(
 
         from execution_envelope.console.announced import Announced
         from execution_envelope.console.app import create_app
+        from execution_envelope.console.headers import OverHttps
     except ModuleNotFoundError as missing:
         raise Problem(
             f"expected the extra `console` of execution-envelope, `{missing.name}` is not installed"
@@ -111,6 +116,8 @@ def serve(
             controller=controller if decides else None,
             replays=replays,
         )
+        if behind_tls_proxy:
+            app.add_middleware(OverHttps)
         tls = {} if tls_cert is None else {"ssl_certfile": str(tls_cert), "ssl_keyfile": str(tls_key)}
         config = uvicorn.Config(
             app,
@@ -126,7 +133,8 @@ def serve(
         if hasattr(signal, "SIGPIPE"):
             # A client that went away ends nothing.
             signal.signal(signal.SIGPIPE, signal.SIG_IGN)
-        Announced(config).run()
+        with suppress(KeyboardInterrupt):  # what was under way is answered, or was cut
+            Announced(app, config).run()
 
 
 @contextmanager
@@ -180,7 +188,15 @@ def _authenticators(file: Path | None, issuer: str | None, audience: str | None)
 @click.option("--subject", required=True, metavar="TYPE:ID", help="Who holds it, such as user:dana.")
 @click.option("--tenant", "tenants", multiple=True, help="Whose envelopes it sees; may be repeated.")
 @click.option("--all-tenants", is_flag=True, help="It sees everybody's.")
-@click.option("--role", "roles", multiple=True, type=click.Choice(list(ROLES)), default=["reader"], show_default=True)
+@click.option(
+    "--role",
+    "roles",
+    multiple=True,
+    type=click.Choice(list(ROLES)),
+    default=["reader"],
+    show_default=True,
+    help="What it may do; may be repeated.",
+)
 @click.option("--days", type=click.IntRange(min=1, max=3650), help="For so many days; else until it is taken out.")
 def token(
     as_json: bool,

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import uvicorn
 
+from execution_envelope.console.app import end_streams
 from proving_ground.admission import ledger_url
 from proving_ground.app import create_app
 from proving_ground.auth import demo_tokens, write_demo
@@ -40,7 +41,10 @@ Who may do what, limits, budgets and approval are in {policy}; change it while t
 
 "Policy, budgets, approval, live" in README.md goes on from here.
 
-The console is at {url}/console/: sign in with dana's token, or with ada's, who sees all tenants.
+The console is at {url}/console/: sign in with dana's token; with kim's, who may approve what dana may not, her own; or
+with ada's, who sees all tenants. What another policy would have said of all this is shown there, too:
+
+    .venv/bin/envelope replay --policy FILE --out {data}/replays/FILE.json
 """
 
 
@@ -58,7 +62,12 @@ def main(catalog: Catalog | None = None) -> None:
     except (ValueError, OSError) as error:
         sys.exit(f"cannot start: {error}")
     server = _Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
-    server.before_end = lambda: app.state.backend.jobs.end()
+
+    async def before_end() -> None:
+        end_streams(app.state.console)
+        await app.state.backend.jobs.end()
+
+    server.before_end = before_end
     server.greeting = _greeting(settings, f"http://127.0.0.1:{settings.port}", tokens)
     with contextlib.suppress(KeyboardInterrupt):  # uvicorn has ended everything in order and then passes it on
         server.run(sockets=[listener])

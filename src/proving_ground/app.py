@@ -51,12 +51,15 @@ def create_app(settings: Settings, *, catalog: Catalog | None = None) -> FastAPI
     seam = open_seam(settings)
     controller = seam.controller
     cluster = open_cluster(settings)
+    to_revoke = asyncio.Event()
+    replays = settings.data / "replays"
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         logs = settings.data / "logs"
         store = Store(settings.data, keep_keys=settings.keep_engines)
-        logs.mkdir(exist_ok=True, mode=0o700)
+        for folder in (logs, replays):
+            folder.mkdir(exist_ok=True, mode=0o700)
         async with engine_client() as http:
             supervisor = Supervisor(
                 data=settings.data,
@@ -83,7 +86,9 @@ def create_app(settings: Settings, *, catalog: Catalog | None = None) -> FastAPI
             await jobs.recover()
             probers = {SUPERVISOR: prober(supervisor), JOBS: job_prober(jobs)}
             revokers = {SUPERVISOR: revoker(supervisor), JOBS: job_revoker(jobs)}
-            maintenance = Maintenance(controller, probers, revokers, seam.policy, settings.review, supervisor, jobs)
+            maintenance = Maintenance(
+                controller, probers, revokers, seam.policy, settings.review, supervisor, jobs, to_revoke
+            )
             await maintenance.reconcile(everything=True)
             await maintenance.review()
             await maintenance.clean_up()
@@ -110,7 +115,8 @@ def create_app(settings: Settings, *, catalog: Catalog | None = None) -> FastAPI
         app.include_router(router, include_in_schema=False)
     app.add_api_route("/health", _alive, methods=["GET"], tags=["backend"])
     app.mount("/metrics", metrics_app(seam.metrics, controller))
-    app.mount("/console", open_console(controller, app.state.tokens))
+    app.state.console = open_console(controller, app.state.tokens, replays, to_revoke.set)
+    app.mount("/console", app.state.console)
     app.add_api_route("/api/health", _alive, methods=["GET"], include_in_schema=False)
     return app
 

@@ -14,6 +14,8 @@ from fastapi import Depends, HTTPException, Request
 from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError
 
 OPERATOR = "operator"
+APPROVER = "approver"
+AUDITOR = "auditor"
 
 
 @dataclass(frozen=True)
@@ -115,12 +117,13 @@ class RunTokens:
 
 
 def write_demo(path: Path) -> None:
-    """Make a token file of four people with random tokens, mode 0600."""
+    """Make a token file of five people with random tokens, mode 0600."""
     people: dict[str, dict[str, Any]] = {
         "dana": {"tenant": "acme", "roles": [OPERATOR], "workrooms": ["support-bot", "production"]},
         "sam": {"tenant": "acme", "roles": ["viewer"], "workrooms": []},
         "lee": {"tenant": "globex", "roles": [OPERATOR], "workrooms": []},
-        "ada": {"tenant": "acme", "roles": ["auditor"], "workrooms": []},
+        "kim": {"tenant": "acme", "roles": [APPROVER], "workrooms": []},
+        "ada": {"tenant": "acme", "roles": [AUDITOR], "workrooms": []},
     }
     tokens = {subject: f"pg-{subject}-{secrets.token_urlsafe(24)}" for subject in people}
     entries = {tokens[subject]: {"subject": subject, **rest} for subject, rest in people.items()}

@@ -1,6 +1,8 @@
 """The console over this backend's ledger, at /console: its own people sign in there with their own tokens."""
 
+from collections.abc import Callable
 from datetime import UTC, datetime
+from pathlib import Path
 
 from fastapi import FastAPI
 
@@ -8,11 +10,10 @@ from execution_envelope import AdmissionController
 from execution_envelope.console.access import Principal
 from execution_envelope.console.app import create_app
 from execution_envelope.review import Review
-from proving_ground.auth import OPERATOR, TokenFile
+from proving_ground.auth import APPROVER, AUDITOR, OPERATOR, TokenFile
 
-AUDITOR = "auditor"
 #: A role of this backend -> those that it is in the console.
-_ROLES = {OPERATOR: ("operator",), AUDITOR: ("auditor",)}
+_ROLES = {OPERATOR: ("operator",), APPROVER: ("approver",), AUDITOR: ("auditor",)}
 
 
 class Holders:
@@ -31,7 +32,10 @@ class Holders:
         return Principal("user", caller.subject, tenants, roles, "bearer")
 
 
-def open_console(controller: AdmissionController, tokens: TokenFile) -> FastAPI:
-    """The console as an application, to be mounted."""
+def open_console(
+    controller: AdmissionController, tokens: TokenFile, replays: Path, revoked: Callable[[], None]
+) -> FastAPI:
+    """The console as an application, to be mounted. `replays` is the folder for results of ``envelope replay --out``;
+    `revoked` is called when somebody asked there for something to be revoked."""
     review = Review(controller.ledger, clock=lambda: datetime.now(UTC))
-    return create_app(review, authenticators=[Holders(tokens)], controller=controller)
+    return create_app(review, authenticators=[Holders(tokens)], controller=controller, replays=replays, revoked=revoked)

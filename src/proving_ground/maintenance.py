@@ -2,6 +2,7 @@
 policy as it is now, ends what is to be revoked, and forgets what is old."""
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
@@ -50,7 +51,8 @@ ALLOWED: Final = Rule("the-backend-itself", _own, kinds=frozenset({"maintenance"
 
 class Maintenance:
     """`probers` ask the owners of open envelopes, `revokers` have them end one; `supervisor` and `jobs` forget what has
-    ended long ago. What `policy` would not admit any more is flagged or revoked, by `verdict`."""
+    ended long ago. What `policy` would not admit any more is flagged or revoked, by `verdict`. `to_revoke` is set when
+    somebody asked, in this process, for something to be revoked."""
 
     def __init__(
         self,
@@ -61,6 +63,7 @@ class Maintenance:
         verdict: Literal["flag", "revoke"],
         supervisor: Supervisor,
         jobs: Jobs,
+        to_revoke: asyncio.Event,
     ) -> None:
         self._controller = controller
         self._probers = probers
@@ -71,6 +74,7 @@ class Maintenance:
         """The revision of the policy by which all that ran was reviewed."""
         self._supervisor = supervisor
         self._jobs = jobs
+        self._to_revoke = to_revoke
 
     async def reconcile(self, *, everything: bool = False) -> None:
         """Look after open envelopes; see `AdmissionController.reconcile`. Policy may refuse it, which is logged."""
@@ -131,7 +135,7 @@ class Maintenance:
     async def run(self) -> None:
         """All of it again and again, for ever."""
         await asyncio.gather(
-            _every(LOOK_SECONDS, self.carry_out, "what is to be revoked could not be ended"),
+            _every(LOOK_SECONDS, self.carry_out, "what is to be revoked could not be ended", self._to_revoke),
             _every(LOOK_SECONDS, self._review_changes, "what runs could not be reviewed"),
             _every(EVERY_SECONDS, self.review, "what runs could not be reviewed"),
             _every(EVERY_SECONDS, self.reconcile, "open envelopes could not be looked after"),
@@ -153,9 +157,15 @@ async def _used(admission: Admission, rows: int, begun: float) -> None:
     await admission.used({"rows": rows, "duration": round((time.monotonic() - begun) * 1000)})
 
 
-async def _every(seconds: float, work: Callable[[], Awaitable[None]], problem: str) -> None:
+async def _every(
+    seconds: float, work: Callable[[], Awaitable[None]], problem: str, sooner: asyncio.Event | None = None
+) -> None:
+    """`work` every so many seconds, and whenever `sooner` is set."""
+    sooner = sooner or asyncio.Event()
     while True:
-        await asyncio.sleep(seconds)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(sooner.wait(), seconds)
+        sooner.clear()
         try:
             await work()
         except Exception:

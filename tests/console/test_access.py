@@ -5,9 +5,11 @@ from __future__ import annotations
 import base64
 import hashlib
 import hmac
+import http.server
 import json
 import re
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -19,6 +21,7 @@ import httpx
 import jwt
 import pytest
 from cryptography.hazmat.primitives.asymmetric import rsa
+from fastapi import HTTPException
 from fastapi.testclient import TestClient
 from hypothesis import given
 from hypothesis import strategies as st
@@ -26,9 +29,10 @@ from hypothesis import strategies as st
 from execution_envelope import AdmissionController, Ask, Decision, Rule, Subject, Target
 from execution_envelope.console.access import ROLES, Principal
 from execution_envelope.console.app import create_app
+from execution_envelope.console.headers import OverHttps
 from execution_envelope.console.limits import MAX_BODY, RateLimits
-from execution_envelope.console.oidc import OidcIssuer
-from execution_envelope.console.sessions import COOKIE, IDLE, LONGEST, MAX_SESSIONS, Sessions
+from execution_envelope.console.oidc import FRESH, LASTS, RETRY, OidcIssuer
+from execution_envelope.console.sessions import COOKIE, IDLE, LONGEST, MAX_OF_ONE, MAX_SESSIONS, Sessions
 from execution_envelope.console.tokens import TokenFile, add_token
 from execution_envelope.errors import Held, InvalidField
 from execution_envelope.review import Review
@@ -214,7 +218,7 @@ def test_an_approval_is_a_request_of_who_signed_in(server: Server) -> None:
 def test_the_policy_decides_whatever_the_role(server: Server) -> None:
     bearer = token(server.tokens, "user:kim", ["acme"], ["approver"])
     answer = server.client(bearer).post(f"/api/envelopes/{server.held['acme']}/approve", json={"reason": "fine"})
-    assert (answer.status_code, answer.json()["type"]) == (403, "urn:execution-envelope:denied")
+    assert (answer.status_code, answer.json()["type"]) == (403, "urn:execution-envelope:problem:denied")
 
 
 def test_another_tenants_envelope_cannot_be_told_from_none(server: Server) -> None:
@@ -254,6 +258,57 @@ def test_signing_in_sets_a_cookie_that_scripts_and_other_sites_do_not_get(server
         "/signin", data={"token": server.dana}
     )
     assert re.search(r"; *secure", https.headers["set-cookie"], re.I)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"origin": "https://evil.example"},
+        {"origin": "null"},  # a frame that is shut in
+        {"origin": "http://testserver:81"},
+        {"origin": "http://["},
+        {"sec-fetch-site": "cross-site"},
+        {"sec-fetch-site": "same-site"},
+        {"sec-fetch-site": "cross-site", "origin": "http://testserver"},
+    ],
+)
+def test_no_other_site_signs_anybody_in_or_out(server: Server, said: dict[str, str]) -> None:
+    client = signed_in(server, server.dana)
+    form = {"token": server.dana, "csrf": csrf(server, client)}
+    assert client.post("/signin", data=form, headers=said).status_code == 403
+    assert client.post("/signout", data=form, headers=said).status_code == 403
+    own = {"sec-fetch-site": "same-origin", "origin": "null"}  # as where a proxy has a name of its own
+    assert client.post("/signout", data=form, headers=own, follow_redirects=False).status_code == 303
+
+
+def test_signing_in_again_ends_the_session_before(server: Server) -> None:
+    client = signed_in(server, server.dana)
+    before = client.cookies[COOKIE]
+    client.post("/signin", data={"token": server.dana})
+    assert client.cookies[COOKIE] != before
+    assert server.client().get("/api/me", headers={"cookie": f"{COOKIE}={before}"}).status_code == 401
+
+
+def test_behind_a_proxy_the_cookie_is_for_https_whatever_it_says(server: Server) -> None:
+    server.app.add_middleware(OverHttps)
+    answer = server.client(follow_redirects=False).post(
+        "/signin", data={"token": server.dana}, headers={"x-forwarded-proto": "http"}
+    )
+    assert re.search(r"; *secure", answer.headers["set-cookie"], re.I)
+
+
+def test_a_long_address_comes_back_whole(server: Server) -> None:
+    to = f"/envelopes?q={'x' * 1500}"
+    page = server.client().get("/signin", params={"to": to})
+    assert f'value="{to}"' in page.text
+    listed = server.client(server.dana).get("/envelopes", params={"q": "x" * 1500, "target": "y" * 200})
+    assert f'value="{"x" * 1500}"' in listed.text and f'value="{"y" * 200}"' in listed.text
+
+
+def test_no_address_makes_a_command_that_does_something_else(server: Server) -> None:
+    evil = "--ledger=https://evil.example"
+    page = server.client(server.dana).get("/budgets", params={"account": evil}).text
+    assert f"<code>envelope budgets -- {evil}</code>" in page
 
 
 @pytest.mark.parametrize(
@@ -297,8 +352,11 @@ def test_sessions_are_bounded(clock: Clock) -> None:
     sessions = Sessions(clock)
     first = sessions.begin("t")
     assert sessions.find(first) is not None
-    for _ in range(MAX_SESSIONS):
-        last = sessions.begin("t")
+    for _ in range(2 * MAX_OF_ONE):  # one who signs in again and again drives out nobody
+        of_one = [sessions.begin("busy") for _ in range(MAX_OF_ONE)]
+    assert sessions.find(first) is not None and all(map(sessions.find, of_one))
+    for number in range(MAX_SESSIONS):
+        last = sessions.begin(f"t{number}")
     assert sessions.find(first) is None
     for _ in range(int(LONGEST / IDLE) + 1):
         clock.now += IDLE
@@ -325,14 +383,44 @@ def test_every_answer_keeps_a_browser_from_mischief(server: Server) -> None:
         assert answer.headers["cache-control"] == "no-store"
 
 
+def test_what_nobody_foresaw_is_answered_as_safely(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise ValueError("/srv/secret")
+
+    monkeypatch.setattr(server.app.state.console.review, "lag", fails)
+    client = server.client(server.dana, raise_server_exceptions=False)
+    for path, accept in (("/api/health", "*/*"), ("/health", "text/html")):
+        answer = client.get(path, headers={"accept": accept})
+        assert (answer.status_code, "secret" in answer.text) == (500, False)
+        assert "default-src 'none'" in answer.headers["content-security-policy"]
+        assert (answer.headers["cache-control"], answer.headers["x-content-type-options"]) == ("no-store", "nosniff")
+
+
+def test_another_method_is_told_which_there_are(server: Server) -> None:
+    answer = server.client(server.dana).put("/api/me")
+    assert (answer.status_code, answer.headers["allow"]) == (405, "GET")
+    assert answer.json()["type"] == "urn:execution-envelope:problem:method-not-allowed"
+
+
+def test_two_of_one_name_share_no_allowance() -> None:
+    limits, dana = RateLimits(requests="1/minute"), Principal("user", "dana", None, ("reader",), "token-file")
+    limits.spend(dana)
+    limits.spend(replace(dana, method="oidc", issuer="https://a"))
+    limits.spend(replace(dana, method="oidc", issuer="https://b"))
+    with pytest.raises(HTTPException):
+        limits.spend(dana)
+
+
 def test_guessing_is_slowed_down_and_others_are_not(tmp_path: Path, clock: Clock) -> None:
     server = Server(tmp_path, clock, limits=RateLimits(requests="5/minute", failures="3/minute"))
     guesser = server.client(client=("192.0.2.1", 1))
     found = [guesser.get("/api/me", headers={"authorization": f"Bearer {n}"}).status_code for n in range(5)]
     assert found == [401, 401, 401, 429, 429]
-    assert guesser.post("/signin", data={"token": "x"}).status_code == 429
-    late = guesser.get("/api/me", headers={"authorization": f"Bearer {server.dana}"})
+    late = guesser.post("/signin", data={"token": "x"})
     assert (late.status_code, int(late.headers["retry-after"]) > 0) == (429, True)
+    # Many may be behind one address: whoever is known is served, and is not asked to wait for the one who guesses.
+    right = token(server.tokens, "user:other")
+    assert guesser.get("/api/me", headers={"authorization": f"Bearer {right}"}).status_code == 200
     asked = [server.client(server.dana).get("/api/me").status_code for _ in range(6)]
     assert asked == [200] * 5 + [429]
     anyio.run(server.controller.aclose)
@@ -431,6 +519,147 @@ def test_a_forged_token_is_of_nobody(provider: str) -> None:
     assert issuer.principal(good) is not None
     for what, one in forged.items():
         assert issuer.principal(one) is None, what
+
+
+class Issuer:
+    """Answers what it is told to, and counts how often it is asked. `answer` may wait."""
+
+    def __init__(self) -> None:
+        owner = self
+        self.asked: list[str] = []
+        self.keys: Callable[[], bytes] = lambda: b'{"keys": []}'
+        self.discovery: dict[str, Any] = {}
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def log_message(self, *_: Any) -> None: ...
+
+            def do_GET(self) -> None:
+                owner.asked.append(self.path)
+                known = self.path.endswith("/openid-configuration")
+                body = json.dumps(owner.discovery).encode() if known else owner.keys()
+                if body.startswith(b"to "):
+                    self.send_response(302)
+                    self.send_header("location", body[3:].decode())
+                    self.end_headers()
+                elif body == b"garbage":
+                    self.wfile.write(b"this is no HTTP\r\n\r\n")
+                else:
+                    self.send_response(200)
+                    self.send_header("content-length", str(len(body)))
+                    self.end_headers()
+                    self.wfile.write(body)
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        self.discovery = {"issuer": self.url, "jwks_uri": f"{self.url}/keys"}
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+
+@pytest.fixture
+def away() -> Iterator[Issuer]:
+    found = Issuer()
+    yield found
+    found.server.shutdown()
+    found.server.server_close()
+
+
+def named(kid: str) -> str:
+    return jwt.encode({"sub": "x"}, "s" * 32, algorithm="HS256", headers={"kid": kid})
+
+
+KEY = rsa.generate_private_key(public_exponent=65537, key_size=2048)
+
+
+def keys_of(*kids: str) -> bytes:
+    public = json.loads(jwt.algorithms.RSAAlgorithm.to_jwk(KEY.public_key()))
+    return json.dumps({"keys": [{**public, "kid": kid, "use": "sig"} for kid in kids]}).encode()
+
+
+def own_token(issuer: Issuer, kid: str, **claims: Any) -> str:
+    now = datetime.now(UTC)
+    said = {"iss": issuer.url, "aud": "console", "sub": "dana", "roles": ["reader"], "tenants": ["acme"], "iat": now}
+    said |= {"exp": now + timedelta(minutes=5)} | claims
+    return jwt.encode({k: v for k, v in said.items() if v is not None}, KEY, algorithm="RS256", headers={"kid": kid})
+
+
+def test_an_issuer_is_not_asked_for_every_token_that_comes(away: Issuer) -> None:
+    now = [0.0]
+    issuer = OidcIssuer(away.url, audience="console", clock=lambda: now[0])
+    away.keys = lambda: keys_of("one")
+    assert issuer.principal(own_token(away, "one")) is not None
+    for number in range(50):
+        assert issuer.principal(named(f"made up {number}")) is None
+    assert len(away.asked) == 2
+    # Keys that are changed are found soon, and what the issuer had last counts for a while where it is away.
+    away.keys = lambda: keys_of("two")
+    assert issuer.principal(own_token(away, "two")) is None
+    now[0] += RETRY
+    assert issuer.principal(own_token(away, "two")) is not None
+    assert issuer.principal(own_token(away, "one")) is None
+    away.keys = lambda: b"garbage"
+    now[0] += FRESH
+    assert issuer.principal(own_token(away, "two")) is not None
+    now[0] += LASTS
+    assert issuer.principal(own_token(away, "two")) is None
+
+
+def test_an_issuer_that_does_not_answer_holds_up_one_and_not_one_after_another(away: Issuer) -> None:
+    now, may = [0.0], threading.Event()
+    issuer = OidcIssuer(away.url, audience="console", clock=lambda: now[0])
+
+    def late() -> bytes:
+        may.wait(20)
+        return b"garbage"
+
+    away.keys = late
+    threads = [threading.Thread(target=issuer.principal, args=(named("a"),)) for _ in range(12)]
+    for thread in threads:
+        thread.start()
+    may.set()
+    for thread in threads:
+        thread.join(20)
+    assert len(away.asked) == 2 and not any(thread.is_alive() for thread in threads)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [b"garbage", b"[" * 100_000, b"{}", b'{"keys": 1}', b'{"keys": [1]}', b"null", b"x" * 1_000_001, b"\xff", b"to /"],
+)
+def test_an_issuer_that_answers_nonsense_lets_nobody_in(away: Issuer, answer: bytes) -> None:
+    away.keys = lambda: answer
+    assert OidcIssuer(away.url, audience="console").principal(own_token(away, "one")) is None
+
+
+def test_keys_are_taken_from_nowhere_else(away: Issuer) -> None:
+    other = Issuer()
+    other.keys = lambda: keys_of("one")
+    away.keys = lambda: f"to {other.url}/keys".encode()
+    assert OidcIssuer(away.url, audience="console").principal(own_token(away, "one")) is None
+    away.keys, away.discovery["jwks_uri"] = (lambda: keys_of("one")), "http://issuer.example/keys"
+    assert OidcIssuer(away.url, audience="console").principal(own_token(away, "one")) is None
+    assert other.asked == []
+    other.server.shutdown()
+    other.server.server_close()
+
+
+@pytest.mark.parametrize(
+    "claims",
+    [
+        {"exp": None},
+        {"iat": None},
+        {"sub": None},
+        {"sub": 7},
+        {"aud": "other"},
+        {"iss": "x"},
+        {"exp": 1},
+        {"nbf": 2**40},
+    ],
+)
+def test_a_claim_that_is_missing_or_wrong_makes_it_nobodys(away: Issuer, claims: dict[str, Any]) -> None:
+    away.keys = lambda: keys_of("one")
+    issuer = OidcIssuer(away.url, audience="console")
+    assert issuer.principal(own_token(away, "one")) is not None
+    assert issuer.principal(own_token(away, "one", **claims)) is None
 
 
 def test_an_issuer_that_is_away_lets_nobody_in() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +203,17 @@ def test_a_held_request_goes_on_once_it_is_approved(server: Server) -> None:
     anyio.run(approve)
     admitted = server.post("", ask, Idempotency_Key="k-2")
     assert (admitted.status_code, admitted.json()["id"]) == (201, held["envelope"])
+
+
+def test_no_service_approves_what_it_asked_itself(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    both = Principal("service", "gateway", frozenset({"acme"}), ("requester", "operator"), "test")
+    monkeypatch.setitem(PRINCIPALS, "both", both)
+    monkeypatch.setitem(PRINCIPALS, "other", replace(both, id="another"))
+    held = server.post("", {**ASK, "scope": {"purpose": "unclear"}}, who="both").json()["envelope"]
+    for who, status in (("both", 403), ("other", 200)):
+        client = TestClient(server.app, headers={"authorization": f"Bearer {who}"})
+        answer = client.post(f"/api/envelopes/{held}/approve", json={"reason": "r"})
+        assert answer.status_code == status, who
 
 
 def test_a_grant_beyond_a_limit_is_recorded_and_said(server: Server) -> None:

@@ -25,8 +25,11 @@ from execution_envelope.console import pages
 from execution_envelope.console.app import create_app
 from execution_envelope.console.limits import RateLimits
 from execution_envelope.console.tokens import TokenFile
-from execution_envelope.errors import Refused
+from execution_envelope.errors import Damaged, Refused
 from execution_envelope.review import Review
+from execution_envelope.review.candidate import Source
+from execution_envelope.review.replay import replay
+from execution_envelope.review.replay_result import encode
 from tests.console.test_access import Clock, token
 
 BUDGETS = Budgets(
@@ -36,6 +39,17 @@ BUDGETS = Budgets(
         Budget(name="all", resource="gpu", limit=1000, per=()),
     ]
 )
+#: When a page was made, by the clock of the process.
+AFTER = re.compile(r' data-after="[0-9a-f]{8}-[0-9]+"')
+#: What is tried out over what is recorded.
+POLICY = b"""
+rules:
+  - name: little
+    match: {kinds: [model.deploy]}
+    expression: requested.resources.gpu.amount < 4
+    reason: resource_forbidden
+    message: only little
+"""
 #: What differs between any two ledgers: the names of their chains, and how long hooks took.
 CHAIN = re.compile(r"(?!019d0)[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[0-9a-f]{4}-[0-9a-f]{12}")
 TOOK = re.compile(r"(\"duration_us\": ?)[0-9]+|[0-9.,]+ ?(?:us|µs|ms)\b")
@@ -64,13 +78,21 @@ class Side:
         self.ids: dict[str, list[str]] = {"acme": [], "globex": []}
         # Interleaved, so that places in chains and lists differ.
         anyio.run(self.fill, tenants)
+        self.replays = folder / "replays"
+        self.replays.mkdir()
+        for name, whose in (("all", None), *((tenant, frozenset({tenant})) for tenant in tenants)):
+            source = Source(POLICY, kinds=("model.deploy",))
+            found = replay(self.controller.ledger, source, now=clock(), tenants=whose, jobs=1)
+            (self.replays / f"{name}.json").write_bytes(encode(found))
         self.app = create_app(
             Review(self.controller.ledger, clock=clock),
             authenticators=[TokenFile(folder / "t.toml", clock=clock)] if token_made(folder) else [],
             controller=self.controller,
+            replays=self.replays,
             limits=RateLimits(requests="1000000/minute", failures="1000000/minute"),
         )
         self.bearer = token(folder / "t.toml", "user:reader", ["acme"], ["operator", "auditor"])
+        self.whole = token(folder / "t.toml", "user:root", "*", ["operator", "auditor"])
         self.client = TestClient(self.app, headers={"authorization": f"Bearer {self.bearer}"})
 
     def id(self) -> str:
@@ -126,7 +148,7 @@ def sides(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Side, Side
 
 def answer(side: Side, method: str, path: str, **options: Any) -> tuple[Any, ...]:
     found = side.client.request(method, path, **options)
-    text = TOOK.sub(r"\1", CHAIN.sub("chain", found.text))
+    text = TOOK.sub(r"\1", CHAIN.sub("chain", AFTER.sub("", found.text)))
     headers = {name: value for name, value in found.headers.items() if name not in ("date", "content-length")}
     return found.status_code, headers, text
 
@@ -154,7 +176,15 @@ def test_every_route_answers_alike(sides: tuple[Side, Side]) -> None:
     asked = routes(alone)
     assert len(asked) > 12, asked
     for method, path in asked:
-        names = [*alone.ids["acme"], *beside.ids["globex"], "deployment:acme-3", "deployment:globex-3", "nothing"]
+        names = [
+            *alone.ids["acme"],
+            *beside.ids["globex"],
+            "deployment:acme-3",
+            "deployment:globex-3",
+            "nothing",
+            "globex.json",
+            "all.json",
+        ]
         for name in names if "{" in path else [""]:
             status, _, text = alike(sides, method, re.sub(r"\{[^}]*\}", name, path))
             if "globex" not in name and name not in beside.ids["globex"]:
@@ -222,3 +252,79 @@ def test_every_sum_answers_alike(sides: tuple[Side, Side], by: list[str], tenant
         params={"by": by[:1] or ["tenant"], "of": "gpu", "side": "granted", "top": 3, **more},
     )
     alike(sides, "GET", "/api/budgets", params={"account": f"gpu/{tenant or 'acme'}"})
+
+
+NAMED = st.sampled_from(("", "acme", "globex", "user:globex-0", "model:globex-held", "globex-project", "held", "zz"))
+PAGED: dict[str, dict[str, st.SearchStrategy[Any]]] = {
+    "/envelopes": dict.fromkeys(
+        ("q", "state", "kind", "tenant", "project", "subject", "target", "created", "after"), NAMED
+    ),
+    "/approvals": {"after": NAMED},
+    "/budgets": {"account": st.sampled_from(("", "all", "gpu/acme", "gpu/globex", "tokens/globex/globex-project"))},
+    "/accounting": {
+        "days": st.sampled_from((1, 7, 30, 90)),
+        "by": st.sampled_from(("tenant", "subject", "project", "kind", "operation", "target", "day")),
+        "resource": st.sampled_from(("", "gpu", "output_tokens", "memory", "globex")),
+    },
+    "/": {"x": NAMED},
+    "/coverage": {"newest": NAMED},
+    "/health": {"x": NAMED},
+    "/replays": {"x": NAMED},
+}
+
+
+@given(st.data())
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+def test_every_page_with_whatever_is_asked_of_it_answers_alike(sides: tuple[Side, Side], data: st.DataObject) -> None:
+    path = data.draw(st.sampled_from(sorted(PAGED)))
+    asked = {name: value for name, values in PAGED[path].items() if (value := data.draw(values)) != ""}
+    for accept in ("text/html", "*/*"):
+        alike(sides, "GET", path, params=asked, headers={"accept": accept})
+
+
+def test_where_others_pages_end_is_a_place_like_any(sides: tuple[Side, Side]) -> None:
+    whole = {"authorization": f"Bearer {sides[1].whole}"}
+    pages = [
+        sides[1].client.get("/api/envelopes", params={"limit": limit}, headers=whole).json() for limit in range(1, 12)
+    ]
+    ends = [page["next"] for page in pages]
+    assert any(page["rows"][-1]["tenant"] == "globex" for page in pages)
+    for after in ends:
+        for path in ("/api/envelopes", "/envelopes", "/approvals"):
+            status, _, _ = alike(sides, "GET", path, params={"after": after})
+            assert status == 200
+
+
+def test_a_replay_of_others_alone_is_none(sides: tuple[Side, Side]) -> None:
+    status, _, text = alike(sides, "GET", "/replays")
+    assert status == 200 and "acme.json" in text and "all.json" in text and "globex" not in text
+    assert alike(sides, "GET", "/replays/globex.json")[0] == 404
+    for name in ("all.json", "acme.json"):
+        status, _, text = alike(sides, "GET", f"/replays/{name}")
+        assert status == 200 and "acme-" in text and "globex" not in text
+
+
+@pytest.mark.parametrize("method", ["HEAD", "OPTIONS", "PUT", "PATCH", "DELETE", "POST"])
+def test_every_method_answers_alike(sides: tuple[Side, Side], method: str) -> None:
+    for path in ("/envelopes/{}", "/api/envelopes/{}", "/api/envelopes/{}/tree", "/replays/globex.json", "/live"):
+        for id in (sides[1].ids["globex"][0], "deployment:globex-3"):
+            status, headers, _ = alike(sides, method, path.format(id))
+            assert status == 405 and headers["allow"] == "GET"
+
+
+def test_a_damaged_one_of_others_is_none_either(tmp_path: Path) -> None:
+    side = Side(tmp_path / "damaged", "acme", "globex")
+    read = side.controller.ledger.read
+
+    def damaged(id: str) -> Any:
+        if id in side.ids["globex"]:
+            raise Damaged(id)
+        return read(id)
+
+    side.controller.ledger.read = damaged  # type: ignore[method-assign]
+    for id in (side.ids["globex"][0], "deployment:globex-3"):
+        for path in ("/api/envelopes/{}", "/api/envelopes/{}/explanation", "/api/envelopes/{}/tree", "/envelopes/{}"):
+            assert side.client.get(path.format(id)).status_code == 404, path
+    whole = {"authorization": f"Bearer {side.whole}"}
+    assert side.client.get(f"/api/envelopes/{side.ids['globex'][0]}", headers=whole).status_code == 409
+    anyio.run(side.controller.aclose)

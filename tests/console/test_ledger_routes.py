@@ -317,7 +317,7 @@ def test_sessions_are_their_services_own(client: TestClient) -> None:
     said = client.post(f"/api/ledger/sessions/{id}/end", content=b'{"dropped":0}', headers=bearer("acme"))
     assert said.status_code == 200
     again = client.post(f"/api/ledger/sessions/{id}/alive", content=b'{"dropped":0}', headers=bearer("acme"))
-    assert (again.status_code, again.json()["type"]) == (404, "urn:execution-envelope:no-session")
+    assert (again.status_code, again.json()["type"]) == (404, "urn:execution-envelope:problem:no-session")
 
 
 def test_there_is_room_for_so_many_sessions(

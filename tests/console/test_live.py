@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -117,6 +118,43 @@ def test_what_came_while_away_is_heard_and_what_was_forgotten_is_said() -> None:
         again = Heard(follower, ACME, after=back.last)
         await again.next()
         assert await again.next() == ("changed", {"many": True})
+
+    run(test)
+
+
+def test_numbers_of_messages_do_not_tell_how_much_others_do() -> None:
+    async def test(controller: AdmissionController, follower: live.Follower) -> None:
+        heard = Heard(follower, ACME)
+        await heard.next()
+        first = int(follower.newest.partition("-")[2])
+        await settled(follower)
+        # They go on by themselves, whether or not anything happens.
+        assert int(follower.newest.partition("-")[2]) > first
+        last = heard.last
+        other = await controller.begin(ask(subject=Subject("user", "gus", tenant="globex")))
+        assert other.id
+        await settled(follower)
+        back = Heard(follower, ACME, after=last)
+        assert (await back.next())[0] == "hello" and back.last == last
+
+    run(test)
+
+
+def test_more_changes_than_are_remembered_are_told_as_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live, "MAX_REMEMBERED", 2)
+
+    async def test(controller: AdmissionController, follower: live.Follower) -> None:
+        follower._changes = deque(maxlen=2)
+        stays = Heard(follower, ALL)
+        await stays.next()
+        await settled(follower)
+        numbers = [follower.newest]
+        for _ in range(4):
+            await controller.begin(ask())
+            await stays.next()
+            numbers.append(stays.last)
+        assert [follower.since(number)[1] for number in numbers] == [False, False, True, True, True]
+        assert [len(follower.since(number)[0]) for number in numbers[2:]] == [2, 1, 0]
 
     run(test)
 

@@ -110,9 +110,9 @@ def run(call: Callable[..., Awaitable[T]], *arguments: Any) -> T:
 class World:
     """The ledger, its controller, and the console over it. `ids` are names of envelopes -> ids."""
 
-    def __init__(self, folder: Path, **options: Any) -> None:
+    def __init__(self, folder: Path, *, url: str | None = None, **options: Any) -> None:
         self.clock = Clock()
-        self.url = f"sqlite:///{folder / 'envelopes.db'}"
+        self.url = url or f"sqlite:///{folder / 'envelopes.db'}"
         self.controller = AdmissionController.open(
             self.url,
             hooks=HOOKS,

@@ -475,9 +475,8 @@ class NoDeployments:
 
 
 def maintenance_of(house: House, supervisor: NoDeployments) -> Maintenance:
-    return Maintenance(
-        house.controller, {}, {}, PolicyFile(OPERATORS), "flag", cast(Supervisor, supervisor), house.jobs
-    )
+    policy, deployments = PolicyFile(OPERATORS), cast(Supervisor, supervisor)
+    return Maintenance(house.controller, {}, {}, policy, "flag", deployments, house.jobs, asyncio.Event())
 
 
 def test_all_that_is_old_is_forgotten_an_envelope_for_each_round(tmp_path: Path) -> None:

@@ -5,10 +5,17 @@ from __future__ import annotations
 import sys
 
 import uvicorn
+from fastapi import FastAPI
+
+from execution_envelope.console.app import end_streams
 
 
 class Announced(uvicorn.Server):
-    """Prints its address on stderr, with the port that it was given."""
+    """Serves a console. Prints its address on stderr, with the port that it was given."""
+
+    def __init__(self, console: FastAPI, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self._console = console
 
     async def startup(self, sockets: list[object] | None = None) -> None:  # type: ignore[override]
         """See `uvicorn.Server`."""
@@ -22,3 +29,8 @@ class Announced(uvicorn.Server):
                     f"envelope: serving at {scheme}://{name}:{port}{self.config.root_path}/, Ctrl-C ends it\n"
                 )
                 sys.stderr.flush()
+
+    async def shutdown(self, sockets: list[object] | None = None) -> None:  # type: ignore[override]
+        """See `uvicorn.Server`: it waits for answers that are under way, and live updates never end by themselves."""
+        end_streams(self._console)
+        await super().shutdown(sockets)  # type: ignore[arg-type]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import anyio
 import msgspec
@@ -46,6 +46,10 @@ class Decided(msgspec.Struct, frozen=True):
     state: str
 
 
+#: What saying something of an envelope may come to.
+SAYS: Final = answers(Decided, 400, 404, 409, 410, 413, 415)
+
+
 @router.get("/me", responses=answers(Me))
 async def me(who: Reader) -> Response:
     """Who the caller is, and what it may do."""
@@ -72,36 +76,44 @@ async def tree(reference: Reference, who: Reader, shared: Shared) -> Response:
     return encoded(presentation.tree_data(found, now=shared.clock()))
 
 
-@router.post("/envelopes/{reference}/approve", responses=answers(Decided, 404, 409), openapi_extra=body(Said))
+@router.post(
+    "/envelopes/{reference}/approve", responses=answers(Decided, 400, 404, 409, 410, 413, 415), openapi_extra=body(Said)
+)
 async def approve(reference: Reference, request: Request, who: Approver, shared: Shared) -> Response:
     """Let a held request go on: a request of its own, on which the policy decides."""
     return await _say(shared, who, "approve", reference, await read_body(request, Said))
 
 
-@router.post("/envelopes/{reference}/deny", responses=answers(Decided, 404, 409), openapi_extra=body(Said))
+@router.post(
+    "/envelopes/{reference}/deny", responses=answers(Decided, 400, 404, 409, 410, 413, 415), openapi_extra=body(Said)
+)
 async def deny(reference: Reference, request: Request, who: Approver, shared: Shared) -> Response:
     """Refuse a held request for good."""
     return await _say(shared, who, "deny", reference, await read_body(request, Said))
 
 
-@router.post("/envelopes/{reference}/revoke", responses=answers(Decided, 404, 409), openapi_extra=body(Said))
+@router.post(
+    "/envelopes/{reference}/revoke", responses=answers(Decided, 400, 404, 409, 410, 413, 415), openapi_extra=body(Said)
+)
 async def revoke(reference: Reference, request: Request, who: Revoker, shared: Shared) -> Response:
     """Ask its backend to stop a live execution. It is *revoked* when the backend has confirmed that."""
     return await _say(shared, who, "revoke", reference, await read_body(request, Said))
 
 
 async def _say(shared: Console, who: Principal, what: str, reference: str, said: Said) -> Response:
-    record = await decide(shared, who, what, reference, said.reason)
+    record = await run_in_threadpool(shared.review.record, reference, tenants=who.tenants)
+    record = await decide(shared, who, what, record, said.reason)
     return encoded(Decided(record.id, record.state))
 
 
-async def decide(shared: Console, who: Principal, what: str, reference: str, reason: str) -> Record:
+async def decide(shared: Console, who: Principal, what: str, record: Record, reason: str) -> Record:
     """Say `approve`, `deny` or `revoke` of an envelope that `who` sees. Raises what the controller raises."""
     if shared.controller is None:
         raise HTTPException(409, "expected a server that decides, this one was started without a controller")
-    record = await run_in_threadpool(shared.review.record, reference, tenants=who.tenants)
     by = who.acting_in(record.envelope.identity.tenant)
     found: Record = await getattr(shared.controller, what)(record.id, by=by, reason=reason)
+    if what == "revoke" and shared.revoked is not None:
+        shared.revoked()
     return found
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -11,9 +11,10 @@ from starlette.concurrency import run_in_threadpool
 
 from execution_envelope.console import admissions, api, ledger_routes, pages, projection_routes, reading, signin
 from execution_envelope.console.access import Authenticator
-from execution_envelope.console.headers import BodyLimit, SecurityHeaders
+from execution_envelope.console.headers import BodyLimit, SecurityHeaders, protected
 from execution_envelope.console.limits import RateLimits
-from execution_envelope.console.problems import answer_errors
+from execution_envelope.console.live import Follower
+from execution_envelope.console.problems import answer_errors, unexpected
 from execution_envelope.console.schema import describe
 from execution_envelope.console.shared import Console
 from execution_envelope.controller import AdmissionController
@@ -28,13 +29,15 @@ def create_app(
     controller: AdmissionController | None = None,
     replays: Path | None = None,
     limits: RateLimits | None = None,
+    revoked: Callable[[], None] | None = None,
 ) -> FastAPI:
     """The console over a ledger. It may be mounted anywhere in another application.
 
     With a `controller` those who may can approve, deny and revoke: as requests of their own, on which its policy
-    decides. `limits` say how much one caller may ask.
+    decides. `limits` say how much one caller may ask. `revoked` is called on the event loop when somebody asked
+    here for something to be revoked: whoever carries that out need not wait for the next round.
     """
-    shared = Console(review, authenticators, controller, replays, limits or RateLimits())
+    shared = Console(review, authenticators, controller, replays, limits or RateLimits(), revoked)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -52,6 +55,7 @@ def create_app(
     )
     app.state.console = shared
     answer_errors(app)
+    app.add_exception_handler(Exception, protected(unexpected))
     app.add_middleware(BodyLimit)
     app.add_middleware(SecurityHeaders)  # the last one added is the first to see a request
     app.include_router(signin.router)
@@ -63,3 +67,10 @@ def create_app(
     pages.add_to(app)
     describe(app)
     return app
+
+
+def end_streams(app: FastAPI) -> None:
+    """End the live updates of a console, and let no more begin: for a server that is told to stop, which would wait for
+    them. On the event loop."""
+    follower: Follower = app.state.follower
+    follower.end()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Awaitable, Callable
+from typing import Any, Final
 
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -24,8 +25,39 @@ _ALWAYS: Final = {
 }
 
 
+def protect(headers: MutableHeaders) -> None:
+    """Add what every answer says, where it does not say otherwise."""
+    for name, value in _ALWAYS.items():
+        headers.setdefault(name, value)
+    headers.setdefault("cache-control", "no-store")
+
+
+def protected(handler: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    """A handler of errors whose answers say it too: unforeseen errors are answered outside of `SecurityHeaders`."""
+
+    async def handle(*arguments: Any) -> Any:
+        answer = await handler(*arguments)
+        protect(answer.headers)
+        return answer
+
+    return handle
+
+
+class OverHttps:
+    """Pure ASGI: browsers reach this by https, whatever the connection to the proxy in between is."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See ASGI."""
+        if scope["type"] == "http":
+            scope = {**scope, "scheme": "https"}
+        await self._app(scope, receive, send)
+
+
 class SecurityHeaders:
-    """Pure ASGI, around the whole application, so that answers to unhandled errors have them too."""
+    """Pure ASGI, around the whole application; see `protected` too."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -38,10 +70,7 @@ class SecurityHeaders:
 
         async def with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                headers = MutableHeaders(scope=message)
-                for name, value in _ALWAYS.items():
-                    headers.setdefault(name, value)
-                headers.setdefault("cache-control", "no-store")
+                protect(MutableHeaders(scope=message))
             await send(message)
 
         await self._app(scope, receive, with_headers)

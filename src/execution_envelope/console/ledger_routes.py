@@ -22,7 +22,7 @@ from execution_envelope.budgets import Balance, Holding, Key
 from execution_envelope.console.access import Principal
 from execution_envelope.console.asserted import Service
 from execution_envelope.console.clients import Clients, OutOfTurn, UnknownSession, opening_of
-from execution_envelope.console.problems import MEDIA_TYPE, Problem, problem
+from execution_envelope.console.problems import MEDIA_TYPE, PROBLEM, Problem, problem
 from execution_envelope.console.who import Reader, Shared, Writer
 from execution_envelope.credentials import scrub
 from execution_envelope.envelope import decode as decode_envelope
@@ -63,7 +63,7 @@ class Route(APIRoute):
             except (EnvelopeError, SequenceConflict) as error:
                 said = wire.refusal(error)
                 status = getattr(error, "status", 409 if isinstance(error, SequenceConflict) else 422)
-                kind = f"urn:execution-envelope:{said.type}"
+                kind = f"{PROBLEM}{said.type}"
                 body = _Refused(kind, said.type.replace("-", " "), status, said.message, refusal=said)
                 return Response(msgspec.json.encode(body), status, media_type=MEDIA_TYPE)
 

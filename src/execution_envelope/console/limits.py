@@ -12,7 +12,9 @@ from limits import RateLimitItem, parse
 from limits.storage import MemoryStorage
 from limits.strategies import MovingWindowRateLimiter
 
-#: Requests of one principal; wrong credentials of one address, after which it is not even looked at.
+from execution_envelope.console.access import Principal
+
+#: Requests of one principal; wrong credentials of one address, after which it is told to wait.
 REQUESTS: Final = "1200/minute"
 FAILURES: Final = "20/minute"
 #: The largest body that is read, in bytes; a commit of a service may be larger than a form.
@@ -27,19 +29,17 @@ class RateLimits:
         self._requests = parse(requests)
         self._failures = parse(failures)
 
-    def spend(self, name: str) -> None:
+    def spend(self, who: Principal) -> None:
         """One more request of a principal. Raises 429."""
+        # By who says so: of another issuer somebody of the same name is somebody else.
+        name = f"{who.method} {who.issuer} {who.name}"
         if not self._window.hit(self._requests, "requests", _short(name)):
             raise self._too_many(self._requests, "requests", name)
 
-    def check_failures(self, request: Request) -> None:
-        """Raises 429 for an address with too many wrong credentials lately."""
-        if not self._window.test(self._failures, "failures", _address(request)):
-            raise self._too_many(self._failures, "failures", _address(request))
-
     def failed(self, request: Request) -> None:
-        """A wrong credential."""
-        self._window.hit(self._failures, "failures", _address(request))
+        """A wrong credential. Raises 429 for an address with too many of them lately."""
+        if not self._window.hit(self._failures, "failures", _address(request)):
+            raise self._too_many(self._failures, "failures", _address(request))
 
     def _too_many(self, item: RateLimitItem, sort: str, name: str) -> HTTPException:
         reset = self._window.get_window_stats(item, sort, _short(name)).reset_time

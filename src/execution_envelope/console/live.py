@@ -1,6 +1,7 @@
 """Live updates: one follower of the log for each process, however many look; each listener is told ids of its tenants.
 
-A stream says which envelopes changed, and nothing about them: the page reads its own address again. The follower runs
+A stream says which envelopes changed, and nothing about them: the page reads its own address again. Messages are
+numbered by the time at which they were found, so that the numbers tell nobody how much others do. The follower runs
 while somebody listens. It reads only what is new of each chain, and looks up whose the envelopes are in the projection.
 """
 
@@ -68,10 +69,13 @@ class Follower:
         self._poll = poll
         self._positions: dict[str, int] | None = None
         self._changes: deque[Change] = deque(maxlen=MAX_REMEMBERED)
-        self._number = 0
+        self._began = time.monotonic_ns()
+        self._number = self._complete_from = 0
         self._woken = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._listening: Counter[str] = Counter()
+        #: Whether the server is told to stop: every stream ends.
+        self.ended = False
         #: Tells the numbers of this process from those of another.
         self.epoch = secrets.token_hex(4)
         #: How often the log was looked at, for tests: it does not grow with the listeners.
@@ -84,10 +88,21 @@ class Follower:
     @property
     def newest(self) -> str:
         """What to say to hear what comes after now."""
-        return f"{self.epoch}-{self._number}"
+        return f"{self.epoch}-{self._now()}"
+
+    def _now(self) -> int:
+        """Microseconds since it was made, and not before what was found last."""
+        return max(self._number, (time.monotonic_ns() - self._began) // 1000)
+
+    def end(self) -> None:
+        """End every stream, and let none begin any more."""
+        self.ended = True
+        self._woken.set()
 
     def admit(self, who: Principal) -> None:
-        """Count a listener in. Raises HTTP 429 and 503 where there are too many."""
+        """Count a listener in. Raises HTTP 429 and 503 where there are too many, and 503 at the end."""
+        if self.ended:
+            raise HTTPException(503, "the server is about to end", headers={"Retry-After": "5"})
         if self._listening[who.name] >= MAX_STREAMS_OF_ONE:
             raise HTTPException(429, f"expected up to {MAX_STREAMS_OF_ONE} streams", headers={"Retry-After": "30"})
         if self.streams >= MAX_STREAMS:
@@ -97,7 +112,7 @@ class Follower:
             # What changed while nobody listened is not known: who comes with an older number is told to read again.
             self._positions = None
             self._changes.clear()
-            self._number += 1
+            self._number = self._complete_from = self._now() + 1
             self._task = asyncio.get_running_loop().create_task(self._follow())
 
     def dismiss(self, who: Principal) -> None:
@@ -113,8 +128,7 @@ class Follower:
         epoch, _, number = after.partition("-")
         if epoch != self.epoch or not number.isascii() or not number.isdecimal() or len(number) > 18:
             return [], False
-        oldest = self._changes[0].number if self._changes else self._number + 1
-        return [change for change in self._changes if change.number > int(number)], int(number) >= oldest - 1
+        return [change for change in self._changes if change.number > int(number)], int(number) >= self._complete_from
 
     async def wait(self, seconds: float) -> None:
         """Until the next change, or so long."""
@@ -129,7 +143,9 @@ class Follower:
                 await asyncio.sleep(RETRY)
                 continue
             if owners != {}:
-                self._number += 1
+                self._number = self._now() + 1
+                if len(self._changes) == MAX_REMEMBERED:
+                    self._complete_from = self._changes[0].number
                 self._changes.append(Change(self._number, owners))
                 self._woken.set()
                 self._woken = asyncio.Event()
@@ -139,6 +155,8 @@ class Follower:
         """What is new in all chains: id -> tenant; None for too much. In a thread; one at a time."""
         self.rounds += 1
         ledger = self._review.ledger
+        if not self._review.current():
+            return {}  # whose they are is not known yet: the next round tells of them too
         heads = {head.id: head.length - 1 for head in ledger.chains()}
         before, self._positions = self._positions, heads
         if before is None:
@@ -201,7 +219,7 @@ async def _stream(follower: Follower, who: Principal, after: str) -> AsyncIterat
     began = heard = time.monotonic()
     last = after or follower.newest
     yield _said("hello", last, {})
-    while time.monotonic() - began < LASTS:
+    while not follower.ended and time.monotonic() - began < LASTS:
         changes, complete = follower.since(last)
         if not complete:
             last = follower.newest

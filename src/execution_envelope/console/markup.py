@@ -55,7 +55,7 @@ def furnish(environment: Environment, assets: Mapping[str, str], **more: Any) ->
         "command": command,
         "sign": lambda word: SIGNS.get(word, ("·", "quiet")),
     }
-    environment.filters |= {"time": time, "day": lambda at: str(at)[:10], "short": short, "ago": _ago}
+    environment.filters |= {"time": time, "day": lambda at: str(at)[:10], "short": short, "ago": _ago, "whole": whole}
 
 
 def printed(value: Any) -> Any:
@@ -64,6 +64,11 @@ def printed(value: Any) -> Any:
         return value
     text = clean(value)
     return text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]}… ({len(text)} characters)"
+
+
+def whole(value: Any) -> Markup:
+    """A text that is sent back as it stands in a form: never cut. How long it may be is said where it comes in."""
+    return escape(clean(str(value)))
 
 
 def short(value: Any) -> str:

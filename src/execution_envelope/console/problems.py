@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 import msgspec
-from fastapi import FastAPI, HTTPException, Request
+from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.responses import HTMLResponse, Response
 
+from execution_envelope.console.access import Principal
 from execution_envelope.errors import (
     Damaged,
     EnvelopeError,
@@ -25,6 +26,8 @@ from execution_envelope.errors import (
 )
 
 MEDIA_TYPE: Final = "application/problem+json"
+#: What the types of problems begin with, here as in the integrations.
+PROBLEM: Final = "urn:execution-envelope:problem:"
 #: Where the words of a problem come from an exception: its class -> (status, type of the problem).
 _ANSWERS: Final[Mapping[type[Exception], tuple[int, str]]] = {
     Exported: (410, "exported"),
@@ -62,7 +65,7 @@ MEANINGS: Final[Mapping[int, str]] = {
     415: "The body is not of a media type that is taken here.",
     422: "A field is wrong; the problem names it.",
     429: "Too many requests; `Retry-After` says when to try again.",
-    503: "The ledger does not answer.",
+    503: "The ledger does not answer, or lists and sums are being made from the log.",
 }
 
 
@@ -81,17 +84,19 @@ def problem(status: int, detail: str, *, type: str | None = None, **more: Any) -
     """A problem as the answer. `headers` may be among `more`; the rest are fields of `Problem`."""
     headers = more.pop("headers", None)
     named = type or _TYPES.get(status, "error")
-    body = Problem(f"urn:execution-envelope:{named}", named.replace("-", " "), status, detail, **more)
+    body = Problem(f"{PROBLEM}{named}", named.replace("-", " "), status, detail, **more)
     return Response(msgspec.json.encode(body), status, headers, MEDIA_TYPE)
 
 
 def answer_errors(app: FastAPI) -> None:
-    """Let an application answer all its errors so; to a browser that asks for a page, as a page."""
+    """Let an application answer all its errors so; to a browser that asks for a page, as a page.
+
+    But for those that nobody foresaw: see `unexpected`.
+    """
     app.add_exception_handler(EnvelopeError, _refusal)
     app.add_exception_handler(Refused, _refusal)  # by name: where it is mounted, the host's would come before
     app.add_exception_handler(StarletteHTTPException, _http)
     app.add_exception_handler(RequestValidationError, _invalid)
-    app.add_exception_handler(Exception, _unexpected)
 
 
 def _answer(request: Request, status: int, detail: str, **more: Any) -> Response:
@@ -106,10 +111,13 @@ def _answer(request: Request, status: int, detail: str, **more: Any) -> Response
 async def _refusal(request: Request, error: Exception) -> Response:
     status, type = next(_ANSWERS[one] for one in error.__class__.__mro__ if one in _ANSWERS)
     headers = {"Retry-After": "1"} if status == 503 else None
+    who: Principal | None = getattr(request.state, "who", None)
+    # Where the ledger is, and what is wrong with it, is for who sees all of it.
+    hidden = isinstance(error, LedgerUnavailable) and (who is None or who.tenants is not None)
     return _answer(
         request,
         status,
-        str(error),
+        "expected the ledger to answer, it does not" if hidden else str(error),
         type=type,
         field=getattr(error, "field", None),
         envelope=getattr(error, "envelope_id", None),
@@ -119,7 +127,7 @@ async def _refusal(request: Request, error: Exception) -> Response:
 
 async def _http(request: Request, error: Exception) -> Response:
     assert isinstance(error, StarletteHTTPException)
-    headers = dict(error.headers) if isinstance(error, HTTPException) and error.headers else None
+    headers = dict(error.headers) if error.headers else None
     return _answer(request, error.status_code, str(error.detail), headers=headers)
 
 
@@ -131,5 +139,6 @@ async def _invalid(request: Request, error: Exception) -> Response:
     return _answer(request, 422, f"expected another value: {first.get('msg', '')} - at `{field}`", field=field)
 
 
-async def _unexpected(request: Request, error: Exception) -> Response:
+async def unexpected(request: Request, error: Exception) -> Response:
+    """An error that nobody foresaw. It is answered outside of all that an application does to its answers."""
     return _answer(request, 500, "unexpected; the server's log says more", type="error")

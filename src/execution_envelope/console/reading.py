@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Annotated, Any, Final
 
 import msgspec
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Depends, HTTPException, Query
 from fastapi.responses import Response, StreamingResponse
 
 from execution_envelope import presentation
@@ -29,6 +29,16 @@ MAX_ATTEMPTED: Final = 1000
 
 Where = Annotated[str, Query(max_length=MAX_LENGTH, description="The filter language; without it all are listed.")]
 Text = Annotated[str | None, Query(max_length=512)]
+
+
+def up_to_date(who: Reader, shared: Shared) -> None:
+    """503 while lists and sums are made from the log: a program is not given a part for the whole."""
+    if not shared.review.current():
+        text = "expected lists and sums that are up to date, they are being made from the log"
+        raise HTTPException(503, text, headers={"Retry-After": "5"})
+
+
+UP_TO_DATE: Final = [Depends(up_to_date)]
 
 
 class Held(msgspec.Struct, frozen=True):
@@ -54,7 +64,7 @@ class Health(msgspec.Struct, frozen=True):
     lag: Lag | None
 
 
-@router.get("/envelopes", responses=answers(Page))
+@router.get("/envelopes", dependencies=UP_TO_DATE, responses=answers(Page))
 def envelopes(
     who: Reader,
     shared: Shared,
@@ -71,6 +81,7 @@ def envelopes(
 
 @router.get(
     "/envelopes.ndjson",
+    dependencies=UP_TO_DATE,
     responses=answers(ProjectedEnvelope, media="application/x-ndjson", said="One envelope on each line."),
 )
 def every_envelope(who: Reader, shared: Shared, where: Where = "") -> Response:
@@ -97,7 +108,7 @@ def explanation(reference: Reference, who: Reader, shared: Shared) -> Response:
     return encoded(presentation.explanation_data(found))
 
 
-@router.get("/accounting", responses=answers(dict[str, Any]))
+@router.get("/accounting", dependencies=UP_TO_DATE, responses=answers(dict[str, Any]))
 def accounting(
     who: Reader,
     shared: Shared,
@@ -136,7 +147,7 @@ def accounting(
     return encoded(accounting_data(found))
 
 
-@router.get("/coverage", responses=answers(dict[str, Sort]))
+@router.get("/coverage", dependencies=UP_TO_DATE, responses=answers(dict[str, Sort]))
 def coverage(who: Reader, shared: Shared, newest: Annotated[int, Query(ge=0, le=100)] = 5) -> Response:
     """What the record does not know, sort by sort, and what is being taken away."""
     found = shared.review.coverage(newest=newest, tenants=who.tenants).of

@@ -14,6 +14,8 @@ from typing import Final
 COOKIE: Final = "envelope_session"
 #: How many are kept, the oldest are forgotten first; and for how long one lasts without being used, and at all.
 MAX_SESSIONS: Final = 10_000
+#: And with one token.
+MAX_OF_ONE: Final = 32
 IDLE: Final = timedelta(hours=1)
 LONGEST: Final = timedelta(hours=12)
 
@@ -40,6 +42,9 @@ class Sessions:
         """A new one; the value of its cookie."""
         now, name = self._clock(), secrets.token_urlsafe(32)
         with self._lock:
+            own = [kept for kept, session in self._held.items() if session.token == token]
+            for kept in own[: max(0, len(own) + 1 - MAX_OF_ONE)]:
+                del self._held[kept]  # nobody drives others out
             self._held[name] = Session(token, secrets.token_urlsafe(32), now, now)
             while len(self._held) > MAX_SESSIONS:
                 self._held.popitem(last=False)

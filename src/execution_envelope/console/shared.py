@@ -33,12 +33,14 @@ class Console:
         controller: AdmissionController | None,
         replays: Path | None,
         limits: RateLimits,
+        revoked: Callable[[], None] | None = None,
     ) -> None:
-        self.review = review
+        self.review = review.patient()
         self.authenticators = authenticators
         self.controller = controller
         self.replays = replays
         self.limits = limits
+        self.revoked = revoked
         self.sessions = Sessions(review.clock)
         self.clients = Clients(review.ledger)
         self.templates = Environment(
@@ -75,6 +77,8 @@ class Console:
             base=request.scope.get("root_path", ""),
             csrf="" if session is None else session.csrf,
             who=who,
+            left=self.review.behind,
+            live_after=getattr(request.state, "live_after", ""),
             request=request,
             **values,
         )

@@ -51,12 +51,16 @@ class Line:
     words: str
 
 
+#: What stands at the top while nothing has ended: the newest of these.
+_WAITING: Final = ("held", "approval")
+
+
 def view(record: Record, *, now: datetime) -> dict[str, Any]:
     """What the template of a record is given beside the record itself."""
     envelope = record.envelope
     created, end = envelope.correlation.created_at, facts.ended_at(record)
     parts, sealed = facts.parts(record), facts.sealed(record)
-    last = [event.data for event in record.events if ended(event.data) or event.data.type == "held"][-1:]
+    last = [event.data for event in record.events if ended(event.data) or event.data.type in _WAITING][-1:]
     said = [event.data for event in record.events if event.data.type == "observed"]
     return {
         "record": record,

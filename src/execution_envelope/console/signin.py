@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from typing import Annotated
-from urllib.parse import urlsplit
 
 from fastapi import APIRouter, Depends, Form, HTTPException, Request
 from fastapi.responses import HTMLResponse, RedirectResponse, Response
 
 from execution_envelope.console.access import Principal
 from execution_envelope.console.sessions import COOKIE
-from execution_envelope.console.who import Shared, identified, principal
+from execution_envelope.console.who import Shared, from_here, identified, principal
 
 router = APIRouter(include_in_schema=False)
 #: The longest token that is looked at.
@@ -31,11 +30,10 @@ async def sign_in(
     to: Annotated[str, Form()] = "/",
 ) -> Response:
     """Look at the token, and remember it here."""
-    origin = request.headers.get("origin")
-    if origin not in (None, "null") and urlsplit(str(origin)).netloc != request.headers.get("host"):
+    if not from_here(request):
         raise HTTPException(403, "expected a form of this site, it came from another")
     try:
-        await identified(request, shared, token.strip())
+        shared.limits.spend(await identified(request, shared, token.strip()))
     except HTTPException as error:
         page = shared.page(request, "signin.html", to=_here(to), problem=str(error.detail))
         page.status_code = error.status_code
@@ -43,6 +41,7 @@ async def sign_in(
         return page
     base = request.scope.get("root_path", "")
     answer = RedirectResponse(base + _here(to), 303)
+    shared.sessions.end(request.cookies.get(COOKIE, ""))
     answer.set_cookie(
         COOKIE,
         shared.sessions.begin(token.strip()),

@@ -61,7 +61,7 @@ class TokenFile:
             data = self._path.read_text("utf-8")
         except (OSError, UnicodeError) as error:
             raise InvalidField("tokens", f"expected a token file, `{self._path}` cannot be read: {error}") from error
-        self._held = []
+        # At once: another thread looks at what was there before, or at this.
         self._held = _read(data)
         self._seen = (status.st_mtime_ns, status.st_size, status.st_ino)
 

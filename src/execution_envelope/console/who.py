@@ -40,7 +40,7 @@ async def principal(request: Request, shared: Shared) -> Principal:
         raise unauthenticated()
     who = await identified(request, shared, token)
     if not who.may("admit"):  # services ask as often as their own callers do
-        shared.limits.spend(who.name)
+        shared.limits.spend(who)
     if session is not None:
         request.state.session = session
         if request.method not in _SAFE:
@@ -50,8 +50,10 @@ async def principal(request: Request, shared: Shared) -> Principal:
 
 
 async def identified(request: Request, shared: Console, token: str) -> Principal:
-    """Who holds a token. 401 and 429."""
-    shared.limits.check_failures(request)
+    """Who holds a token. 401 and 429.
+
+    One that is right is taken from every address: many may be behind one, and one of them may be wrong for long.
+    """
     who = await run_in_threadpool(shared.authenticate, token)
     if who is None:
         shared.limits.failed(request)
@@ -64,9 +66,23 @@ def unauthenticated() -> HTTPException:
     return HTTPException(401, "expected a bearer token that is known", headers={"WWW-Authenticate": "Bearer"})
 
 
-async def _same_page(request: Request, session: Session) -> None:
+def from_here(request: Request) -> bool:
+    """Whether a form is from a page of this host, as far as a browser says. Other programs say nothing, and may."""
+    site = request.headers.get("sec-fetch-site")
+    if site is not None:  # no page can write this one, and no proxy changes it
+        return site in ("same-origin", "none")
     origin = request.headers.get("origin")
-    if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
+    if origin is None:
+        return True
+    try:
+        host = urlsplit(origin).netloc
+    except ValueError:
+        return False
+    return bool(host) and host == request.headers.get("host")
+
+
+async def _same_page(request: Request, session: Session) -> None:
+    if not from_here(request):
         raise HTTPException(403, "expected a form of this site, it came from another")
     sent = request.headers.get("x-csrf-token")
     if sent is None:

@@ -45,6 +45,8 @@ from execution_envelope.record import Record
 BATCH: Final = 8000
 #: Open records that are kept in memory, so that the next entry of one needs no reading.
 MAX_KEPT: Final = 4000
+#: Between batches others that wait get a turn, in seconds.
+_PAUSE: Final = 0.0005
 #: An id is a UUID; what somebody wrote into the log in its place is not looked for.
 _MAX_ID: Final = 200
 
@@ -166,15 +168,26 @@ class Projector:
             if version is not None and (self._progress().mark, version) == self._caught:
                 return Lag(0, 0)
             known, heads = self._behind()
-            room = limit
-            while heads and (room is None or room > 0):
+        room = limit
+        while heads and (room is None or room > 0):
+            # Batch by batch: others may ask in between how far it is, and move it on too.
+            with self._moving:
+                epoch, known = known.mark.epoch, self._progress()
+                if known.mark.epoch != epoch:  # somebody dropped it
+                    known, heads = self._behind()
+                heads = [head for head in heads if head.length - 1 > _position(known, head).position]
+                if not heads:
+                    break  # somebody else was faster
                 taken, known, heads = self._step(known, heads, BATCH if room is None else min(BATCH, room))
-                room = None if room is None else room - taken
-                if progress is not None and taken:
-                    progress(taken)
-            if not heads and version is not None:
+            room = None if room is None else room - taken
+            if progress is not None and taken:
+                progress(taken)
+            if heads:
+                time.sleep(_PAUSE)
+        if not heads and version is not None:
+            with self._moving:
                 self._caught = (known.mark, version)
-            return _lag(known, heads)
+        return _lag(known, heads)
 
     def lag(self) -> Lag:
         with self._moving:
@@ -278,8 +291,6 @@ class Projector:
             for id in list(islice(self._records, max(0, len(self._records) - MAX_KEPT))):
                 del self._records[id]
         self._known = after
-        # Others that want the interpreter get it between batches.
-        time.sleep(0)
         return taken, after, [head for head in heads if head.length - 1 > _position(after, head).position]
 
     def _check_size(self, new: int) -> None:

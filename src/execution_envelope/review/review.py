@@ -16,7 +16,7 @@ from execution_envelope.budgets import Balance, Budgets, Holding, Key
 from execution_envelope.budgets import window as window_of
 from execution_envelope.credentials import shown
 from execution_envelope.criteria import FLAGS
-from execution_envelope.errors import Exported, NotFound
+from execution_envelope.errors import Damaged, Exported, NotFound
 from execution_envelope.family import read_tree
 from execution_envelope.ledger import AttemptedRequest, Finding, Ledger
 from execution_envelope.ledger.checkpoint import NotProven, Statement, decode_checkpoint
@@ -27,6 +27,7 @@ from execution_envelope.ledger.verification import of_envelope
 from execution_envelope.query import Query
 from execution_envelope.record import Record
 from execution_envelope.review.accounting import Accounting, window
+from execution_envelope.review.catching_up import PATIENCE, CatchingUp
 from execution_envelope.review.explain import Explanation, accounts, explain
 from execution_envelope.tree import Tree
 
@@ -78,6 +79,34 @@ class Review:
     def __init__(self, ledger: Ledger, *, clock: Callable[[], datetime]) -> None:
         self.ledger = ledger
         self.clock = clock
+        self._catching_up: CatchingUp | None = None
+
+    def patient(self, seconds: float = PATIENCE) -> Review:
+        """The same for those who cannot wait: lists and sums are brought up to date beside them.
+
+        Where that takes longer than so many seconds they get what is there; `behind` says so.
+        """
+        found = Review(self.ledger, clock=self.clock)
+        found._catching_up = CatchingUp(self.ledger.projection, patience=seconds)
+        return found
+
+    @property
+    def behind(self) -> int | None:
+        """How many entries lists and sums did not know when somebody waited for them in vain, until they do; else None.
+
+        Of the whole ledger: the number is for who sees all.
+        """
+        return None if self._catching_up is None else self._catching_up.behind
+
+    def current(self) -> bool:
+        """Whether lists and sums know all that is recorded now; waits for it as long as `patient` says."""
+        return self._catching_up is None or self._catching_up.current()
+
+    def _fresh(self, asked: bool) -> bool:
+        """Whether a read has to catch up itself."""
+        if not asked or self._catching_up is None:
+            return asked
+        return self._catching_up.current() and self._catching_up.failed
 
     def record(self, reference: str, *, tenants: Tenants = None) -> Record:
         """One envelope, by its id or ``kind:reference``. Raises `NotFound`, `Exported` and `Damaged`.
@@ -89,7 +118,7 @@ class Review:
             id = self.ledger.find(kind, name) if colon else reference
             stored = None if id is None else self.ledger.read(id)
             record = None if stored is None else stored.record()
-        except Exported:
+        except (Exported, Damaged):
             if tenants is None:
                 raise
             record = None  # whose it was is not known any more
@@ -99,7 +128,7 @@ class Review:
 
     def row(self, id: str, *, tenants: Tenants = None, fresh: bool = True) -> ProjectedEnvelope | None:
         """One envelope as it is listed; None where there is none to see."""
-        row = self.ledger.projection().get(id, fresh=fresh)
+        row = self.ledger.projection().get(id, fresh=self._fresh(fresh))
         return row if row is not None and (tenants is None or row.tenant in tenants) else None
 
     def find(
@@ -110,12 +139,13 @@ class Review:
         With `fresh` false they are as the last read left them.
         """
         parsed = Query.parse(query, self.clock()) if query.strip() else None
-        return self.ledger.projection().search(parsed, limit=limit, after=after, tenants=tenants, fresh=fresh)
+        projection = self.ledger.projection()
+        return projection.search(parsed, limit=limit, after=after, tenants=tenants, fresh=self._fresh(fresh))
 
     def stream(self, query: str = "", *, tenants: Tenants = None) -> Iterator[ProjectedEnvelope]:
         """All envelopes that a query finds, newest first, read page by page. Raises `InvalidField` at once."""
         parsed = Query.parse(query, self.clock()) if query.strip() else None
-        return self.ledger.projection().stream(parsed, tenants=tenants)
+        return self.ledger.projection().stream(parsed, tenants=tenants, fresh=self._fresh(True))
 
     def counted(self, query: str, *, tenants: Tenants = None) -> Counted:
         """How many envelopes a query finds, up to `MAX_COUNTED`."""
@@ -131,7 +161,7 @@ class Review:
         projection = self.ledger.projection()
         names = [name for name in COVERAGE if tenants is None or name != DAMAGED]
         if tenants is None:
-            whole = projection.coverage(newest)
+            whole = projection.coverage(newest, fresh=self._fresh(True))
             of = {name: Counted(whole.of[name].count, False, whole.of[name].newest) for name in names}
             return Known(of, whole)
         found = {}
@@ -219,7 +249,7 @@ class Review:
         """
         now = self.clock()
         question = Question(*window(since, until, now=now), tuple(by), where or {}, tenants)
-        found = self.ledger.projection().totals(question, fresh=fresh)
+        found = self.ledger.projection().totals(question, fresh=self._fresh(fresh))
         return Accounting(question, found if tenants is None else found.narrowed(), now)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI, Request
 
 from execution_envelope.console import live
 from execution_envelope.console.assets import Assets
@@ -45,10 +45,14 @@ def add_to(app: FastAPI) -> None:
         assets.paths,
         pages=PAGES,
         now_at=lambda: shared.clock().isoformat(),
-        newest=lambda: follower.newest,
     )
     app.state.follower = follower
     app.include_router(assets.router())
     app.include_router(live.router(follower))
+
+    async def begin(request: Request) -> None:
+        # Before anything is read for the page: its live updates go on from here, and nothing is missed in between.
+        request.state.live_after = follower.newest
+
     for module in _ROUTES:
-        app.include_router(module.router)
+        app.include_router(module.router, dependencies=[Depends(begin)])

@@ -4,15 +4,27 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Final
 
-from fastapi import APIRouter, Form, HTTPException, Query, Request
+from fastapi import APIRouter, Form, Query, Request
 from fastapi.responses import HTMLResponse
 from starlette.concurrency import run_in_threadpool
 
 from execution_envelope.console.access import Principal
+from execution_envelope.console.api import decide
 from execution_envelope.console.pages.envelope import Reference, acts
 from execution_envelope.console.shared import Console
+from execution_envelope.console.sheet import view
 from execution_envelope.console.who import Approver, Reader, Revoker, Shared
-from execution_envelope.errors import Denied, EnvelopeError, Exported, Held, NotFound, NotHeld, Reason, SelfApproval
+from execution_envelope.errors import (
+    Damaged,
+    Denied,
+    EnvelopeError,
+    Exported,
+    Held,
+    NotFound,
+    NotHeld,
+    Reason,
+    SelfApproval,
+)
 from execution_envelope.presentation import facts
 from execution_envelope.presentation.text import amounts, because, when
 from execution_envelope.record import Record
@@ -36,7 +48,7 @@ def approvals(
     for row in page.rows:
         try:
             record = shared.review.record(row.id, tenants=who.tenants)
-        except (NotFound, Exported):
+        except (NotFound, Exported, Damaged):
             continue
         if record.state == "held":
             waiting.append(_waiting(shared, who, record))
@@ -78,21 +90,12 @@ async def _say(
 ) -> HTMLResponse:
     """Say it, and show what came of it. Refusals of the policy are answers, not errors of the page."""
     record = await run_in_threadpool(lambda: shared.review.record(reference, tenants=who.tenants))
-    if shared.controller is None:
-        raise HTTPException(409, "expected a server with a controller: this one only shows")
-    by = who.acting_in(record.envelope.identity.tenant)
-    status, done, word, text = 200, False, "refused", ""
+    status, done, text = 200, False, ""
     own: str | None = None
     reasons: tuple[Reason, ...] = ()
     try:
-        match what:
-            case "approve":
-                record = await shared.controller.approve(record.id, by=by, reason=reason)
-            case "deny":
-                record = await shared.controller.deny(record.id, by=by, reason=reason)
-            case _:
-                record = await shared.controller.revoke(record.id, by=by, reason=reason)
-        done, word, text = True, what, _came_of(what, record)
+        record = await decide(shared, who, what, record, reason)
+        done, text = True, _came_of(what, record)
     except (Denied, Held) as refused:
         status, text, own, reasons = (
             403,
@@ -112,13 +115,13 @@ async def _say(
             request,
             "said.html",
             title=title,
-            here="/approvals",
+            here="/envelopes" if what == "revoke" else "/approvals",
             done=done,
-            word=word,
-            said=text,
+            answer=text,
             reasons=reasons,
-            id=record.id,
             own=own,
+            reads=f"/envelopes/{record.id}",
+            **view(record, now=shared.clock()),
         )
     )
     answer.status_code = status
@@ -134,7 +137,7 @@ def _came_of(what: str, record: Record) -> str:
         return "Denied: it stays denied."
     if record.state == "revoked":
         return "Revoked: its owner has stopped it."
-    return "Its owner is asked to stop it; it is revoked when the owner confirms."
+    return "To be revoked: its owner is asked to stop it; it is revoked when the owner confirms."
 
 
 def _waiting(shared: Console, who: Principal, record: Record) -> dict[str, Any]:

@@ -47,6 +47,8 @@ def budgets(
         holders=holders,
         account=account,
         nothing=nothing,
+        # An account comes from an address: it is not to become an option of the command.
+        words=("envelope", "budgets", *(("--",) if (account or "").startswith("-") else ()), *filter(None, (account,))),
     )
 
 

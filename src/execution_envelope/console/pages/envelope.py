@@ -8,11 +8,13 @@ import anyio
 from fastapi import APIRouter, Path, Request
 from fastapi.responses import HTMLResponse
 
+from execution_envelope.approvals import request
 from execution_envelope.console.access import Principal
 from execution_envelope.console.charts import bars
 from execution_envelope.console.shared import Console
 from execution_envelope.console.sheet import view
 from execution_envelope.console.who import Reader, Shared
+from execution_envelope.errors import SelfApproval
 from execution_envelope.presentation import facts
 from execution_envelope.presentation.text import counted
 from execution_envelope.record import Record
@@ -87,15 +89,26 @@ def tree(reference: Reference, request: Request, shared: Shared, who: Reader) ->
 
 
 def acts(shared: Console, who: Principal, record: Record) -> list[dict[str, Any]]:
-    """What this principal may ask of it here, as forms."""
+    """What this principal may ask of it here, as forms; one that says nothing where they asked for it themselves."""
     if shared.controller is None:
         return []
     of = f"{record.envelope.execution.operation} {record.id[-12:]}"
     if record.state == "held" and who.may("approve"):
+        if _asked(record, who):
+            return [{"id": record.id, "of": of, "says": ()}]
         return [{"id": record.id, "of": of, "says": (("approve", "Approve"), ("deny", "Deny"))}]
     if record.state in ("admitted", "granted") and record.revoking is None and who.may("revoke"):
         return [{"id": record.id, "of": of, "says": (("revoke", "Revoke"),)}]
     return []
+
+
+def _asked(record: Record, who: Principal) -> bool:
+    """Whether this principal asked for it, and so may not decide on it."""
+    try:
+        request(record, "approve", who.acting_in(record.envelope.identity.tenant), "to see whether one may")
+    except SelfApproval:
+        return True
+    return False
 
 
 def _why(shared: Console, record: Record, who: Principal) -> list[dict[str, Any]]:

@@ -27,6 +27,7 @@ MAX_LINES: Final = 30
 #: Days of the chart, the newest.
 MAX_DAYS: Final = 90
 _MEANINGS: Final = get_args(Meaning)
+_NONE: Final = "expected a result of a replay, there is none of this name"
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}\.json")
 
 
@@ -39,6 +40,8 @@ def replays(request: Request, shared: Shared, who: Reader) -> HTMLResponse:
             result = _read(file)
         except (InvalidField, OSError):
             unreadable += 1
+            continue
+        if not _concerns(result, who):
             continue
         own = _own(result, who)
         found.append(
@@ -69,8 +72,13 @@ def replay(name: Annotated[str, InPath(max_length=120)], request: Request, share
     """One of them."""
     file = next((file for file in _files(shared.replays) if file.name == name), None)
     if file is None:
-        raise NotFound("expected a result of a replay, there is none of this name")
-    result = _read(file)
+        raise NotFound(_NONE)
+    try:
+        result = _read(file)
+    except OSError:
+        raise NotFound("expected a result of a replay, its file cannot be read") from None
+    if not _concerns(result, who):
+        raise NotFound(_NONE)
     own, since = _own(result, who), ("--since", result.since[:10]) if result.since else ()
 
     def seen(lines: Iterable[Any]) -> list[Any]:
@@ -78,7 +86,9 @@ def replay(name: Annotated[str, InPath(max_length=120)], request: Request, share
 
     whole = own is None
     tenants, subjects = seen(result.tenants_affected), seen(result.subjects_affected)
-    samples, live = seen(result.samples), seen(result.live_listed)
+    # Which samples are kept, and which live ones are listed where there are many, depends on those of others.
+    samples = list(result.samples) if whole else []
+    live = seen(result.live_listed) if whole or result.live == len(result.live_listed) else []
     return shared.page(
         request,
         "replay.html",
@@ -127,6 +137,11 @@ def _files(folder: Path | None) -> list[Path]:
 def _read(file: Path) -> ReplayResult:
     with file.open("rb") as opened:
         return decode(opened.read(MAX_BYTES + 1))
+
+
+def _concerns(result: ReplayResult, who: Principal) -> bool:
+    """Whether it is about any tenant that a principal sees."""
+    return who.tenants is None or result.tenants is None or not who.tenants.isdisjoint(result.tenants)
 
 
 def _own(result: ReplayResult, who: Principal) -> list[Affected] | None:

@@ -52,9 +52,10 @@
     if (chosen && !chosen.isCollapsed) { plan(); return; }  // somebody is marking text
     readAt = Date.now();
     try {
-      const answer = await fetch(location.href, { headers: { accept: "text/html" }, credentials: "same-origin" });
+      const answer = await fetch(document.body.dataset.reads || location.href, { headers: { accept: "text/html" }, credentials: "same-origin" });
       if (!answer.ok || answer.redirected) throw new Error(String(answer.status));
       const fresh = new DOMParser().parseFromString(await answer.text(), "text/html");
+      for (const old of document.querySelectorAll("[data-live-form]")) if (!fresh.getElementById(old.id)) old.remove();
       for (const old of document.querySelectorAll("[data-live]")) {
         const now = fresh.getElementById(old.id);
         if (!now || now.innerHTML === old.innerHTML) continue;
