@@ -22,6 +22,7 @@ from execution_envelope.envelope import Subject, canonical, sha256
 from execution_envelope.errors import InvalidField, LedgerUnavailable
 from execution_envelope.ledger import SqliteLedger, open_ledger, verify, wire
 from execution_envelope.ledger.commit import Commit, SequenceConflict
+from execution_envelope.ledger.projection import Lag
 from execution_envelope.ledger.remote import RemoteLedger
 from execution_envelope.ledger.remote_http import TOKEN, TOKEN_FILE, address
 from execution_envelope.ledger.rollups import Question
@@ -165,9 +166,12 @@ def test_a_second_tenant_sees_nothing_of_the_first(
     # Another service of the same tenant sees it, and has none of its own.
     assert seen(ledger_of("acme-2"))[:6] == [True, id, True, [child.envelope.id], True, False]
     assert globex.holders(_key(), 9) == ([], 0) and acme.holders(_key(), 9)[0][0].envelope == reserved.envelope.id
-    for path in ("projection/coverage", "projection/lag", "projection/open"):
-        with raises(LedgerUnavailable):
-            globex._server.get(path, dict)
+    with raises(LedgerUnavailable):
+        globex.projection().open()
+    covered = globex.projection().coverage()
+    assert {one.count for one in covered.of.values()} == {0} and (covered.envelopes, covered.attempted) == (None, None)
+    assert acme.projection().coverage().of["undecided"].count >= 3
+    assert globex.findings_of(id) == [] and globex.projection().lag() == Lag(0, 0)
     asked = Question("2026-01-01", "2026-12-31", ("tenant",))
     assert {group.group["tenant"] for group in acme.projection().totals(asked).totals} == {"acme"}
     for narrow in (asked, asked._replace(where={"tenant": "acme"}), asked._replace(tenants=frozenset({"acme"}))):

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import anyio
 from fastapi import FastAPI
 from starlette.concurrency import run_in_threadpool
 
@@ -16,6 +17,7 @@ from execution_envelope.console.limits import RateLimits
 from execution_envelope.console.problems import answer_errors
 from execution_envelope.console.schema import describe
 from execution_envelope.console.shared import Console
+from execution_envelope.console.upkeep import look_after
 from execution_envelope.controller import AdmissionController
 from execution_envelope.review import Review
 from execution_envelope.version import __version__
@@ -28,17 +30,23 @@ def create_app(
     controller: AdmissionController | None = None,
     replays: Path | None = None,
     limits: RateLimits | None = None,
+    keeper: AdmissionController | None = None,
 ) -> FastAPI:
     """The console over a ledger. It may be mounted anywhere in another application.
 
     With a `controller` those who may can approve, deny and revoke: as requests of their own, on which its policy
-    decides. `limits` say how much one caller may ask.
+    decides. `limits` say how much one caller may ask. A `keeper` reconciles now and then while the application runs
+    by itself; one that is mounted leaves that to the backend.
     """
     shared = Console(review, authenticators, controller, replays, limits or RateLimits())
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        yield
+        async with anyio.create_task_group() as rounds:
+            if keeper is not None:
+                rounds.start_soon(look_after, keeper)
+            yield
+            rounds.cancel_scope.cancel()
         await run_in_threadpool(shared.clients.close)
 
     # Who sees the description is known too, so FastAPI does not serve it.
