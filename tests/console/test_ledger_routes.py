@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from execution_envelope import lifecycle
+from execution_envelope.console.asserted import Service
 from execution_envelope.console.limits import MAX_BODY
 from execution_envelope.envelope import Subject, Target, canonical, sha256
 from execution_envelope.errors import InvalidField, LedgerUnavailable
@@ -594,3 +595,16 @@ def test_who_approves_or_revokes_was_admitted_to(
     first = lifecycle.Sealed(late.digest, late.request_digest, late.key_digest)
     facts = [first, lifecycle.Held("unclear", "?"), approval]
     refused(acme, replace(admission_of(late), facts=facts), match="approval")
+
+
+def test_an_account_is_of_the_tenant_named_first() -> None:
+    acme, all_ = Service("s", frozenset({"acme"})), Service("s", None)
+    for account, shown, kept in (
+        ("gpus/acme", True, True),
+        ("gpus/acme/research", True, True),
+        ("gpus/globex/acme", False, False),  # a project of another tenant
+        ("gpus/acme-2", False, False),
+        ("acme", False, True),  # what all use together is entered, and not shown
+    ):
+        assert (acme.shows(account), acme.keeps(account)) == (shown, kept), account
+        assert all_.shows(account) and all_.keeps(account)

@@ -82,11 +82,13 @@ class Service:
         return by == self.name or by.startswith(f"{self.name}/")
 
     def keeps(self, account: str) -> bool:
-        """Whether an account of a budget may be seen and entered: one for a tenant of its own, or for everybody."""
-        if self.tenants is None:
-            return True
-        _, *whom = account.split("/")
-        return not whom or any(quoted(tenant) in whom for tenant in self.tenants)
+        """Whether an account of a budget may be entered: one that may be seen, or one of everybody together."""
+        return self.shows(account) or "/" not in account
+
+    def shows(self, account: str) -> bool:
+        """Whether an account of a budget may be seen: one for a tenant of its own, named first, because further behind
+        a project may have the name of a tenant."""
+        return self.tenants is None or account.split("/")[1:2] in [[quoted(tenant)] for tenant in self.tenants]
 
 
 class Assertions:
