@@ -608,3 +608,13 @@ def test_an_account_is_of_the_tenant_named_first() -> None:
     ):
         assert (acme.shows(account), acme.keeps(account)) == (shown, kept), account
         assert all_.shows(account) and all_.keeps(account)
+
+
+def test_no_proxy_reads_the_token_in_the_clear(server: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody is there
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(TOKEN, served.TOKEN)
+    with closing(open_ledger(server.url)) as ledger:
+        assert ledger.count() >= 0
