@@ -74,14 +74,19 @@ def request(held: Record, decision: Literal["approve", "deny"], approver: Subjec
 def _check_another(identity: Identity, ask: Ask, held: Record) -> None:
     # As both are sealed: an id that is replaced by a marker is the same one on both sides.
     approver = seal(ask, id=held.id, now=datetime.min.replace(tzinfo=UTC)).envelope.identity
-    if identity.tenant is not None and approver.tenant is not None and identity.tenant != approver.tenant:
-        return  # of another tenant a subject of the same name is somebody else
-    proof = identity.authentication
+    if is_same(identity, approver):
+        raise SelfApproval(f"expected another approver, {approver.subject.id} asked for {held.id}", envelope_id=held.id)
+
+
+def is_same(asking: Identity, approver: Identity) -> bool:
+    """Whether any of those who ask is one of those who approve."""
+    if asking.tenant is not None and approver.tenant is not None and asking.tenant != approver.tenant:
+        return False  # of another tenant a subject of the same name is somebody else
+    proof = asking.authentication
     # A service that says who asks is the one who asked, whoever that is said to be.
     asserting = proof.issuer if proof is not None and proof.method.startswith("asserted") else None
     itself = asserting == f"{approver.subject.type}:{approver.subject.id}"
-    if itself or {identity.subject, *identity.delegation} & {approver.subject, *approver.delegation}:
-        raise SelfApproval(f"expected another approver, {approver.subject.id} asked for {held.id}", envelope_id=held.id)
+    return itself or bool({asking.subject, *asking.delegation} & {approver.subject, *approver.delegation})
 
 
 def holds(record: Record) -> dict[str, tuple[str, ...]]:

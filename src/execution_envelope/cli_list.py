@@ -5,6 +5,8 @@ from __future__ import annotations
 import heapq
 import shlex
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import islice
 from typing import Any, Final
 
 import click
@@ -25,9 +27,11 @@ from execution_envelope.cli_shared import (
 from execution_envelope.envelope import KINDS
 from execution_envelope.errors import Damaged, Exported, NotFound
 from execution_envelope.ledger import Ledger
-from execution_envelope.ledger.commit import DAMAGED
+from execution_envelope.ledger.commit import DAMAGED, Stored
+from execution_envelope.ledger.contract import ReadsMany
 from execution_envelope.ledger.projection import DAMAGED as DAMAGED_STATE
 from execution_envelope.ledger.projection import MAX_PAGE, Page, ProjectedEnvelope, Projection, check_page, project
+from execution_envelope.ledger.wire import MAX_MANY
 from execution_envelope.lifecycle import OPEN, TERMINAL
 from execution_envelope.query import Query, quoted
 from execution_envelope.record import Record
@@ -101,9 +105,9 @@ def list_(
         rows: list[dict[str, Text]] = []
         read: Callable[..., Any] = presentation.summary if as_json else presentation.list_row
         emit: Callable[[Any], None] = print_json if as_json else rows.append
-        for id in found.ids():
+        for id, stored in _read(ledger, found.ids(), MAX_PAGE if everything else limit):
             try:
-                record = _record(ledger, id)
+                record = stored()
                 if query is not None and not query.matches(project(record)):
                     continue  # it was moved on meanwhile
                 one = read(record, now=now)
@@ -163,7 +167,7 @@ class _Found:
     def ids(self) -> Iterator[str]:
         """Ids, newest first."""
         found = [self._rows(self._query, self._limit)]
-        if self._query is not None and self._projection.coverage(0, fresh=False).of[DAMAGED_STATE].count:
+        if self._query is not None:
             state = Query.parse(f"state={DAMAGED_STATE}", utc_now())
             found.append(self._rows(state, None))
         last = None
@@ -211,8 +215,22 @@ def _print_further(context: click.Context, page: Page) -> None:
     click.echo(f"envelope: looked back to {page.looked_back_to}; to go on: {command}", err=True)
 
 
-def _record(ledger: Ledger, id: str) -> Record:
-    stored = ledger.read(id)
+def _read(ledger: Ledger, ids: Iterator[str], size: int) -> Iterator[tuple[str, Callable[[], Record]]]:
+    """Each with what reads its record: one after the other, or many in one question where each is a journey."""
+    if not isinstance(ledger, ReadsMany):
+        for id in ids:
+            yield id, partial(_record, id, ledger.read)
+        return
+    while some := list(islice(ids, min(size, MAX_MANY))):
+        found = ledger.read_many(some)
+        for id in some:
+            yield id, partial(_record, id, found.get)
+
+
+def _record(id: str, read: Callable[[str], Stored | Exception | None]) -> Record:
+    stored = read(id)
+    if isinstance(stored, Exception):
+        raise stored
     if stored is None:
         raise NotFound(f"expected an envelope, none has the id `{id[:200]}`")
     return stored.record()

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Sequence
 from typing import Any, Final
 
 import click
@@ -28,7 +27,7 @@ from execution_envelope.cli_shared import (
     say,
 )
 from execution_envelope.errors import LedgerUnavailable
-from execution_envelope.ledger.projection import COVERAGE, Coverage, Projection
+from execution_envelope.ledger.projection import COVERAGE, Coverage, Covered, Projection
 
 #: What `project --follow` adds to its niceness: who is admitted does not wait for who looks back.
 NICE: Final = 10
@@ -115,7 +114,8 @@ def coverage(context: click.Context, url: str | None, as_json: bool, limit: int)
         print_json(_data(found), indent=2)
         return
     console = new_console()
-    console.print(Text(presentation.counted(found.envelopes, "envelope")))
+    if found.envelopes is not None:
+        console.print(Text(presentation.counted(found.envelopes, "envelope")))
     console.print(_table(found))
 
 
@@ -155,16 +155,21 @@ def _check_kept(projection: Projection) -> None:
 
 
 def _beside(found: Coverage) -> dict[str, int]:
-    return {"unreadable": found.unreadable, "attempted": found.attempted, "unsealed": found.unsealed}
+    counts = {"unreadable": found.unreadable, "attempted": found.attempted, "unsealed": found.unsealed}
+    return {name: count for name, count in counts.items() if count is not None}
 
 
 def _data(found: Coverage) -> dict[str, Any]:
     return {
         "envelopes": found.envelopes,
-        **{name: {"count": found.of[name].count, "newest": list(found.of[name].newest)} for name in COVERAGE},
+        **{name: _sort(found.of[name]) for name in COVERAGE if name in found.of},
         **_beside(found),
         "attempted_dropped": found.attempted_dropped,
     }
+
+
+def _sort(found: Covered) -> dict[str, Any]:
+    return {"count": found.count, **({"more": True} if found.more else {}), "newest": list(found.newest)}
 
 
 def _table(found: Coverage) -> Table:
@@ -174,16 +179,18 @@ def _table(found: Coverage) -> Table:
     table.add_column("newest", no_wrap=True)
     table.add_column("which are, and what to do", overflow="fold")
     for name, meaning in COVERAGE.items():
-        _add(table, name, found.of[name].count, found.of[name].newest, meaning)
+        if (sort := found.of.get(name)) is not None:
+            _add(table, name, sort, meaning)
     for name, count in _beside(found).items():
-        _add(table, name, count, (), _BESIDE[name])
+        _add(table, name, Covered(count, ()), _BESIDE[name])
     return table
 
 
-def _add(table: Table, name: str, count: int, newest: Sequence[str], meaning: str) -> None:
+def _add(table: Table, name: str, sort: Covered, meaning: str) -> None:
+    count = sort.count
     style = "dim" if not count else "bold red" if name in ("damaged", "unreadable", "unsealed") else "bold"
     text = Text(meaning, style="" if count else "dim")
     if count:
         text.append(f"\n{ADVICE[name]}", style="yellow")
-    ids = Text("\n".join(presentation.clean(id[-12:]) for id in newest))
-    table.add_row(Text(name, style=style), Text(str(count), style=style), ids, text)
+    ids = Text("\n".join(presentation.clean(id[-12:]) for id in sort.newest))
+    table.add_row(Text(name, style=style), Text(f"{count}{'+' if sort.more else ''}", style=style), ids, text)

@@ -86,6 +86,8 @@ def serve(
 ) -> None:
     """Serve the console and the HTTP API over a ledger. Ctrl-C ends it.
 
+    It looks after open envelopes every 30 s: holds expire, and what a client that is gone never bound is abandoned.
+
     Who may look is said by a token file; without one it is made, with one token that may see everything, which is
     printed this once. Tokens never go over the network in the clear: elsewhere than on this machine it takes TLS.
     """
@@ -115,6 +117,7 @@ def serve(
             authenticators=_authenticators(tokens, oidc_issuer, oidc_audience),
             controller=controller if decides else None,
             replays=replays,
+            keeper=controller,
         )
         if behind_tls_proxy:
             app.add_middleware(OverHttps)

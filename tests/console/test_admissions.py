@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,10 +15,12 @@ from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
 
 from execution_envelope import AdmissionController, Decision, Rule, Subject
+from execution_envelope.admission import Admission
 from execution_envelope.budgets import Budget, Budgets
 from execution_envelope.console.access import Principal
 from execution_envelope.console.app import create_app
 from execution_envelope.console.limits import MAX_BODY
+from execution_envelope.errors import LedgerUnavailable
 from execution_envelope.ledger import SqliteLedger, verify
 from execution_envelope.review import Review
 from execution_envelope.testing import FakeClock, FaultyLedger
@@ -321,3 +324,47 @@ def test_every_answer_is_described(tmp_path: Path) -> None:
 
         check()
     server.ledger.close()
+
+
+def test_what_a_server_that_died_did_not_bind_is_taken_up_by_the_retry(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bind = Admission.bind
+
+    async def dies(*_: Any, **__: Any) -> None:
+        raise LedgerUnavailable("gone")
+
+    # The end cannot be recorded either: as when the process is killed between its two commits.
+    monkeypatch.setattr(Admission, "bind", dies)
+    monkeypatch.setattr(Admission, "leave", dies)
+    assert server.post("", ASK, Idempotency_Key="k-2").status_code == 503
+    monkeypatch.setattr(Admission, "bind", bind)
+    # Another service of the tenant, with the same key and request, does not get it.
+    assert server.post("", ASK, who="worker", Idempotency_Key="k-2").status_code == 409
+    again = server.post("", ASK, Idempotency_Key="k-2")
+    assert again.status_code == 201 and again.json()["replayed"] and list(again.json()["references"]) == ["admission"]
+    id = again.json()["id"]
+    assert [type for type, _ in server.events(id)].count("admitted") == 1
+    assert server.post("", ASK, Idempotency_Key="k-2").json() == again.json()
+    assert server.post(f"/{id}/complete", {}).json()["state"] == "completed"
+
+
+def test_the_name_of_the_server_itself_is_no_services(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    # It would own all that the server recorded for others.
+    id = server.post("", ASK).json()["id"]
+    monkeypatch.setitem(PRINCIPALS, "console", Principal("service", "console", None, ("service",), "test"))
+    assert server.post(f"/{id}/complete", {}, who="console").status_code == 403
+    assert server.post("", ASK, who="console").status_code == 403
+
+
+def test_a_server_reconciles_by_itself(server: Server) -> None:
+    held = server.post("", {**ASK, "scope": {"purpose": "unclear"}}, Idempotency_Key="k-3")
+    id = held.json()["envelope"]
+    server.clock.advance(days=2)
+    app = create_app(Review(server.ledger, clock=server.clock), authenticators=[Known()], keeper=server.controller)
+    with TestClient(app):
+        for _ in range(200):
+            if server.events(id)[-1][0] == "expired":
+                break
+            time.sleep(0.02)
+    assert server.events(id)[-1] == ("expired", "reconcile")

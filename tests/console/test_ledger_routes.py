@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from execution_envelope import lifecycle
+from execution_envelope.console.asserted import Service
 from execution_envelope.console.limits import MAX_BODY
-from execution_envelope.envelope import Subject, canonical, sha256
+from execution_envelope.envelope import Subject, Target, canonical, sha256
 from execution_envelope.errors import InvalidField, LedgerUnavailable
 from execution_envelope.ledger import SqliteLedger, open_ledger, verify, wire
 from execution_envelope.ledger.commit import Commit, SequenceConflict
+from execution_envelope.ledger.projection import Lag
 from execution_envelope.ledger.remote import RemoteLedger
 from execution_envelope.ledger.remote_http import TOKEN, TOKEN_FILE, address
 from execution_envelope.ledger.rollups import Question
@@ -165,9 +168,12 @@ def test_a_second_tenant_sees_nothing_of_the_first(
     # Another service of the same tenant sees it, and has none of its own.
     assert seen(ledger_of("acme-2"))[:6] == [True, id, True, [child.envelope.id], True, False]
     assert globex.holders(_key(), 9) == ([], 0) and acme.holders(_key(), 9)[0][0].envelope == reserved.envelope.id
-    for path in ("projection/coverage", "projection/lag", "projection/open"):
-        with raises(LedgerUnavailable):
-            globex._server.get(path, dict)
+    with raises(LedgerUnavailable):
+        globex.projection().open()
+    covered = globex.projection().coverage()
+    assert {one.count for one in covered.of.values()} == {0} and (covered.envelopes, covered.attempted) == (None, None)
+    assert acme.projection().coverage().of["undecided"].count >= 3
+    assert globex.findings_of(id) == [] and globex.projection().lag() == Lag(0, 0)
     asked = Question("2026-01-01", "2026-12-31", ("tenant",))
     assert {group.group["tenant"] for group in acme.projection().totals(asked).totals} == {"acme"}
     for narrow in (asked, asked._replace(where={"tenant": "acme"}), asked._replace(tenants=frozenset({"acme"}))):
@@ -492,3 +498,123 @@ def test_a_server_that_is_something_else_is_said_to_be(monkeypatch: pytest.Monke
             with raises(LedgerUnavailable) as away:
                 ledger.count()
             assert not away[0].retryable
+
+
+def test_what_may_be_stored_already_is_checked_as_everything_else(
+    behind: SqliteLedger, ledger_of: Callable[[str], RemoteLedger], client: TestClient
+) -> None:
+    acme = ledger_of("acme")
+    acme.commit(reservation_of(sealed := sealed_ask(), 3))
+    ledger_of("globex").commit(
+        replace(
+            admission_of(
+                sealed_ask(subject=Subject("user", "gil", tenant="globex")),
+                budgeted(4, key=_key()._replace(account="gpus/globex")),
+            ),
+            within=frozenset({"gpus/globex"}),
+        )
+    )
+    session, numbers = opened(client), count(1)
+
+    def said(commit: Commit, **how: bool) -> Any:
+        number = next(numbers)
+        group = wire.Group(number, (wire.SentSubmission(number, (wire.sent(commit),), **how),))
+        path = f"/api/ledger/sessions/{session}/groups"
+        answer = client.post(path, content=msgspec.json.encode(group), headers=bearer("acme"))
+        return answer.json()["outcomes"][0].get("refused", {}).get("type")
+
+    before = {one.account: one.reserved for one in behind.balances()}
+    for how in ({"doubtful": True}, {"relaxed": True}, {"relaxed": True, "doubtful": True}):
+        for entry_ in (budgeted(-9), budgeted(-1, key=_key()._replace(account="gpus/globex"))):
+            assert said(commit_of(sealed, 1, entry_), **how) == "invalid-field", (how, entry_)
+    assert {one.account: one.reserved for one in behind.balances()} == before
+    # What is stored already stays what it is, and what is not is recorded behind the rest.
+    assert said(commit_of(sealed, 1, lifecycle.Attempt((), "no room")), doubtful=True) is None
+    stored = behind.read(sealed.envelope.id)
+    assert stored is not None and stored.events[-1].data == lifecycle.Attempt((), "no room")
+
+
+def test_who_approves_or_revokes_was_admitted_to(
+    behind: SqliteLedger, ledger_of: Callable[[str], RemoteLedger]
+) -> None:
+    acme = ledger_of("acme")
+
+    def request(operation: str, target: str, said: str, who: str = "boss", *facts: lifecycle.EventData) -> str:
+        asked = sealed_ask(
+            kind="maintenance",
+            operation=operation,
+            target=Target("envelope", target, said),
+            subject=Subject("user", who, tenant="acme"),
+            requested={},
+        )
+        first = lifecycle.Sealed(asked.digest, asked.request_digest, asked.key_digest)
+        acme.commit(replace(admission_of(asked), facts=[first, *(facts or [lifecycle.Admitted()])]))
+        return asked.envelope.id
+
+    def held() -> Any:
+        sealed = sealed_ask(subject=Subject("user", "dana", tenant="acme"))
+        first = lifecycle.Sealed(sealed.digest, sealed.request_digest, sealed.key_digest)
+        acme.commit(replace(admission_of(sealed), facts=[first, lifecycle.Held("unclear", "?")]))
+        return sealed
+
+    one, other = held(), held()
+    id, approve, revoke = one.envelope.id, "envelope.approve", "envelope.revoke"
+    forged = [
+        ("user:boss", sealed_ask().envelope.id),
+        ("user:boss", "nonsense"),
+        ("user:boss", id),
+        ("user:boss", request(approve, other.envelope.id, "approve")),
+        ("user:boss", request(approve, id, "deny")),
+        ("user:boss", request(revoke, id, "approve")),
+        ("user:boss", request(approve, id, "approve", "other")),
+        ("user:boss", request(approve, id, "approve", "boss", lifecycle.Denied("role_required", "no"))),
+        ("user:dana", request(approve, id, "approve", "dana")),  # who asked for it
+    ]
+    for approver, admission in forged:
+        refused(acme, commit_of(one, 2, lifecycle.Approval(approver, "approve", "x", admission)), match="approval")
+    good = request(approve, id, "approve")
+    acme.commit(commit_of(one, 2, lifecycle.Approval("user:boss", "approve", "x", good)))
+    acme.commit(admission_of(live := sealed_ask()))
+    asked = live.envelope.id
+    refused(acme, commit_of(live, 2, lifecycle.Revoked()), match="review")
+    for said in (
+        lifecycle.Review("user:boss", "1", "revoke", admission=good),
+        lifecycle.Review("user:boss", "1", "revoke", admission=request(revoke, asked, "revoke", "other")),
+        lifecycle.Review("user:boss", "1", "revoke"),
+    ):
+        refused(acme, commit_of(live, 2, said), match="review")
+    for said in (
+        lifecycle.Review("user:boss", "1", "revoke", admission=request(revoke, asked, "revoke")),
+        lifecycle.Review("nightly", "1", "flag"),
+    ):
+        acme.commit(commit_of(live, len(behind.read(asked).events), said))  # type: ignore[union-attr]
+    acme.commit(commit_of(live, 4, lifecycle.Revoked()))
+    # Nor in the commit that seals it, where nothing stands on the record yet.
+    late = sealed_ask()
+    approval = lifecycle.Approval("user:boss", "approve", "x", good)
+    first = lifecycle.Sealed(late.digest, late.request_digest, late.key_digest)
+    facts = [first, lifecycle.Held("unclear", "?"), approval]
+    refused(acme, replace(admission_of(late), facts=facts), match="approval")
+
+
+def test_an_account_is_of_the_tenant_named_first() -> None:
+    acme, all_ = Service("s", frozenset({"acme"})), Service("s", None)
+    for account, shown, kept in (
+        ("gpus/acme", True, True),
+        ("gpus/acme/research", True, True),
+        ("gpus/globex/acme", False, False),  # a project of another tenant
+        ("gpus/acme-2", False, False),
+        ("acme", False, True),  # what all use together is entered, and not shown
+    ):
+        assert (acme.shows(account), acme.keeps(account)) == (shown, kept), account
+        assert all_.shows(account) and all_.keeps(account)
+
+
+def test_no_proxy_reads_the_token_in_the_clear(server: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody is there
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(TOKEN, served.TOKEN)
+    with closing(open_ledger(server.url)) as ledger:
+        assert ledger.count() >= 0

@@ -36,6 +36,7 @@ from execution_envelope.errors import (
     Held,
     InvalidAsk,
     InvalidField,
+    KeyConflict,
     NotFound,
     ReferenceTaken,
     Refused,
@@ -51,9 +52,9 @@ from execution_envelope.resources import Amount
 router: Final = APIRouter(prefix="/admissions")
 
 
-def asking(who: Admitter) -> Service:
+def asking(who: Admitter, shared: Shared) -> Service:
     """A dependency: the backend service that asks. 403 for a person."""
-    return service_of(who)
+    return service_of(who, shared)
 
 
 Asking = Annotated[Service, Depends(asking)]
@@ -227,7 +228,11 @@ async def admit(
         raise HTTPException(403, f"expected a subject in a tenant of the service {who.name}")
     try:
         ask = said.ask(by=who.name, subject=_asserted(said, who), key=idempotency_key or None)
-        admission = await controller.begin(ask)
+        try:
+            admission = await controller.begin(ask)
+            replayed = admission.replayed
+        except KeyConflict as conflict:
+            admission, replayed = await _taken_up(controller, conflict, who), True
         if not admission.replayed:
             admission = await _bound(controller, admission, said, who)
     except InvalidField as error:
@@ -239,7 +244,7 @@ async def admit(
         Admitted(
             admission.id,
             admission.state,
-            admission.replayed,
+            replayed,
             dict(admission.limits),
             {name: list(values) for name, values in admission.allowed.items()},
             list(admission.obligations.values()),
@@ -265,6 +270,20 @@ def _asserted(said: AdmissionDocument, who: Service) -> Subject:
         issuer=f"service:{who.name}",
         session=found.session,
     )
+
+
+async def _taken_up(controller: AdmissionController, conflict: KeyConflict, who: Service) -> Admission:
+    """An admission of the service that its server did not come to bind, for the same request once more: it is bound
+    now. Where the first request is only slow both bind it, to the same service. Raises the conflict for any other."""
+    if not conflict.retryable or conflict.envelope_id is None:
+        raise conflict
+    admission = await controller.resume(conflict.envelope_id, by=who.name)
+    record = admission.record
+    asked = record.envelope.identity.authentication
+    ours = record.events[0].by == controller.component and asked is not None and asked.issuer == f"service:{who.name}"
+    if record.state != "admitted" or record.bound is not None or not ours:
+        raise conflict
+    return admission
 
 
 async def _bound(

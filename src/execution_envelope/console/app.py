@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import anyio
 from fastapi import FastAPI
 from starlette.concurrency import run_in_threadpool
 
@@ -17,6 +18,7 @@ from execution_envelope.console.live import Follower
 from execution_envelope.console.problems import answer_errors, unexpected
 from execution_envelope.console.schema import describe
 from execution_envelope.console.shared import Console
+from execution_envelope.console.upkeep import look_after
 from execution_envelope.controller import AdmissionController
 from execution_envelope.review import Review
 from execution_envelope.version import __version__
@@ -30,18 +32,24 @@ def create_app(
     replays: Path | None = None,
     limits: RateLimits | None = None,
     revoked: Callable[[], None] | None = None,
+    keeper: AdmissionController | None = None,
 ) -> FastAPI:
     """The console over a ledger. It may be mounted anywhere in another application.
 
     With a `controller` those who may can approve, deny and revoke: as requests of their own, on which its policy
     decides. `limits` say how much one caller may ask. `revoked` is called on the event loop when somebody asked
-    here for something to be revoked: whoever carries that out need not wait for the next round.
+    here for something to be revoked: whoever carries that out need not wait for the next round. A `keeper` reconciles
+    now and then while the application runs by itself; one that is mounted leaves that to the backend.
     """
     shared = Console(review, authenticators, controller, replays, limits or RateLimits(), revoked)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        yield
+        async with anyio.create_task_group() as rounds:
+            if keeper is not None:
+                rounds.start_soon(look_after, keeper)
+            yield
+            rounds.cancel_scope.cancel()
         await run_in_threadpool(shared.clients.close)
 
     # Who sees the description is known too, so FastAPI does not serve it.

@@ -2,7 +2,8 @@
 
 Pure but for the `read` that it is given. What is checked: that the sealed bytes are an envelope in canonical form, and
 the digests are theirs; that facts follow the table of transitions on what is stored; that the envelope is of one of the
-service's tenants and is its own; that nobody gives back more of a budget than the envelope holds. What is not: whether
+service's tenants and is its own; that nobody gives back more of a budget than the envelope holds; that who approves or
+revokes was admitted to. What is not: whether
 a decider was asked - a service that seals decides itself, and its chain says so. Who is to be decided about by the
 server admits through it.
 """
@@ -17,7 +18,7 @@ from typing import Any, Final
 
 import msgspec
 
-from execution_envelope import credentials
+from execution_envelope import approvals, credentials, reviewer
 from execution_envelope.budgets import entries_of, quoted
 from execution_envelope.envelope import KINDS, MAX_ENTRIES, MAX_REDACTED, Envelope, canonical, key_digest, sha256
 from execution_envelope.envelope import Subject as Asking
@@ -27,8 +28,20 @@ from execution_envelope.grant import label
 from execution_envelope.ledger import wire
 from execution_envelope.ledger.commit import DAMAGED, Commit, SequenceConflict, Stored
 from execution_envelope.ledger.submission import settled
-from execution_envelope.lifecycle import ASKED, Bound, Budgeted, Event, EventData, Late, Sealed
-from execution_envelope.record import check
+from execution_envelope.lifecycle import (
+    ASKED,
+    Admitted,
+    Approval,
+    Bound,
+    Budgeted,
+    Event,
+    EventData,
+    Late,
+    Review,
+    Revoked,
+    Sealed,
+)
+from execution_envelope.record import Record, check
 from execution_envelope.resources import VOCABULARY
 
 #: Bytes of one sealed envelope, and of the facts of one commit, at most; and how deep they may be.
@@ -69,11 +82,13 @@ class Service:
         return by == self.name or by.startswith(f"{self.name}/")
 
     def keeps(self, account: str) -> bool:
-        """Whether an account of a budget may be seen and entered: one for a tenant of its own, or for everybody."""
-        if self.tenants is None:
-            return True
-        _, *whom = account.split("/")
-        return not whom or any(quoted(tenant) in whom for tenant in self.tenants)
+        """Whether an account of a budget may be entered: one that may be seen, or one of everybody together."""
+        return self.shows(account) or "/" not in account
+
+    def shows(self, account: str) -> bool:
+        """Whether an account of a budget may be seen: one for a tenant of its own, named first, because further behind
+        a project may have the name of a tenant."""
+        return self.tenants is None or account.split("/")[1:2] in [[quoted(tenant)] for tenant in self.tenants]
 
 
 class Assertions:
@@ -98,25 +113,31 @@ class Assertions:
                 # Whether it is there already, who stores it finds out.
                 check(ASKED, commit.facts)
                 self._check_budgets(commit, ())
+                self._check_said_for(commit, None)
                 continue
             if stored is None:
                 raise SequenceConflict
             self._check_owner(stored)
             fitting = self._fitting(commit)
             if fitting is None:
-                if said.doubtful and commit.sequence < len(stored.events):
-                    continue  # it may be stored: who stores looks, and checks the table again
-                if not said.relaxed:
+                doubtful = said.doubtful and commit.sequence < len(stored.events)
+                if not (doubtful or said.relaxed):
                     raise SequenceConflict
-                [commit] = commits[place : place + 1] = settled([commit], self._standing, again=False)
+                behind = settled([commit], self._standing, again=doubtful)
+                if not behind:
+                    continue  # it is stored already, and who stores finds that too
+                [commit] = behind
+                if not doubtful:  # else who stores looks at the place that it named
+                    commits[place] = commit
                 fitting = stored
             try:
                 check(check(ASKED, (event.data for event in fitting.events)), commit.facts)
             except IllegalTransition as illegal:
-                if said.relaxed:
+                if said.relaxed or said.doubtful:
                     raise SequenceConflict from illegal  # as where it comes behind what others recorded
                 raise
             self._check_budgets(commit, fitting.events)
+            self._check_said_for(commit, fitting)
         for commit in commits:
             self._add(commit)
         return commits
@@ -214,6 +235,54 @@ class Assertions:
         if linked is not None and _envelope(linked.body).identity.tenant != envelope.identity.tenant:
             raise InvalidField(f"sealed.correlation.{link}", "expected an envelope, none has this id")
 
+    def _check_said_for(self, commit: Commit, stored: Stored | None) -> None:
+        """What a person said of an envelope stands on a request of that person's, which this service recorded; and
+        what ends because it was revoked, was to be revoked."""
+        said = [fact for fact in map(_fact, commit.facts) if isinstance(fact, Approval | Review | Revoked)]
+        if not said:
+            return
+        if stored is None:
+            problem = "expected an approval, a review or a revocation of what is recorded already"
+            raise InvalidField(f"facts.{said[0].__struct_config__.tag}", problem)
+        record = stored.record()
+        for fact in said:
+            match fact:
+                case Approval():
+                    asked = self._request_of(record, fact.admission, approvals.OPERATION, fact.decision)
+                    if asked is None or fact.approver != _person(asked):
+                        problem = "expected the request of the approver, to say this of the envelope"
+                        raise InvalidField("facts.approval.admission", problem)
+                    if approvals.is_same(record.envelope.identity, asked.identity):
+                        raise InvalidField("facts.approval.approver", "expected another than who asked for it")
+                case Review(admission=str(admission)):
+                    asked = self._request_of(record, admission, reviewer.OPERATION, fact.verdict)
+                    if asked is None or fact.reviewer != _person(asked):
+                        problem = "expected the request of the reviewer, to say this of the envelope"
+                        raise InvalidField("facts.review.admission", problem)
+                case Review() if ":" in fact.reviewer and not fact.reviewer.startswith(reviewer.PART_OF):
+                    problem = "expected the name of a reviewer, or the request of the person who says it"
+                    raise InvalidField("facts.review.reviewer", problem)
+                case Revoked():
+                    asks = any(isinstance(one, Review) and one.verdict == "revoke" for one in said)
+                    if not record.was_to_be_revoked and not asks:
+                        raise InvalidField("facts.revoked", "expected a review that asked for it, there is none")
+
+    def _request_of(self, record: Record, admission: str, operation: str, said: str) -> Envelope | None:
+        """The request to say something of an envelope, when it was admitted; None where there is no such."""
+        try:
+            stored = self._standing(admission) if _ID.fullmatch(admission) else None
+        except Exported:
+            return None
+        if stored is None or not self._service.owns(stored):
+            return None
+        asked = _envelope(stored.body)
+        execution, target = asked.execution, asked.execution.target
+        about = (target.type, target.id, target.version) == ("envelope", record.id, said)
+        admitted = any(isinstance(event.data, Admitted) for event in stored.events)
+        if execution.kind == "maintenance" and execution.operation == operation and about and admitted:
+            return asked
+        return None
+
     def _check_budgets(self, commit: Commit, events: Sequence[Event]) -> None:
         """Of budgets nothing is given back that is not held, and nothing reserved without looking for room."""
         if not commit.budgeted:
@@ -238,6 +307,11 @@ class Assertions:
 
 def _fact(data: EventData) -> EventData:
     return data.fact if isinstance(data, Late) else data
+
+
+def _person(asked: Envelope) -> str:
+    subject = asked.identity.subject
+    return credentials.scrub(f"{subject.type}:{subject.id}")
 
 
 def _envelope(body: bytes) -> Envelope:

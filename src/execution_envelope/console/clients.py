@@ -10,11 +10,12 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import Final
 
 import uuid_utils
 
+from execution_envelope.budgets import entries_of
 from execution_envelope.console.asserted import Assertions, Service
 from execution_envelope.errors import EnvelopeError, LedgerUnavailable, ReferenceTaken
 from execution_envelope.ledger import Ledger, wire
@@ -62,6 +63,7 @@ class Clients:
         self._clock = clock
         self._lock = threading.Lock()
         self._sessions: dict[str, _Session] = {}
+        self._giving_back = threading.Lock()
 
     def open(self, service: Service, said: wire.Opening) -> wire.Session:
         """Raises `LedgerUnavailable` where there is no room, or the ledger takes no guests."""
@@ -188,6 +190,12 @@ class Clients:
     # Writing
 
     def _written(self, session: _Session, submissions: Sequence[wire.SentSubmission]) -> wire.Answer:
+        # What names no place in the order of events is not held against what others record meanwhile: of budgets the
+        # same must not be given back through two sessions at once.
+        with self._giving_back if any(map(_gives_back, submissions)) else nullcontext():
+            return self._written_at_once(session, submissions)
+
+    def _written_at_once(self, session: _Session, submissions: Sequence[wire.SentSubmission]) -> wire.Answer:
         service, asserted = session.service, Assertions(session.service, self._ledger.read)
         outcomes: dict[int, Outcome] = {}
         group: list[Submission] = []
@@ -246,6 +254,12 @@ def opening_of(ledger: Ledger, chain: str) -> chains.Opened | None:
             data = chains.decode(row.body).data
             return data if isinstance(data, chains.Opened) else None
     return None
+
+
+def _gives_back(said: wire.SentSubmission) -> bool:
+    if not (said.relaxed or said.doubtful):
+        return False
+    return any(entries_of(fact) for commit in said.commits for fact in commit.facts)
 
 
 def _nobody(outcome: Outcome) -> None:

@@ -23,14 +23,16 @@ from execution_envelope.console.access import Principal
 from execution_envelope.console.asserted import Service
 from execution_envelope.console.clients import Clients, OutOfTurn, UnknownSession, opening_of
 from execution_envelope.console.problems import MEDIA_TYPE, PROBLEM, Problem, problem
+from execution_envelope.console.shared import Console
 from execution_envelope.console.who import Reader, Shared, Writer
 from execution_envelope.credentials import scrub
 from execution_envelope.envelope import decode as decode_envelope
-from execution_envelope.errors import EnvelopeError, Exported, InvalidField, LedgerUnavailable
+from execution_envelope.errors import Damaged, EnvelopeError, Exported, InvalidField, LedgerUnavailable
 from execution_envelope.ledger import AttemptedRequest, Ledger, wire
 from execution_envelope.ledger import chain as chains
 from execution_envelope.ledger.commit import DAMAGED, KeyRow, SequenceConflict
 from execution_envelope.ledger.exports import exports_of
+from execution_envelope.ledger.verification import of_envelope
 from execution_envelope.process import Process
 
 T = TypeVar("T")
@@ -82,17 +84,19 @@ router: Final = APIRouter(prefix="/api/ledger", route_class=Route, include_in_sc
 # Who asks, and what was sent
 
 
-def service(who: Writer) -> Service:
+def service(who: Writer, shared: Shared) -> Service:
     """A dependency: the backend service that writes. 403 for a person, who asks for nothing in a service's name."""
-    return service_of(who)
+    return service_of(who, shared)
 
 
-def service_of(who: Principal) -> Service:
-    """A principal as a service. 403 for another."""
+def service_of(who: Principal, shared: Console) -> Service:
+    """A principal as a service. 403 for another, and for one with the name under which this server itself records."""
     if who.type != "service":
         raise HTTPException(403, f"expected a service, {who.name} is none")
     if "/" in who.id or not 1 <= len(who.id) <= 64:
         raise HTTPException(403, "expected a service with a name of up to 64 characters, without a slash")
+    if shared.controller is not None and who.id == shared.controller.component:
+        raise HTTPException(403, f"expected a service with a name of its own, {who.id} is the server's")
     return Service(who.id, who.tenants)
 
 
@@ -287,14 +291,35 @@ def _sees(who: Principal, behind: Ledger, envelope: str) -> bool:
 @router.get("/read")
 def read(who: Reader, behind: Behind, envelope: str) -> Response:
     """See `Ledger.read`."""
-    if not _sees(who, behind, envelope):
-        return told(None)
-    stored = behind.read(envelope)
-    if stored is None:
-        return told(None)
-    reader = seen_by(who)
-    events = wire.relative(reader.name, stored.events) if reader.name else stored.events
-    return told(wire.SentStored(stored.body.decode(), events))
+    return told(_read(who, behind, envelope))
+
+
+@router.get("/read_many")
+def read_many(who: Reader, behind: Behind, envelopes: str) -> Response:
+    """See `ReadsMany`."""
+
+    def found() -> Iterator[wire.SentRead]:
+        for envelope in _unpacked(envelopes)[: wire.MAX_MANY]:
+            try:
+                yield wire.SentRead(envelope, _read(who, behind, envelope))
+            except LedgerUnavailable:
+                raise
+            except EnvelopeError as error:
+                yield wire.SentRead(envelope, refused=wire.refusal(error))
+
+    return streamed(found())
+
+
+def _read(who: Principal, behind: Ledger, envelope: str) -> wire.SentStored | None:
+    try:
+        stored = behind.read(envelope) if _sees(who, behind, envelope) else None
+        if stored is None:
+            return None
+        reader = seen_by(who)
+        events = wire.relative(reader.name, stored.events) if reader.name else stored.events
+        return wire.SentStored(stored.body.decode(), events)
+    except DAMAGED as error:
+        raise Damaged(envelope) from error
 
 
 @router.get("/find")
@@ -393,13 +418,15 @@ def _may_see_chain(who: Principal, behind: Ledger, chain: str) -> bool:
 def balances(who: Reader, behind: Behind, account: str | None = None, window: str | None = None) -> Response:
     """See `Ledger.balances`."""
     found: list[Balance] = behind.balances(account=account, window=window)
-    return streamed([one for one in found if seen_by(who).keeps(one.account)])
+    # Who decides itself has to know what stands in the accounts that it enters, those of everybody together too.
+    shown = seen_by(who).keeps if who.may("write") else seen_by(who).shows
+    return streamed([one for one in found if shown(one.account)])
 
 
 @router.get("/holders")
 def holders(who: Reader, behind: Behind, account: str, window: str, resource: str, limit: int) -> Response:
     """See `Ledger.holders`."""
-    if not seen_by(who).keeps(account):
+    if not seen_by(who).shows(account):
         return told(([], 0))
     found, more = behind.holders(Key(account, window, resource), max(0, min(limit, _LOOK)))
     ids = set(_seen(who, behind, [holding.envelope for holding in found]))
@@ -462,6 +489,12 @@ def rows(behind: Behind, chain: str, after: int = -1, until: int | None = None) 
 def rows_of(who: Reader, behind: Behind, envelope: str) -> Response:
     """See `Ledger.rows_of`."""
     return streamed(behind.rows_of(envelope) if _sees(who, behind, envelope) else ())
+
+
+@router.get("/findings_of")
+def findings_of(who: Reader, behind: Behind, envelope: str) -> Response:
+    """See `verification.of_envelope`."""
+    return told(of_envelope(behind, envelope) if _sees(who, behind, envelope) else [])
 
 
 @router.get("/steps", dependencies=[Whole])

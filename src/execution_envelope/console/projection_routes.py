@@ -12,7 +12,9 @@ from execution_envelope.console.access import Principal
 from execution_envelope.console.ledger_routes import MAX_LIMIT, Behind, Route, streamed, told
 from execution_envelope.console.who import Reader, Shared
 from execution_envelope.errors import InvalidField
+from execution_envelope.ledger.projection import Coverage, Covered, Lag
 from execution_envelope.ledger.rollups import Question
+from execution_envelope.ledger.wire import MAX_CAUGHT, Caught
 from execution_envelope.query import Query
 
 router: Final = APIRouter(prefix="/api/ledger/projection", route_class=Route, include_in_schema=False)
@@ -23,11 +25,28 @@ def _everything(who: Principal) -> None:
         raise HTTPException(403, f"expected who sees all tenants, {who.name} does not")
 
 
+def _narrowed(who: Principal, lag: Lag) -> Lag:
+    """To who does not see all tenants: whether anything is missing, and not how much there is in all."""
+    return lag if who.tenants is None else Lag(min(1, lag.entries), 0)
+
+
 @router.get("/lag")
 def lag(who: Reader, behind: Behind) -> Response:
     """See `Projection.lag`."""
-    _everything(who)
-    return told(behind.projection().lag())
+    return told(_narrowed(who, behind.projection().lag()))
+
+
+@router.get("/catch_up")
+def catch_up(who: Reader, behind: Behind, limit: int) -> Response:
+    """Take in so many entries at most, as every read does; see `Projection.catch_up`."""
+    taken = 0
+
+    def move(entries: int) -> None:
+        nonlocal taken
+        taken += entries
+
+    found = behind.projection().catch_up(max(1, min(limit, MAX_CAUGHT)), progress=move)
+    return told(Caught(_narrowed(who, found), taken if who.tenants is None else None))
 
 
 @router.get("/get")
@@ -88,10 +107,14 @@ def open_ids(who: Reader, behind: Behind, fresh: bool = True) -> Response:
 
 
 @router.get("/coverage")
-def coverage(who: Reader, behind: Behind, limit: int = 5, fresh: bool = True) -> Response:
-    """See `Projection.coverage`."""
-    _everything(who)
-    return told(behind.projection().coverage(max(0, min(limit, MAX_LIMIT)), fresh=fresh))
+def coverage(who: Reader, shared: Shared, behind: Behind, limit: int = 5, fresh: bool = True) -> Response:
+    """See `Projection.coverage`; to who does not see all tenants of theirs only, as `Review.coverage` counts."""
+    limit = max(0, min(limit, MAX_LIMIT))
+    if who.tenants is None:
+        return told(behind.projection().coverage(limit, fresh=fresh))
+    known = shared.review.coverage(newest=limit, tenants=who.tenants)
+    of = {name: Covered(one.count, one.newest, one.more) for name, one in known.of.items()}
+    return told(Coverage(None, of, None, None, None, None))
 
 
 @router.get("/totals")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 from execution_envelope.budgets import Balance, Holding, Key
 from execution_envelope.envelope import decode as decode_envelope
@@ -132,6 +132,15 @@ class Conservation:
     @property
     def pending(self) -> int:
         return self.emitted - self.stored - self.dropped
+
+
+@runtime_checkable
+class ReadsMany(Protocol):
+    """A ledger to which each question is a journey."""
+
+    def read_many(self, envelopes: Sequence[str]) -> Mapping[str, Stored | Exception | None]:
+        """`Ledger.read` of each of these, up to 200; what that would raise is in its place."""
+        ...
 
 
 class Ledger(Protocol):

@@ -352,10 +352,11 @@ class Lag:
 
 @dataclass(frozen=True, slots=True)
 class Covered:
-    """How many envelopes there are of one sort, and the newest of them."""
+    """How many envelopes there are of one sort, or with `more` at least how many, and the newest of them."""
 
     count: int
     newest: tuple[str, ...]
+    more: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -364,15 +365,16 @@ class Coverage:
 
     `unreadable` counts entries that no envelope can be told of, gaps included. `attempted` and `unsealed` count the
     attempted requests that are kept, `unsealed` those of guarded routes that were answered without an admission;
-    `attempted_dropped` counts those that came too fast to be kept.
+    `attempted_dropped` counts those that came too fast to be kept. A ledger that is elsewhere tells who does not see
+    all tenants of theirs only: the counts are None then, and `of` has no name that nobody knows the tenants of.
     """
 
-    envelopes: int
+    envelopes: int | None
     of: Mapping[str, Covered]
-    unreadable: int
-    attempted: int
-    unsealed: int
-    attempted_dropped: int
+    unreadable: int | None
+    attempted: int | None
+    unsealed: int | None
+    attempted_dropped: int | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Final
+from typing import Any
 
 import msgspec
 
@@ -11,22 +11,32 @@ from execution_envelope.errors import LedgerUnavailable
 from execution_envelope.ledger.projection import Accounts, Coverage, Lag, Page, Progress, ProjectedEnvelope
 from execution_envelope.ledger.remote_http import Server, elsewhere
 from execution_envelope.ledger.rollups import Question
+from execution_envelope.ledger.wire import MAX_CAUGHT, Caught
 from execution_envelope.query import Query
-
-#: An id that no envelope has.
-_NOBODY: Final = "00000000-0000-0000-0000-000000000000"
 
 
 class RemoteProjection:
-    """See `Projection`. It shows what the token's tenants have, and is neither dropped nor rebuilt from here."""
+    """See `Projection`. It shows what the token's tenants have, and is neither dropped nor rebuilt from here.
+
+    To who does not see all tenants `lag` says whether anything is missing, and `coverage` counts theirs only.
+    """
 
     def __init__(self, server: Server) -> None:
         self._server = server
 
     def catch_up(self, limit: int | None = None, *, progress: Progress | None = None) -> Lag:
-        """The server catches up before it answers: unbounded, and of how far it is nothing is told meanwhile."""
-        self.get(_NOBODY, fresh=True)
-        return self.lag()
+        """The server catches up, some entries at a time."""
+        lag = self.lag()
+        behind = lag.entries  # what comes meanwhile is not waited for
+        while lag.entries and (limit is None or limit > 0) and behind > 0:
+            most = MAX_CAUGHT if limit is None else min(limit, MAX_CAUGHT)
+            caught = self._server.get("projection/catch_up", Caught, limit=most)
+            lag, limit = caught.lag, None if limit is None else limit - most
+            if caught.taken is not None:
+                behind -= caught.taken
+                if progress is not None and caught.taken:
+                    progress(caught.taken)
+        return lag
 
     def lag(self) -> Lag:
         return self._server.get("projection/lag", Lag)

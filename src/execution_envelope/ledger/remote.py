@@ -11,7 +11,6 @@ import base64
 import os
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Final
 
 import msgspec
 
@@ -36,12 +35,10 @@ from execution_envelope.ledger.remote_http import TIMEOUT, Lost, Server, elsewhe
 from execution_envelope.ledger.remote_segments import RemoteSegments
 from execution_envelope.ledger.remote_store import RemoteStore
 from execution_envelope.ledger.submission import Submission
+from execution_envelope.ledger.verification import Finding
 from execution_envelope.ledger.writer import Writer
 from execution_envelope.lifecycle import Event
 from execution_envelope.process import Process
-
-#: How many ids one question names at most.
-_MANY: Final = 200
 
 
 class RemoteLedger:
@@ -112,6 +109,15 @@ class RemoteLedger:
         found = self._server.get("read", wire.SentStored | None, envelope=envelope)  # type: ignore[arg-type]
         return None if found is None else Stored(found.body.encode(), found.events)
 
+    def read_many(self, envelopes: Sequence[str]) -> dict[str, Stored | Exception | None]:
+        """See `ReadsMany`."""
+        self.flush()
+        found: dict[str, Stored | Exception | None] = {}
+        for one in self._server.pieces("read_many", wire.SentRead, envelopes=_packed(envelopes)):
+            stored = None if one.stored is None else Stored(one.stored.body.encode(), one.stored.events)
+            found[one.envelope] = stored if one.refused is None else wire.error_of(one.refused)
+        return found
+
     def find(self, kind: str, reference: str) -> str | None:
         self.flush()
         return self._server.get("find", str | None, kind=kind, reference=reference)  # type: ignore[arg-type]
@@ -171,6 +177,10 @@ class RemoteLedger:
     def rows(self, chain: str, *, after: int = -1, until: int | None = None) -> Iterator[Row]:
         yield from self._server.pieces("rows", Row, chain=chain, after=after, until=until)
 
+    def findings_of(self, envelope: str) -> list[Finding]:
+        """See `verification.Recomputing`."""
+        return self._server.get("findings_of", list[Finding], envelope=envelope)
+
     def rows_of(self, envelope: str) -> Iterator[Row]:
         yield from self._server.pieces("rows_of", Row, envelope=envelope)
 
@@ -179,8 +189,8 @@ class RemoteLedger:
 
     def events_of(self, envelopes: Sequence[str], types: Sequence[str]) -> Iterator[Step]:
         ids = sorted(envelopes)
-        for place in range(0, len(ids), _MANY):
-            some = _packed(ids[place : place + _MANY])
+        for place in range(0, len(ids), wire.MAX_MANY):
+            some = _packed(ids[place : place + wire.MAX_MANY])
             yield from self._server.pieces("events_of", Step, envelopes=some, types=_packed(types))
 
     def decisions(self, *, after: str = "", until: str | None = None) -> Iterator[Deciding]:

@@ -168,6 +168,8 @@ class Server:
                 timeout=httpx.Timeout(TIMEOUT, connect=CONNECT_TIMEOUT),
                 headers={"user-agent": f"execution-envelope/{__version__}"},
                 follow_redirects=False,
+                # The environment's proxies and certificates are for https: in the clear a proxy would read the token.
+                trust_env=self.url.startswith("https:"),
             )
         return client
 

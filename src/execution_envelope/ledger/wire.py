@@ -24,6 +24,7 @@ from execution_envelope.errors import (
 )
 from execution_envelope.ledger.commit import BudgetExhausted, Commit, KeyRow, KeyTaken, SequenceConflict, Siblings
 from execution_envelope.ledger.contract import ChainHead
+from execution_envelope.ledger.projection import Lag
 from execution_envelope.lifecycle import BudgetEntry, Event, EventData
 from execution_envelope.process import Process
 
@@ -32,6 +33,10 @@ PROTOCOL: Final = 1
 MAX_BODY: Final = 4 * 2**20
 #: Submissions of one group at most.
 MAX_GROUP: Final = 512
+#: Entries that a projection takes in for one request at most.
+MAX_CAUGHT: Final = 20_000
+#: Ids that one question names at most.
+MAX_MANY: Final = 200
 #: Chains of a client whose leases it may take over with a new session.
 MAX_ADOPTED: Final = 100
 
@@ -156,6 +161,22 @@ class SentStored(_Sent, frozen=True):
 
     body: str
     events: tuple[Event, ...]
+
+
+class Caught(_Sent, frozen=True):
+    """How far a projection is behind when it has caught up, and how many entries it took in; None to who does not see
+    all tenants."""
+
+    lag: Lag
+    taken: int | None = None
+
+
+class SentRead(_Sent, frozen=True):
+    """What reading one envelope of many says."""
+
+    envelope: str
+    stored: SentStored | None = None
+    refused: Refusal | None = None
 
 
 class MomentPiece(_Sent, frozen=True):
