@@ -55,11 +55,12 @@ SIDES: Final[Mapping[str, str]] = {
 DIMENSIONS: Final[tuple[Dimension, ...]] = get_args(Dimension)
 PERIODS: Final[tuple[Period, ...]] = get_args(Period)
 GROUPINGS: Final[tuple[By, ...]] = get_args(By)
-#: Dimensions that are added up together, from the smallest on; the last one has them all. It is read where no other
-#: fits, and is as long as envelopes differ in anything.
+#: Dimensions that are added up together, the smaller of two that fit first; the last one has them all. It is read where
+#: no other fits, and is as long as envelopes differ in anything.
 CUBES: Final[Mapping[str, tuple[Dimension, ...]]] = {
     "kind": ("tenant", "project", "kind"),
     "operation": ("tenant", "project", "kind", "operation", "environment"),
+    "who": ("tenant", "subject"),
     "target": ("tenant", "project", "kind", "target"),
     "subject": ("tenant", "project", "kind", "subject"),
     "all": DIMENSIONS,
@@ -219,7 +220,9 @@ _SUM: Final = 4
 _NUMBER: Final = {
     pair: _SUM * index for index, pair in enumerate((name, side) for name in _RESOURCES for side in _SIDES)
 }
-_NUMBER_OF_STATE: Final = {state: _SUM * len(_NUMBER) + index for index, state in enumerate(_STATES)}
+#: How many numbers are those of sums; states come behind them.
+_SUMMED: Final = _SUM * len(_NUMBER)
+_NUMBER_OF_STATE: Final = {state: _SUMMED + index for index, state in enumerate(_STATES)}
 _PAIRS: Final = tuple(_NUMBER)
 
 _decode: Final = msgspec.json.Decoder(list[int]).decode
@@ -262,16 +265,22 @@ def body_of(cell: Cell) -> str | None:
 
 def states_of(cell: Cell) -> dict[str, int]:
     """Envelopes by state."""
-    return {state: count for state, number in _NUMBER_OF_STATE.items() if (count := cell.get(number, 0))}
+    numbers = sorted([number for number in cell if number >= _SUMMED])
+    return {_STATES[number - _SUMMED]: count for number in numbers if (count := cell[number])}
 
 
 def sums_of(cell: Cell) -> dict[str, dict[Side, Sum]]:
     """Resource -> side -> sum."""
     found: dict[str, dict[Side, Sum]] = {}
-    for first in sorted({number - number % _SUM for number, amount in cell.items() if amount}):
-        if first < _SUM * len(_PAIRS):
-            name, side = _PAIRS[first // _SUM]
-            found.setdefault(name, {})[side] = Sum(*(cell.get(first + index, 0) for index in range(_SUM)))
+    get = cell.get
+    for first in sorted({number - number % _SUM for number, amount in cell.items() if amount and number < _SUMMED}):
+        name, side = _PAIRS[first // _SUM]
+        one = Sum(get(first, 0), get(first + 1, 0), get(first + 2, 0), get(first + 3, 0))
+        sides = found.get(name)
+        if sides is None:
+            found[name] = {side: one}
+        else:
+            sides[side] = one
     return found
 
 

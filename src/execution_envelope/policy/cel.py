@@ -6,7 +6,7 @@ cost nothing. Of the envelope only what the expressions of the matching rules na
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal, TypeAlias, cast, get_args
 
@@ -253,6 +253,18 @@ class Heard:
         ):
             cast(list[Any], mine).extend(its)
         self._read.update(other._read)
+
+    @property
+    def content(self) -> Hashable:
+        """All that was heard, by which what is the same is equal: rules are objects of one `CelRules`."""
+        return (
+            tuple([(id(rule), said) for rule, said in self._violated]),
+            tuple(map(id, self._kept)),
+            tuple(self._errors),
+            tuple(self._failed),
+            tuple(map(id, self._applied)),
+            tuple(self._read),
+        )
 
     @property
     def silent(self) -> bool:

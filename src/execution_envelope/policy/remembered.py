@@ -7,7 +7,7 @@ after the other; at an admission it is not.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Final
 
@@ -37,6 +37,14 @@ class _Group:
     key: Callable[[Envelope], Hashable]
 
 
+@dataclass(frozen=True, slots=True)
+class _Said:
+    """What rules that read the same said, each with its place."""
+
+    number: int
+    heard: tuple[tuple[int, Heard], ...]
+
+
 @dataclass(slots=True)
 class _Known:
     """Rules that match together, those apart that read different things. It keeps its plan: whose id is no other's.
@@ -47,6 +55,8 @@ class _Known:
     plan: Plan
     key: Callable[[Envelope], Hashable]
     groups: tuple[_Group, ...]
+    #: What is said where these were heard, of each group the number of it; see `Remembered._judged`.
+    together: dict[tuple[int, ...], Decision] = field(default_factory=dict)
     asked: int = 0
     found: int = 0
 
@@ -58,9 +68,12 @@ class Remembered:
         self._rules = rules
         self._allow = Decision("allow", revision=rules.revision, hints=())
         self._known: dict[int, _Known] = {}
+        self._numbers = 0
         #: By the id of a plan, and of a group, and what is read.
         self._said: dict[tuple[int, Hashable], Decision] = {}
-        self._heard: dict[tuple[int, Hashable], tuple[tuple[int, Heard], ...]] = {}
+        self._heard: dict[tuple[int, Hashable], _Said] = {}
+        #: By what is in them: of what was heard before there is one only, under a number of its own.
+        self._different: dict[Hashable, _Said] = {}
 
     def decide(self, envelope: Envelope) -> Decision:
         """See `CelRules.decide`. The same object where the answer is remembered."""
@@ -89,7 +102,7 @@ class Remembered:
         if len(self._known) >= MAX_PLANS:
             self._known.clear()
             self._said.clear()
-            self._heard.clear()
+            self._forget()
         groups: dict[frozenset[tuple[str, ...]], list[tuple[int, CelRule]]] = {}
         for place, rule in enumerate(plan.rules):
             groups.setdefault(rule.reads, []).append((place, rule))
@@ -102,22 +115,43 @@ class Remembered:
 
     def _judged(self, known: _Known, envelope: Envelope) -> Decision:
         """Asking again only those rules that read something new."""
-        heard: list[tuple[int, Heard]] = []
+        heard, kept = [], self._heard
         for group in known.groups:
             key = id(group), group.key(envelope)
-            said = self._heard.get(key)
+            said = kept.get(key)
             if said is None:
-                said = _said(group, envelope)
-                if len(self._heard) >= MAX_REMEMBERED:
-                    self._heard.clear()
-                self._heard[key] = said
-            if said:
-                heard += said
+                if len(kept) >= MAX_REMEMBERED:
+                    self._forget()
+                kept[key] = said = self._one_of(_said(group, envelope))
+            heard.append(said)
+        numbers = tuple([said.number for said in heard])
+        decision = known.together.get(numbers)
+        if decision is None:
+            decision = self._together([pair for said in heard for pair in said.heard])
+            if len(known.together) >= MAX_REMEMBERED:
+                known.together.clear()
+            known.together[numbers] = decision
+        return decision
+
+    def _one_of(self, heard: tuple[tuple[int, Heard], ...]) -> _Said:
+        """The same object for what says the same: amounts differ more often than what is said of them."""
+        content = tuple([(place, one.content) for place, one in heard])
+        said = self._different.get(content)
+        if said is None:
+            self._numbers += 1
+            said = self._different[content] = _Said(self._numbers, heard)
+        return said
+
+    def _forget(self) -> None:
+        # Numbers are never given twice, so what was put together of them may stay.
+        self._heard.clear()
+        self._different.clear()
+
+    def _together(self, heard: list[tuple[int, Heard]]) -> Decision:
         if not heard:
             return self._allow
-        together = Heard(None, envelope.scope.hints)
-        heard.sort(key=lambda pair: pair[0])
-        for _, one in heard:
+        together = Heard(None, {})
+        for _, one in sorted(heard, key=lambda pair: pair[0]):
             together.add(one)
         return together.decision(self._rules.revision)
 
@@ -155,9 +189,9 @@ def _simple(path: tuple[str, ...]) -> tuple[tuple[str, ...], Callable[[Envelope]
         if name != "hints":
             return ("scope", name), attrgetter(f"scope.{name}")
         return None if len(path) < 3 or path[2] == NOTHING else (("scope", *path[1:]), _hint(path[2]))
-    if name != "resources" or len(path) < 4 or path[3] == "most":
+    if name != "resources" or len(path) < 4:
         return None
-    return path[:3], _resource(path[2])
+    return (path[:4], _most(path[2])) if path[3] == "most" else (path[:3], _resource(path[2]))
 
 
 def _attribute(path: tuple[str, ...]) -> Callable[[Envelope], Hashable]:
@@ -173,6 +207,17 @@ def _hint(name: str) -> Callable[[Envelope], Hashable]:
 
 def _resource(name: str) -> Callable[[Envelope], Hashable]:
     return lambda envelope: envelope.requested.resources.get(name)
+
+
+def _most(name: str) -> Callable[[Envelope], Hashable]:
+    """Of an amount for each of several, all amounts count: see `worst_case`."""
+
+    def read(envelope: Envelope) -> Hashable:
+        resources = envelope.requested.resources
+        found = resources.get(name)
+        return found if found is None or found.per == "total" else (found, *resources.items())
+
+    return read
 
 
 def _said(group: _Group, envelope: Envelope) -> tuple[tuple[int, Heard], ...]:

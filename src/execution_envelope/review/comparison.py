@@ -7,6 +7,7 @@ enforced, before and after. So the policy that judged, replayed over what it jud
 from __future__ import annotations
 
 import hashlib
+from bisect import insort
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias, TypeVar
@@ -21,7 +22,7 @@ from execution_envelope.bounds import beyond_limits
 from execution_envelope.decision import ABOUT_OTHERS, combine, holding
 from execution_envelope.decision import allowed as allowed_by
 from execution_envelope.decision import limits as limits_of
-from execution_envelope.envelope import Correlation, Envelope, Execution, Identity, Requested
+from execution_envelope.envelope import Correlation, Envelope, Execution, Identity, Party, Requested
 from execution_envelope.envelope import decode as decode_envelope
 from execution_envelope.ledger.chain import decode as decode_entry
 from execution_envelope.ledger.commit import DAMAGED
@@ -30,7 +31,7 @@ from execution_envelope.lifecycle import Admitted, Approval, Denied, Held, Oblig
 from execution_envelope.record import Record
 from execution_envelope.resources import UNLIMITED, Amount, exceeds, smallest
 from execution_envelope.review.candidate import Asked, Candidate
-from execution_envelope.review.replay_result import Live, Meaning, Sample, Tally, short
+from execution_envelope.review.replay_result import MAX_SAMPLES, Live, Meaning, Sample, Tally, hashed, short
 from execution_envelope.values import same
 
 #: What hooks of budgets are called.
@@ -142,6 +143,12 @@ class Comparison:
         #: What is counted of each envelope, until it is in the tally.
         self._days: dict[tuple[str, str, Meaning, Meaning], int] = {}
         self._tenants: dict[str | None, int] = {}
+        #: Of those whose decision changes: tenant, subject, decisions before and after, and the rules to blame.
+        self._changes: dict[tuple[str | None, Party, Meaning, Meaning, str, tuple[str, ...]], int] = {}
+        #: The samples that are kept of the same decisions and rule, as what they are chosen by, in order.
+        self._sampled: dict[tuple[Meaning, Meaning, str | None], list[bytes]] = {}
+        #: What a verdict alone comes to, by its id; it is kept so that that stays its own.
+        self._alone: dict[int, tuple[Verdict, _Outcome]] = {}
         #: Envelopes whose limits become narrower, with the new ones and how those are counted.
         self._narrower: dict[str, tuple[Limits, tuple[tuple[str, str], ...]]] = {}
 
@@ -169,7 +176,12 @@ class Comparison:
             self.tally.count("day", *key, times=count)
         for tenant, count in self._tenants.items():
             self.tally.count("compared", tenant, times=count)
-        self._days, self._tenants = {}, {}
+        for (who, subject, before, after, of, rules), count in self._changes.items():
+            self.tally.count("tenant", short(who), before, after, times=count)
+            self.tally.count("subject", short(who), _who(subject), before, after, times=count)
+            for rule in rules or (None,):
+                self.tally.count("rule", of, short(rule), before, after, times=count)
+        self._days, self._tenants, self._changes = {}, {}, {}
         return self.tally.trim()
 
     # Reading
@@ -231,7 +243,7 @@ class Comparison:
         now: _Outcome = outcome
         if not _says_the_same(recorded, mine):
             verdicts = _in_place(opening.verdicts, recorded, mine)
-            now = combine(verdicts)
+            now = self._comes_to(verdicts)
         after = meaning(now)
         self._reserve(opening, recorded, mine)
         if after == "admitted":
@@ -254,6 +266,18 @@ class Comparison:
         if last is not None and last != "admitted" and not opening.closed:
             rule = self._blamed(mine, last) if last == after or mine is not None else ()
             self._alive(opening, last, rule, mine, now)
+
+    def _comes_to(self, verdicts: Sequence[Verdict]) -> _Outcome:
+        """All of them together. The answer of the candidate is mostly the only one, and the same object again."""
+        if len(verdicts) != 1:
+            return combine(verdicts)
+        [verdict] = verdicts
+        known = self._alone.get(id(verdict))
+        if known is None:
+            if len(self._alone) >= _MAX_FAMILIES:
+                self._alone.clear()
+            known = self._alone[id(verdict)] = verdict, combine(verdicts)
+        return known[1]
 
     def _no_opinion(self, verdict: Verdict) -> bool:
         return verdict.decision == "abstain" and self._candidate.declaration.kinds is None
@@ -350,18 +374,17 @@ class Comparison:
         mine: Verdict | None,
         now: _Outcome,
     ) -> None:
-        envelope, tally = opening.envelope, self.tally
-        tenant, who = envelope.identity.tenant, _who(envelope)
-        tally.count("tenant", short(tenant), before, after)
-        tally.count("subject", short(tenant), who, before, after)
+        envelope = opening.envelope
+        identity = envelope.identity
         # What refuses now is to blame, or what refused then.
         narrower = _NARROW[after] > _NARROW[before]
-        of = "candidate" if narrower else "recorded"
         rules = self._blamed(mine, after) if narrower else () if recorded is None else recorded.policies
-        for rule in rules or (None,):
-            tally.count("rule", of, short(rule), before, after)
+        key = identity.tenant, identity.subject, before, after, "candidate" if narrower else "recorded", rules
+        self._changes[key] = self._changes.get(key, 0) + 1
+        if not self._is_sample(envelope.correlation.id, before, after, short(rules[0]) if rules else None):
+            return
         outcome = opening.outcome
-        tally.sample(
+        self.tally.sample(
             Sample(
                 envelope.correlation.id,
                 envelope.correlation.created_at,
@@ -369,14 +392,23 @@ class Comparison:
                 after,
                 envelope.execution.kind,
                 envelope.execution.operation,
-                who,
-                short(tenant),
+                _who(identity.subject),
+                short(identity.tenant),
                 short(rules[0]) if rules else None,
                 None if isinstance(outcome, Admitted | Observed) else outcome.code,
                 None if isinstance(now, Admitted) else now.code,
                 short(_reason(now, mine) if narrower else _reason(outcome, recorded)),
             )
         )
+
+    def _is_sample(self, id: str, before: Meaning, after: Meaning, rule: str | None) -> bool:
+        """Whether it is among those that are kept, so far."""
+        mark, kept = hashed(id), self._sampled.setdefault((before, after, rule), [])
+        if len(kept) == MAX_SAMPLES[0] and mark > kept[-1]:
+            return False
+        insort(kept, mark)
+        del kept[MAX_SAMPLES[0] :]
+        return True
 
     def _blamed(self, mine: Verdict | None, after: Meaning) -> tuple[str, ...]:
         """The rules of the candidate that refuse."""
@@ -432,7 +464,7 @@ class Comparison:
                 after,
                 envelope.execution.kind,
                 envelope.execution.operation,
-                _who(envelope),
+                _who(envelope.identity.subject),
                 short(envelope.identity.tenant),
                 short(rules[0]) if rules else None,
                 short(reason),
@@ -538,8 +570,7 @@ def _beyond(steps: Sequence[Step], limits: Limits) -> set[str]:
     return beyond
 
 
-def _who(envelope: Envelope) -> str:
-    subject = envelope.identity.subject
+def _who(subject: Party) -> str:
     return short(f"{subject.type}:{subject.id}") or ""
 
 
