@@ -13,6 +13,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
+from itertools import repeat
 from typing import Any, Final, TypeVar
 
 import psycopg
@@ -274,7 +275,7 @@ class PostgresLedger:
     def decisions(self, *, after: str = "", until: str | None = None) -> Iterator[Deciding]:
         start: tuple[str, int] = (after, schema.MAX_POSITION)
         while page := self._all("decisions", *start, until or _TEXT_END, list(DECIDING), _PAGE):
-            yield from map(Deciding._make, page)
+            yield from map(tuple.__new__, repeat(Deciding), page)  # as `_make`, for very many
             start = (page[-1][0], page[-1][1])
 
     def splits(self, size: int) -> list[str]:

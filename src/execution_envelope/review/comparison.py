@@ -45,6 +45,7 @@ _MAX_FAMILIES: Final = 16_384
 T = TypeVar("T")
 Limits: TypeAlias = tuple[Mapping[str, Amount], Mapping[str, tuple[Any, ...]]]
 _Outcome: TypeAlias = Admitted | Denied | Held
+_OUTCOMES: Final = frozenset({Admitted, Denied, Held, Observed})
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +193,7 @@ class Comparison:
         id = first.envelope
         if first.sequence != 0 or first.body is None or first.sealed is None:
             raise _Damaged
-        sealed = _data(first)
+        sealed = _data(first, first.body)
         if not isinstance(sealed, Sealed) or hashlib.sha256(first.sealed).hexdigest() != sealed.digest:
             raise _Damaged
         envelope = self._envelopes.read(first.sealed)
@@ -208,11 +209,13 @@ class Comparison:
             row = rows[place]
             if row.sequence != place:
                 break
-            data = _data(row)
+            data = _data(row, row.body)
             if type(data) is Verdict:
                 verdicts.append(data)
-            elif isinstance(data, Admitted | Denied | Held | Observed):
-                later = [_data(one) for one in rows[place + 1 :] if one.position < scope.lengths.get(one.chain, 0)]
+            elif type(data) in _OUTCOMES:
+                later = [
+                    _data(one, one.body) for one in rows[place + 1 :] if one.position < scope.lengths.get(one.chain, 0)
+                ]
                 self.tally.envelopes += 1
                 return _Opening(envelope, sealed.redacted, verdicts, data, later, first.closed)
             else:
@@ -498,9 +501,8 @@ class Comparison:
 _NARROW: Final[Mapping[Meaning, int]] = {"admitted": 0, "held": 1, "denied": 2}
 
 
-def _data(row: Deciding | Step) -> Any:
-    """What an entry says. Raises `_Damaged`, and what reading changed rows can raise."""
-    body = row.body if isinstance(row, Deciding) else None if row.row is None else row.row.body
+def _data(row: Deciding | Step, body: bytes | None) -> Any:
+    """What an entry says whose bytes these are. Raises `_Damaged`, and what reading changed rows can raise."""
     entry = decode_entry(body or b"")
     if entry.envelope != row.envelope or entry.sequence != row.sequence or entry.position != row.position:
         raise _Damaged
@@ -561,7 +563,7 @@ def _beyond(steps: Sequence[Step], limits: Limits) -> set[str]:
         record.apply(lifecycle.Event(record.id, record.next_sequence, "", "replay", data))
 
     for step in steps:
-        data = _data(step)
+        data = _data(step, None if step.row is None else step.row.body)
         if isinstance(data, lifecycle.Granted):
             beyond.update(one.resource for one in beyond_limits(record, data))
         apply(data)
