@@ -70,11 +70,14 @@ class RayNodes:
 
 
 def main() -> None:
+    directory = tempfile.mkdtemp(prefix="ray-")  # short: the paths of sockets in it are
+    # Ray writes the cluster's address to a folder of its own, which it makes only where it keeps its sessions there.
+    os.environ["RAY_TMPDIR"] = directory
+    Path(directory, "ray").mkdir()
     import ray
     from ray.cluster_utils import Cluster
     from ray.util import placement_group_table
 
-    directory = tempfile.mkdtemp(prefix="ray-")  # short: the paths of sockets in it are
     usual = {"num_cpus": 4, "memory": 1024 * MIB, "object_store_memory": 80 * MIB}
     cluster = Cluster()
     try:
