@@ -4,9 +4,11 @@ VENV ?= .venv
 OLDEST ?= .venv-oldest
 PORT ?= 8787
 DATA ?= .data
+REVIEW = tests/console $(wildcard $(addsuffix *.py,$(addprefix tests/test_,\
+	accounting cli_review docs explain query remote replay reviewing search simulation)))
 PIP = -m pip --disable-pip-version-check --quiet install
 
-.PHONY: run tour test test-core test-backend soak setup lint docs bench bench-docs clean
+.PHONY: run tour test test-core test-review test-backend soak setup lint docs bench bench-docs clean
 
 run: setup
 	@PORT=$(PORT) DATA=$(DATA) $(VENV)/bin/python -m proving_ground
@@ -19,11 +21,15 @@ setup: $(VENV)/.run
 
 # Those of the backend wait for engines most of the time, so the others run beside them; each says what it found at its end.
 test: $(VENV)/.test $(OLDEST)/.test $(VENV)/.browser lint
-	@$(MAKE) --no-print-directory -j2 --output-sync=target test-core test-backend
+	@$(MAKE) --no-print-directory -j3 --output-sync=target test-core test-review test-backend
 
 test-core: $(VENV)/.test $(OLDEST)/.test $(VENV)/.browser
 	$(OLDEST)/bin/python -m pytest tests/test_fastapi.py tests/test_fastapi_live.py
-	$(VENV)/bin/python -m pytest tests --ignore tests/proving_ground
+	$(VENV)/bin/python -m pytest tests --ignore tests/proving_ground $(addprefix --ignore ,$(REVIEW))
+
+# Looking back: the console in a browser, the ledger over HTTP, replay, searches, and the pages that are followed.
+test-review: $(VENV)/.test $(VENV)/.browser
+	$(VENV)/bin/python -m pytest $(REVIEW)
 
 test-backend: $(VENV)/.test $(VENV)/.browser
 	$(VENV)/bin/python -m pytest tests/proving_ground
