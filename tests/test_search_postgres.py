@@ -15,7 +15,7 @@ from tests.postgres import Server
 
 
 class TestPostgresSearch(common.SearchContract):
-    examples = 80
+    examples = 30
 
     @pytest.fixture(autouse=True)
     def _server(self, postgres: Server) -> None:
