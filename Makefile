@@ -38,7 +38,7 @@ test-backend: $(VENV)/.test $(VENV)/.browser
 soak: $(VENV)/.test
 	SOAK=1 ROUNDS=$(or $(ROUNDS),1500) SEED=$(SEED) $(VENV)/bin/python -m pytest -s tests/test_crash.py \
 		tests/test_balances.py tests/test_budget_rush.py tests/test_fault_sweep.py \
-		tests/test_write_modes.py tests/test_idempotency_race.py
+		tests/test_write_modes.py tests/test_idempotency_race.py tests/test_remote_ledger.py
 
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check

@@ -183,7 +183,8 @@ async def revoked(client: Client) -> Ends:
     return [(admission.id, "sealed admitted bound granted review revocation revoked")]
 
 
-STORIES: Final = (whole_life, held_and_approved, superseded, within_a_budget, left, revoked)
+#: The longest only in the soak.
+STORIES: Final = (whole_life, held_and_approved, superseded, within_a_budget, left, *((revoked,) if SOAK else ()))
 
 
 class FaultyCalls(FaultyLedger):
