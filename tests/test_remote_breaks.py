@@ -12,9 +12,6 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("fastapi")
-pytest.importorskip("httpx")
-
 from execution_envelope import lifecycle
 from execution_envelope.errors import LedgerUnavailable
 from execution_envelope.ledger import SqliteLedger, remote_store, verify

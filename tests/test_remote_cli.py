@@ -10,9 +10,6 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-pytest.importorskip("fastapi")
-pytest.importorskip("httpx")
-
 from execution_envelope import lifecycle
 from execution_envelope.cli import cli
 from execution_envelope.envelope import Subject

@@ -9,9 +9,6 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("fastapi")
-pytest.importorskip("httpx")
-
 from execution_envelope.ledger import Ledger, SqliteLedger, open_ledger
 from execution_envelope.ledger.remote_http import TOKEN
 from execution_envelope.testing import LedgerContract

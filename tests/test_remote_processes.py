@@ -13,9 +13,6 @@ from pathlib import Path
 import anyio
 import pytest
 
-pytest.importorskip("fastapi")
-pytest.importorskip("httpx")
-
 from execution_envelope import AdmissionController, Grant
 from execution_envelope.errors import LedgerUnavailable
 from execution_envelope.ledger import Ledger, open_ledger, remote_store, spool, verify

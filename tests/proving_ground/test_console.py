@@ -8,7 +8,6 @@ import json
 import os
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -18,10 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-pytest.importorskip("playwright")
-pytest.importorskip("axe_playwright_python")
-
 from axe_playwright_python.sync_playwright import Axe
 from backend import SOURCE, Backend, until
 from kamiwaza_sdk.exceptions import APIError
@@ -30,24 +25,18 @@ from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_play
 from execution_envelope.console.tokens import add_token
 from proving_ground import procfs
 from proving_ground.settings import EXAMPLE
+from tests.console.browser import launched
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
-#: Nothing of the browser's own reaches for the network.
-FLAGS = (
-    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"),
-    *("--disable-component-update", "--disable-sync"),
-)
 #: Those whose lines have a page of their own to look at.
 SCREENS = [("light", 1280), ("dark", 1280), ("light", 390), ("dark", 390)]
 Start = Callable[..., Backend]
-pytestmark = pytest.mark.skipif(not Path(CHROMIUM).exists(), reason="there is no chromium here")
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     with sync_playwright() as playwright:
-        found = playwright.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
+        found = launched(playwright)
         yield found
         found.close()
 
