@@ -4,10 +4,8 @@ VENV ?= .venv
 OLDEST ?= .venv-oldest
 PORT ?= 8787
 DATA ?= .data
-# Killed servers and clients by the dozen: for the soak.
-SOAKED = tests/test_remote_processes.py
-REVIEW = tests/console $(filter-out $(SOAKED),$(wildcard $(addsuffix *.py,$(addprefix tests/test_,\
-	accounting cli_review docs explain query remote replay reviewing search simulation))))
+REVIEW = tests/console $(wildcard $(addsuffix *.py,$(addprefix tests/test_,\
+	accounting cli_review docs explain query remote replay reviewing search simulation)))
 PIP = -m pip --disable-pip-version-check --quiet install
 
 .PHONY: run tour test test-core test-review test-backend soak setup lint docs bench bench-docs clean
@@ -27,7 +25,7 @@ test: $(VENV)/.test $(OLDEST)/.test $(VENV)/.browser lint
 
 test-core: $(VENV)/.test $(OLDEST)/.test $(VENV)/.browser
 	$(OLDEST)/bin/python -m pytest tests/test_fastapi.py tests/test_fastapi_live.py
-	$(VENV)/bin/python -m pytest tests --ignore tests/proving_ground $(addprefix --ignore ,$(REVIEW) $(SOAKED))
+	$(VENV)/bin/python -m pytest tests --ignore tests/proving_ground $(addprefix --ignore ,$(REVIEW))
 
 # Looking back: the console in a browser, the ledger over HTTP, replay, searches, and the pages that are followed.
 test-review: $(VENV)/.test $(VENV)/.browser
@@ -40,7 +38,7 @@ test-backend: $(VENV)/.test $(VENV)/.browser
 soak: $(VENV)/.test
 	SOAK=1 ROUNDS=$(or $(ROUNDS),1500) SEED=$(SEED) $(VENV)/bin/python -m pytest -s tests/test_crash.py \
 		tests/test_balances.py tests/test_budget_rush.py tests/test_fault_sweep.py \
-		tests/test_write_modes.py tests/test_idempotency_race.py tests/test_remote_ledger.py $(SOAKED)
+		tests/test_write_modes.py tests/test_idempotency_race.py
 
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check

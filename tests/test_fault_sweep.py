@@ -183,8 +183,7 @@ async def revoked(client: Client) -> Ends:
     return [(admission.id, "sealed admitted bound granted review revocation revoked")]
 
 
-#: The longest only in the soak.
-STORIES: Final = (whole_life, held_and_approved, superseded, within_a_budget, left, *((revoked,) if SOAK else ()))
+STORIES: Final = (whole_life, held_and_approved, superseded, within_a_budget, left, revoked)
 
 
 class FaultyCalls(FaultyLedger):

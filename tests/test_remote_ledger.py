@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -45,7 +44,6 @@ class TestOverSqlite(OverTheWire):
         return SqliteLedger(folder / "ledger.db")
 
 
-@pytest.mark.skipif("SOAK" not in os.environ, reason="for the soak: what is behind the wire keeps it itself")
 class TestOverPostgres(OverTheWire):
     @pytest.fixture(autouse=True)
     def _database(self, postgres: Any) -> None:

@@ -143,7 +143,7 @@ def pages(store: Store, query: Query | None, limit: int, tenants: frozenset[str]
 class SearchContract:
     """The same pages, whatever the database."""
 
-    examples = 60
+    examples = 150
 
     def session(self) -> Session:
         raise NotImplementedError

@@ -15,7 +15,7 @@ from tests.postgres import Server
 
 
 class TestPostgresSearch(common.SearchContract):
-    examples = 30
+    examples = 80
 
     @pytest.fixture(autouse=True)
     def _server(self, postgres: Server) -> None:

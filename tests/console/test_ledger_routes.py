@@ -308,7 +308,7 @@ def test_the_record_says_which_service_it_was(behind: SqliteLedger, ledger_of: C
     service=st.from_regex(r"[a-z/]{1,6}", fullmatch=True).filter(lambda name: "/" not in name),
     by=st.text("ab/", min_size=1),
 )
-@settings(max_examples=80)
+@settings(max_examples=200)
 def test_every_component_has_a_name_of_its_own(service: str, by: str) -> None:
     name = wire.named(service, by)
     assert wire.unnamed(service, name) == by
@@ -439,7 +439,7 @@ TEXTS = st.text(max_size=20)
         NUMBERS | TEXTS,
     ),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_no_question_is_an_error_of_the_server(server: Served, path: str, query: dict[str, Any]) -> None:
     client = TestClient(server.app, raise_server_exceptions=True)
     said = client.get(f"/api/ledger/{path}", params=query, headers=bearer(served.TOKEN))

@@ -321,7 +321,7 @@ HARD = st.text(st.characters(), max_size=300) | st.sampled_from(
 
 
 @given(HARD, HARD, HARD)
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
 def test_whatever_is_asked_is_answered_and_not_by_an_error(world: World, one: str, two: str, name: str) -> None:
     client = world.client("acme")
 
