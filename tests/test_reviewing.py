@@ -24,6 +24,7 @@ from execution_envelope import (
     LedgerUnavailable,
     NotFound,
     NotLive,
+    OpenChildren,
     OpenObligations,
     Record,
     Rule,
@@ -316,6 +317,21 @@ async def test_what_a_changed_policy_would_not_admit_is_flagged_or_revoked(
     await controller.review([reviewer])
     record = await read(controller, one)
     assert record.revoking is record.flagged is None and record.state == "granted"
+
+
+async def test_an_end_that_comes_after_the_revocation_is_late_also_while_a_part_is_open() -> None:
+    controller = house(MemoryLedger())
+    admission = await live(controller)
+    part = await controller.begin(ask(part_of=admission.id))
+    with pytest.raises(OpenChildren):
+        await admission.complete()
+    # Somebody else ends it, of which its own handle hears nothing.
+    await controller.revoke(admission.id, by=KIM, reason="it leaks")
+    assert (await controller.carry_out({"node": Owner(Stop.stopped("gone"))})).revoked
+    await admission.complete()
+    record = await read(controller, admission)
+    assert record.state == "revoked" and types(record).endswith("late")
+    assert (await read(controller, part)).is_open
 
 
 async def test_a_round_that_flags_leaves_a_revoke_of_the_same_policy_until_that_allows_it() -> None:

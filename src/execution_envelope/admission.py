@@ -423,7 +423,14 @@ class Admission:
             stood = self._journal.stood(self._record)
         for _ in range(MAX_CONFLICTS):
             record, refused = self._record, None
-            planned = await plan(record)
+            try:
+                planned = await plan(record)
+            except (OpenChildren, OpenObligations):
+                # By what this handle saw last: it may have been revoked since, and then this is late.
+                self._record = await self._journal.read(self.id)
+                if self._record.next_sequence == record.next_sequence:
+                    raise
+                continue
             if stood and planned.facts and _is_same(planned.facts[0], stood[0]):
                 return stood  # said once more, by a caller who was told that it could not be recorded
             news = [fact for fact in planned.facts if _is_news(record, fact)]

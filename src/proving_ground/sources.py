@@ -15,15 +15,17 @@ import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Final, Literal
+from typing import IO, TYPE_CHECKING, Any, Final, Literal
 from urllib.parse import quote, unquote, urlsplit
 
-import aiohttp
 import fsspec  # type: ignore[import-untyped]
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 
 from execution_envelope import InvalidField
 from proving_ground.threads import Threads
+
+if TYPE_CHECKING:
+    import aiohttp
 
 Scheme = Literal["file", "memory", "http", "https", "s3"]
 SCHEMES: Final[tuple[Scheme, ...]] = ("file", "memory", "http", "https", "s3")
@@ -400,8 +402,10 @@ def _forward(opened: Any, offset: int, stop: threading.Event) -> None:
         raise OSError("the source answers another range than it was asked for")
 
 
-async def _client(**options: Any) -> aiohttp.ClientSession:
+async def _client(**options: Any) -> "aiohttp.ClientSession":
     """HTTP that goes where it is sent and nowhere else: no redirects, no proxies, no other host."""
+    import aiohttp  # half a second, which no start of a backend waits for
+
     tracing = aiohttp.TraceConfig()
     tracing.on_request_redirect.append(_refuse_redirect)
     timeout = aiohttp.ClientTimeout(total=None, connect=10, sock_read=SILENT_SECONDS)

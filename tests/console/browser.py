@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shutil
 
-from playwright.sync_api import Browser, Playwright
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import Browser, Page, Playwright
 
 #: Nothing of the browser's own reaches for the network.
 FLAGS = (
@@ -16,3 +17,10 @@ FLAGS = (
 def launched(playwright: Playwright) -> Browser:
     """A Chromium without a window."""
     return playwright.chromium.launch(executable_path=shutil.which("chromium"), args=list(FLAGS))
+
+
+def violations(page: Page) -> list[tuple[str, list[str]]]:
+    """What axe finds that keeps somebody out: which rule, and where."""
+    # What passes is looked at as well, and not gathered: that takes most of the time.
+    found = Axe().run(page, options={"resultTypes": ["violations"]}).response["violations"]
+    return [(one["id"], [node["html"] for node in one["nodes"]][:3]) for one in found]

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import sqlite3
+import ssl
 import subprocess
 import sys
 import time
@@ -12,11 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from click.testing import CliRunner
 
+from execution_envelope.cli import cli
 from proving_ground import procfs
 
 SOURCE = Path(__file__).parents[2] / "src"
 OPERATORS = Path(__file__).parent / "operators.yaml"
+#: Commands that read the ledger and nothing else.
+READS = frozenset({"budgets", "coverage", "explain", "list", "show", "verify"})
+#: Trusts nobody: loopback is plain HTTP, and to load all authorities of the world takes longer than a request.
+NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 
 
 class Backend:
@@ -52,7 +59,30 @@ class Backend:
     def http(self, subject: str = "dana") -> httpx.Client:
         """A plain HTTP client with the subject's token."""
         headers = {"Authorization": f"Bearer {self.token(subject)}"}
-        return httpx.Client(base_url=self.url, headers=headers, timeout=60, trust_env=False)
+        return httpx.Client(base_url=self.url, headers=headers, timeout=60, verify=NO_TLS, trust_env=False)
+
+    def envelope(self, *words: str, code: int = 0, policy: Path = OPERATORS) -> str:
+        """All that `envelope` prints beside the backend, as an operator runs it.
+
+        What only reads is run in this process: to start one takes longer than to read.
+        """
+        if words[0] in READS:
+            ledger = f"sqlite:///{self.data}/envelopes.db"
+            read = CliRunner().invoke(cli, words, env={"COLUMNS": "200", "EXECUTION_ENVELOPE_LEDGER": ledger})
+            assert read.exit_code == code, (read.output, read.exception)
+            return read.output
+        env = {
+            "PATH": os.environ["PATH"],
+            "PYTHONPATH": str(SOURCE),
+            "COLUMNS": "200",
+            "DATA": str(self.data),
+            "POLICY": str(policy),
+            "EXECUTION_ENVELOPE_CONTROLLER": "proving_ground.admission:controller",
+        }
+        command = [sys.executable, "-m", "execution_envelope.cli", *words]
+        ran = subprocess.run(command, env=env, capture_output=True, text=True)
+        assert ran.returncode == code, ran.stdout + ran.stderr
+        return ran.stdout + ran.stderr
 
     def client(self, subject: str = "dana") -> Any:
         """The real SDK client."""
@@ -96,7 +126,7 @@ def until(condition: Any, seconds: float = 20) -> Any:
     while not (value := condition()):
         if time.monotonic() > end:
             raise TimeoutError(f"not true within {seconds} s: {condition}")
-        time.sleep(0.02)
+        time.sleep(0.05)
     return value
 
 

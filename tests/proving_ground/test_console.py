@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from axe_playwright_python.sync_playwright import Axe
 from backend import SOURCE, Backend, until
 from kamiwaza_sdk.exceptions import APIError
 from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
@@ -25,7 +24,7 @@ from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_play
 from execution_envelope.console.tokens import add_token
 from proving_ground import procfs
 from proving_ground.settings import EXAMPLE
-from tests.console.browser import launched
+from tests.console.browser import launched, violations
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 #: Those whose lines have a page of their own to look at.
@@ -88,8 +87,7 @@ def accessible(page: Page) -> None:
         page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
         page.set_viewport_size({"width": width, "height": 800})
         if (scheme, width) in (SCREENS[0], SCREENS[3]):
-            found = Axe().run(page).response["violations"]
-            assert [(one["id"], [node["html"] for node in one["nodes"]][:3]) for one in found] == [], page.url
+            assert violations(page) == [], page.url
         assert page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth"), page.url
         if folder := os.environ.get("SCREENSHOTS"):  # for somebody who wants to look at them
             name = re.sub(r"\W+", "-", page.url.partition("/console/")[2])[:60] or "overview"

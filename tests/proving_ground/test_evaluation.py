@@ -16,7 +16,7 @@ from uuid import uuid4
 import httpx
 import pytest
 from backend import Backend, until
-from test_record import becomes, deploy, envelope, listed, sound, stop
+from test_record import becomes, deploy, listed, sound, stop
 
 from execution_envelope import AdmissionController, Ask, Grant, Subject
 from execution_envelope.adapters import Context
@@ -80,7 +80,7 @@ class Record:
     """One envelope as `envelope show` has it."""
 
     def __init__(self, backend: Backend, reference: str) -> None:
-        self.data: dict[str, Any] = json.loads(envelope(backend, "show", reference, "--json"))
+        self.data: dict[str, Any] = json.loads(backend.envelope("show", reference, "--json"))
         self.rows: dict[str, dict[str, Any]] = {
             row["key"]: row for row in self.data["resources"] + self.data["constraints"]
         }

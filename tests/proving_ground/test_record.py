@@ -8,45 +8,29 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from backend import SOURCE, Backend, until
+from backend import Backend, until
 
 HERE = Path(__file__).parent
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 Start = Callable[..., Backend]
 
 
-def envelope(backend: Backend, *words: str) -> str:
-    """Run the command, and give what it prints."""
-    env = {
-        "PATH": os.environ["PATH"],
-        "PYTHONPATH": str(SOURCE),
-        "COLUMNS": "200",
-        "EXECUTION_ENVELOPE_LEDGER": f"sqlite:///{backend.data}/envelopes.db",
-    }
-    command = [sys.executable, "-m", "execution_envelope.cli", *words]
-    ran = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stdout + ran.stderr
-    return ran.stdout
-
-
 def listed(backend: Backend, *words: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in envelope(backend, "list", *words, "--json").splitlines()]
+    return [json.loads(line) for line in backend.envelope("list", *words, "--json").splitlines()]
 
 
 class Shown:
     """One envelope as shown: the text, the data, and its rows by key."""
 
     def __init__(self, backend: Backend, reference: str) -> None:
-        self.text: str = " ".join(envelope(backend, "show", reference).split())
-        self.data: dict[str, Any] = json.loads(envelope(backend, "show", reference, "--json"))
+        self.text: str = " ".join(backend.envelope("show", reference).split())
+        self.data: dict[str, Any] = json.loads(backend.envelope("show", reference, "--json"))
         rows = self.data["resources"] + self.data["constraints"]
         self.rows: dict[str, dict[str, Any]] = {row["key"]: row for row in rows}
         self.events = [event["type"] for event in self.data["timeline"]]
@@ -117,7 +101,7 @@ def state(backend: Backend, deployment: str, wanted: str) -> Shown:
 
 
 def sound(backend: Backend) -> bool:
-    return bool(json.loads(envelope(backend, "verify", "--json"))["sound"])
+    return bool(json.loads(backend.envelope("verify", "--json"))["sound"])
 
 
 def test_all_granted_as_asked_and_stopped_by_the_user(hosted: Backend) -> None:

@@ -5,9 +5,6 @@ types a command beside it.
 """
 
 import json
-import os
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +13,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from backend import SOURCE, Backend, until
+from backend import Backend, until
 from test_evaluation import processes
 
 from proving_ground import procfs
@@ -36,32 +33,14 @@ def policy(tmp_path: Path) -> Path:
     return path
 
 
-def envelope(backend: Backend, policy: Path, *words: str, code: int = 0) -> str:
-    """Run the command beside the backend, as an operator does; what it prints."""
-    env = {
-        "PATH": os.environ["PATH"],
-        "PYTHONPATH": str(SOURCE),
-        "COLUMNS": "200",
-        "DATA": str(backend.data),
-        "POLICY": str(policy),
-        "EXECUTION_ENVELOPE_CONTROLLER": "proving_ground.admission:controller",
-    }
-    if words[0] in ("show", "coverage", "budgets", "list", "verify"):
-        env["EXECUTION_ENVELOPE_LEDGER"] = f"sqlite:///{backend.data}/envelopes.db"
-    command = [sys.executable, "-m", "execution_envelope.cli", *words]
-    ran = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert ran.returncode == code, ran.stdout + ran.stderr
-    return ran.stdout + ran.stderr
-
-
 def revoke(backend: Backend, policy: Path, reference: str, *, code: int = 0, **who: str) -> str:
     said = {"as": "user:kim", "tenant": "acme", "role": "approver", "reason": "it leaks"} | who
     options = [word for key, value in said.items() for word in (f"--{key}", value)]
-    return envelope(backend, policy, "revoke", reference, *options, code=code)
+    return backend.envelope("revoke", reference, *options, code=code, policy=policy)
 
 
-def shown(backend: Backend, policy: Path, reference: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(envelope(backend, policy, "show", reference, "--json"))
+def shown(backend: Backend, reference: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(backend.envelope("show", reference, "--json"))
     return found
 
 
@@ -70,8 +49,8 @@ def last(record: dict[str, Any], kind: str) -> dict[str, Any]:
     return found
 
 
-def becomes_revoked(backend: Backend, policy: Path, reference: str) -> dict[str, Any]:
-    found: dict[str, Any] = until(lambda: (it := shown(backend, policy, reference))["state"] == "revoked" and it)
+def becomes_revoked(backend: Backend, reference: str) -> dict[str, Any]:
+    found: dict[str, Any] = until(lambda: (it := shown(backend, reference))["state"] == "revoked" and it)
     return found
 
 
@@ -114,13 +93,13 @@ def test_a_revoked_deployment_ends_and_says_why(start: Start, policy: Path) -> N
     assert not procfs.is_running(pid, started) and backend.engines() == []
     found = backend.client().serving.get_deployment(deployment)
     assert (found.last_error_code, found.last_error_message) == ("REVOKED", "revoked by user:kim: it leaks")
-    record = becomes_revoked(backend, policy, reference)
+    record = becomes_revoked(backend, reference)
     assert last(record, "revoked")["message"] == f"engines with pid {pid} have ended"
     assert last(record, "released")["reason"] == "REVOKED" and record["held"] == {}
     assert record["timeline"][-1]["type"] == "revoked"
     [account] = [
         one
-        for one in map(json.loads, envelope(backend, policy, "budgets", "--json").splitlines())
+        for one in map(json.loads, backend.envelope("budgets", "--json").splitlines())
         if one["account"] == "memory/acme"
     ]
     assert account["reserved"] == 0
@@ -129,11 +108,11 @@ def test_a_revoked_deployment_ends_and_says_why(start: Start, policy: Path) -> N
         backend.client().openai.get_client(deployment_id=deployment)
     [answered] = [
         one
-        for one in map(json.loads, envelope(backend, policy, "list", "--json").splitlines())
+        for one in map(json.loads, backend.envelope("list", "--json").splitlines())
         if one["kind"] == "inference" and one["state"] not in ("denied", "rejected")
     ]
     assert not answered["open"]
-    envelope(backend, policy, "verify")
+    backend.envelope("verify")
 
 
 def test_a_deployment_that_waits_for_room_is_revoked_too(start: Start, policy: Path) -> None:
@@ -143,7 +122,7 @@ def test_a_deployment_that_waits_for_room_is_revoked_too(start: Start, policy: P
     until(lambda: backend.client().serving.get_deployment(second).last_error_code == "NO_ROOM")
     revoke(backend, policy, f"deployment:{second}")
     until(lambda: status(backend, second) == "ERROR")
-    record = becomes_revoked(backend, policy, f"deployment:{second}")
+    record = becomes_revoked(backend, f"deployment:{second}")
     assert last(record, "revoked")["message"] == "it ran no engine"
     assert status(backend, first) == "DEPLOYED"
 
@@ -157,10 +136,10 @@ def test_a_changed_policy_counts_for_what_runs(start: Start, policy: Path, verdi
     assert engines and STRICT != LOOSE
     policy.write_text(STRICT)
     if verdict == "revoke":
-        record = becomes_revoked(backend, policy, reference)
+        record = becomes_revoked(backend, reference)
     else:
-        until(lambda: json.loads(envelope(backend, policy, "coverage", "--json"))["flagged"]["count"])
-        record = shown(backend, policy, reference)
+        until(lambda: json.loads(backend.envelope("coverage", "--json"))["flagged"]["count"])
+        record = shown(backend, reference)
     review = last(record, "review")
     assert (review["reviewer"], review["verdict"], review["code"]) == ("policy", verdict, "role_required")
     assert review["policies"] == ["operators-deploy"] and len(review["revision"]) == 12
@@ -170,14 +149,14 @@ def test_a_changed_policy_counts_for_what_runs(start: Start, policy: Path, verdi
         assert found.status == "ERROR" and "only a subject with the role `operator` deploys" in found.last_error_message
         return
     assert record["state"] == "granted" and backend.engines() == engines
-    assert "flagged by review of policy" in envelope(backend, policy, "show", reference)
-    coverage = json.loads(envelope(backend, policy, "coverage", "--json"))
+    assert "flagged by review of policy" in backend.envelope("show", reference)
+    coverage = json.loads(backend.envelope("coverage", "--json"))
     assert (coverage["flagged"]["count"], coverage["revoking"]["count"]) == (1, 0)
     policy.write_text(LOOSE)
-    until(lambda: last(shown(backend, policy, reference), "review")["verdict"] == "keep")
+    until(lambda: last(shown(backend, reference), "review")["verdict"] == "keep")
     # What one flags another may want to end; here the backend's owner does, in a terminal.
     policy.write_text(STRICT)
-    said = envelope(backend, policy, "review", "--verdict", "revoke", code=1)
+    said = backend.envelope("review", "--verdict", "revoke", code=1, policy=policy)
     assert f"{record['envelope']['correlation']['id']} revoke by policy" in said
     until(lambda: status(backend, deployment) == "ERROR")
     assert backend.engines() == []
@@ -191,13 +170,13 @@ def test_killed_between_the_stop_and_the_confirmation(start: Start, policy: Path
     revoke(backend, policy, reference)
     assert backend.process.wait(30) == -9
     assert backend.engines() == []
-    record = shown(backend, policy, reference)
+    record = shown(backend, reference)
     assert record["state"] == "granted"  # nobody has confirmed
-    assert json.loads(envelope(backend, policy, "coverage", "--json"))["revoking"]["newest"] == [
+    assert json.loads(backend.envelope("coverage", "--json"))["revoking"]["newest"] == [
         record["envelope"]["correlation"]["id"]
     ]
     backend = start(backend.data, POLICY=str(policy))
-    record = becomes_revoked(backend, policy, reference)
+    record = becomes_revoked(backend, reference)
     assert "REVOKED" in last(record, "revoked")["message"]
     found = backend.client().serving.get_deployment(deployment)
     assert (found.status, found.last_error_code) == ("ERROR", "REVOKED")
@@ -212,7 +191,7 @@ def test_kept_engines_end_when_what_they_serve_is_revoked_while_no_backend_runs(
     assert procfs.is_running(pid, started)
     backend = start(backend.data, KEEP_ENGINES="1", POLICY=str(policy))
     until(lambda: not procfs.is_running(pid, started))
-    record = becomes_revoked(backend, policy, f"deployment:{deployment}")
+    record = becomes_revoked(backend, f"deployment:{deployment}")
     assert last(record, "revoked")["message"] == f"engines with pid {pid} have ended"
 
 
@@ -230,11 +209,11 @@ def test_a_revoked_evaluation_ends_with_its_process(start: Start, policy: Path) 
         found = http.get(path).json()
     assert (found["status"], found["error_message"]) == ("CANCELLED", "revoked by agent:patrol: it leaks")
     assert processes(backend.process.pid) == []
-    record = becomes_revoked(backend, policy, f"evaluation:{evaluation}")
+    record = becomes_revoked(backend, f"evaluation:{evaluation}")
     assert last(record, "revoked")["message"] == "the evaluation has ended"
     assert last(record, "used")["resources"]
     assert status(backend, deployment) == "DEPLOYED"
     # Nothing of it is left open, whatever became of the requests that were under way.
-    listed = [json.loads(line) for line in envelope(backend, policy, "list", "--json").splitlines()]
+    listed = [json.loads(line) for line in backend.envelope("list", "--json").splitlines()]
     assert {one["kind"] for one in listed if one["open"]} == {"model.deploy"}
-    envelope(backend, policy, "verify")
+    backend.envelope("verify")
