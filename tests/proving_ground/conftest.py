@@ -47,7 +47,7 @@ def ray_nodes() -> Iterator[RayNodes]:
 def shared_on_ray(ray_nodes: RayNodes, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Backend]:
     """As `shared`, with its engines on Ray."""
     data = tmp_path_factory.mktemp("shared-on-ray") / "data"
-    backend = Backend.start(data, CLUSTER="ray", RAY_ADDRESS=ray_nodes.address, PLACEMENT_SECONDS="3")
+    backend = Backend.start(data, CLUSTER="ray", RAY_ADDRESS=ray_nodes.address, PLACEMENT_SECONDS="8")
     yield backend
     backend.stop()
 

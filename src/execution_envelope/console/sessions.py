@@ -5,7 +5,6 @@ from __future__ import annotations
 import hmac
 import secrets
 import threading
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -36,18 +35,21 @@ class Sessions:
     def __init__(self, clock: Callable[[], datetime]) -> None:
         self._clock = clock
         self._lock = threading.Lock()
-        self._held: OrderedDict[str, Session] = OrderedDict()
+        self._held: dict[str, Session] = {}
+        #: The names of each token's, the oldest first.
+        self._of: dict[str, dict[str, None]] = {}
 
     def begin(self, token: str) -> str:
         """A new one; the value of its cookie."""
         now, name = self._clock(), secrets.token_urlsafe(32)
         with self._lock:
-            own = [kept for kept, session in self._held.items() if session.token == token]
-            for kept in own[: max(0, len(own) + 1 - MAX_OF_ONE)]:
-                del self._held[kept]  # nobody drives others out
+            own = self._of.get(token, {})
+            if len(own) >= MAX_OF_ONE:
+                self._drop(next(iter(own)))  # nobody drives others out
+            elif len(self._held) >= MAX_SESSIONS:
+                self._drop(next(iter(self._held)))
             self._held[name] = Session(token, secrets.token_urlsafe(32), now, now)
-            while len(self._held) > MAX_SESSIONS:
-                self._held.popitem(last=False)
+            self._of.setdefault(token, {})[name] = None
         return name
 
     def find(self, name: str) -> Session | None:
@@ -58,7 +60,7 @@ class Sessions:
             if found is None:
                 return None
             if now - found.used > IDLE or now - found.began > LONGEST:
-                del self._held[name]
+                self._drop(name)
                 return None
             found.used = now
             return found
@@ -66,7 +68,14 @@ class Sessions:
     def end(self, name: str) -> None:
         """Sign out."""
         with self._lock:
-            self._held.pop(name, None)
+            if name in self._held:
+                self._drop(name)
+
+    def _drop(self, name: str) -> None:
+        token = self._held.pop(name).token
+        del self._of[token][name]
+        if not self._of[token]:
+            del self._of[token]
 
 
 def same_form(session: Session, sent: str) -> bool:
