@@ -19,10 +19,10 @@ tour: setup
 
 setup: $(VENV)/.run
 
-# Those of the backend wait for engines most of the time, so the others run beside them; what is not made yet is made
-# meanwhile. Each says what it found at its end.
+# Those of the backend wait for engines most of the time, so the others run beside them. Each says what it found at its
+# end.
 test:
-	@$(MAKE) --no-print-directory -j4 --output-sync=target test-oldest lint test-backend test-review test-core
+	@$(MAKE) --no-print-directory -j5 --output-sync=target test-oldest lint test-backend test-review test-core
 
 test-oldest: $(OLDEST)/.test
 	$(OLDEST)/bin/python -m pytest tests/test_fastapi.py tests/test_fastapi_live.py
@@ -84,7 +84,7 @@ $(VENV)/.browser: $(VENV)/.test | chromium
 	@touch $@
 
 chromium:
-	@command -v chromium >/dev/null || ! command -v apt-get >/dev/null || { apt-get -qq update && \
+	@test -e $(VENV)/.browser || command -v chromium >/dev/null || ! command -v apt-get >/dev/null || { apt-get -qq update && \
 		DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends chromium fonts-dejavu-core >/dev/null; } || \
 		echo "no chromium from Debian"
 
@@ -93,8 +93,9 @@ $(VENV)/.bench: pyproject.toml constraints.txt
 	$(VENV)/bin/python $(PIP) -c constraints.txt -e ".[bench]"
 	@touch $@
 
-# The oldest FastAPI that is supported; the newest is in the other environment.
-$(OLDEST)/.test: pyproject.toml constraints-oldest.txt
+# The oldest FastAPI that is supported; the newest is in the other environment. One after the other: both write what
+# setuptools says of the project beside its code.
+$(OLDEST)/.test: pyproject.toml constraints-oldest.txt | $(VENV)/.test
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python $(PIP) -c constraints-oldest.txt -e ".[fastapi]" httpx hypothesis pytest python-multipart trio uvicorn
 	@touch $@

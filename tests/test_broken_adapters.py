@@ -273,3 +273,24 @@ def test_a_broken_one_is_found_out_without_hypothesis(case: str, monkeypatch: py
 def test_a_good_one_keeps_it_without_hypothesis(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     contract(GOOD).test_whatever_arrives_is_sealed_or_refused()
+
+
+def test_one_that_fails_for_one_of_the_values_that_a_schema_names_is_found_out() -> None:
+    known = {None: {}, "auto": {}, "fast": {"gpu": 1}}
+    schema = {**JOB, "properties": {**JOB["properties"], "engine": {"enum": ["auto", "fast", "faster"]}}}
+    broken = contract(but(lambda body, ask: replace(ask, requested=known[body.get("engine")])), schema=schema)
+    with pytest.raises(KeyError, match="faster"):
+        broken.test_every_field_is_mapped_or_listed()
+
+
+def test_what_was_found_of_one_schema_is_not_said_of_another() -> None:
+    said: dict[str, Any] = {"schema": {"properties": {"limit": {"type": "integer"}, "engine": {}}}}
+
+    class Several(type(contract(GOOD))):  # type: ignore[misc]
+        def make_schema(self) -> Any:
+            return said["schema"]
+
+    Several().test_every_field_is_mapped_or_listed()
+    said["schema"] = {"properties": {"limit": {"type": "integer"}, "nobody": {"type": "string"}}}
+    with pytest.raises(AssertionError, match=r"these are not: nobody$"):
+        Several().test_every_field_is_mapped_or_listed()

@@ -319,7 +319,8 @@ async def test_what_a_changed_policy_would_not_admit_is_flagged_or_revoked(
     assert record.revoking is record.flagged is None and record.state == "granted"
 
 
-async def test_an_end_that_comes_after_the_revocation_is_late_also_while_a_part_is_open() -> None:
+@pytest.mark.parametrize("how", ["complete", "observe"])
+async def test_an_end_that_comes_after_the_revocation_is_late_also_while_a_part_is_open(how: str) -> None:
     controller = house(MemoryLedger())
     admission = await live(controller)
     part = await controller.begin(ask(part_of=admission.id))
@@ -328,10 +329,22 @@ async def test_an_end_that_comes_after_the_revocation_is_late_also_while_a_part_
     # Somebody else ends it, of which its own handle hears nothing.
     await controller.revoke(admission.id, by=KIM, reason="it leaks")
     assert (await controller.carry_out({"node": Owner(Stop.stopped("gone"))})).revoked
-    await admission.complete()
+    await (admission.complete() if how == "complete" else admission.observe("completed", rev=1))
     record = await read(controller, admission)
     assert record.state == "revoked" and types(record).endswith("late")
     assert (await read(controller, part)).is_open
+
+
+async def test_an_end_is_refused_by_the_obligations_that_are_open_and_not_by_those_that_were() -> None:
+    duty = Rule("duty", lambda e: Decision.allow(obligations=[Duty("report")]), kinds=frozenset({"model.deploy"}))
+    controller = house(MemoryLedger(), duty)
+    admission = await live(controller)
+    with pytest.raises(OpenObligations):
+        await admission.complete()
+    other = await controller.resume(admission.id, by="worker")
+    await other.oblige("report", "fulfilled")
+    await admission.complete()
+    assert (await read(controller, admission)).state == "completed"
 
 
 async def test_a_round_that_flags_leaves_a_revoke_of_the_same_policy_until_that_allows_it() -> None:

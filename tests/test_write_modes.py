@@ -22,6 +22,7 @@ import pytest
 
 from execution_envelope import (
     AdmissionController,
+    Denied,
     Grant,
     InvalidField,
     LedgerUnavailable,
@@ -29,12 +30,14 @@ from execution_envelope import (
     OpenChildren,
 )
 from execution_envelope import journal as journals
+from execution_envelope.budgets import Budget, Budgets
 from execution_envelope.ledger import SqliteLedger, open_ledger, sqlite_database, verify
 from execution_envelope.ledger import spool as spools
 from execution_envelope.ledger import writer as writers
 from execution_envelope.ledger.contract import Conservation
 from execution_envelope.ledger.spool import Spool
 from execution_envelope.ledger.submission import Submission
+from execution_envelope.lifecycle import Sealed
 from execution_envelope.process import Process, current
 from execution_envelope.testing import ask
 from tests.children import FORKS, keep_in_spool, until
@@ -204,6 +207,20 @@ async def test_a_short_window_is_kept_to_while_a_long_one_gathers(url: str) -> N
     other = opened(url)
     assert (await other.read(second.id)).id == second.id and (await other.read(first.id)).id == first.id
     await other.aclose()
+    await controller.aclose()
+
+
+@pytest.mark.anyio
+async def test_what_a_budget_refuses_is_on_the_disk_when_it_is_told(url: str) -> None:
+    budgets = Budgets([Budget(name="gpus", resource="gpu", limit=4)])
+    controller = opened(url, write_modes={RELAXED: "relaxed:30000"}, budgets=budgets)
+    admission = await controller.begin(ask(kind=RELAXED, requested={"gpu": 3}))
+    with pytest.raises(Denied) as denied:
+        await controller.begin(ask(kind=RELAXED, requested={"gpu": 3}))
+    refused = denied.value.envelope_id
+    assert refused is not None and on_disk(url, admission.id) == 3 and on_disk(url, refused) >= 2
+    opening = (await controller.read(refused)).events[0].data
+    assert isinstance(opening, Sealed) and opening.window_ms is None
     await controller.aclose()
 
 

@@ -20,7 +20,7 @@ from proving_ground import procfs
 
 SOURCE = Path(__file__).parents[2] / "src"
 OPERATORS = Path(__file__).parent / "operators.yaml"
-#: Commands that read the ledger and nothing else.
+#: Commands that change nothing in the ledger.
 READS = frozenset({"budgets", "coverage", "explain", "list", "show", "verify"})
 #: Trusts nobody: loopback is plain HTTP, and to load all authorities of the world takes longer than a request.
 NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -64,7 +64,7 @@ class Backend:
     def envelope(self, *words: str, code: int = 0, policy: Path = OPERATORS) -> str:
         """All that `envelope` prints beside the backend, as an operator runs it.
 
-        What only reads is run in this process: to start one takes longer than to read.
+        What changes nothing is run in this process: to start one takes longer than to read.
         """
         if words[0] in READS:
             ledger = f"sqlite:///{self.data}/envelopes.db"

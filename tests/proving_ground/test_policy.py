@@ -46,7 +46,7 @@ class Ruled:
         return found
 
     def refused(self, id: str) -> dict[str, Any]:
-        """A request to an engine, whose record comes a moment after its answer."""
+        """A request to an engine that a rule refused, whose record comes within the window of its kind."""
         until(lambda: id in self.envelope("list", "--json"))
         return self.shown(id)
 
@@ -405,7 +405,7 @@ def test_tokens_run_out_and_limits_reach_the_engine(ruled: Ruled) -> None:
         assert time.monotonic() - begun < 2  # it is not tried again
         body: Any = caught.value.body
         assert (body["type"], body["code"]) == ("denied", "quota_exhausted")
-        assert ruled.refused(body["envelope"])["state"] == "denied"
+        assert ruled.shown(body["envelope"])["state"] == "denied"
 
 
 @pytest.mark.parametrize(

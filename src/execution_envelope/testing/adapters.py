@@ -44,8 +44,8 @@ class AdapterContract:
     say that the amount is right.
     """
 
-    #: What was found of the fields of this class, and with which adapter.
-    _found: ClassVar[tuple[Describe, Sequence[tuple[str, bool | None, bool]]]]
+    #: What a class says of its requests, and what was found of their fields.
+    _found: ClassVar[tuple[tuple[Any, ...], Sequence[tuple[str, bool | None, bool]]]]
 
     def make_adapter(self) -> Describe:
         """The adapter."""
@@ -225,9 +225,13 @@ class AdapterContract:
     def _changes(self) -> Sequence[tuple[str, bool | None, bool]]:
         """The same, and whether more than the first item of a list does, which it may where no list is taken."""
         # It takes seconds where there are many fields, and two tests ask for it, each with an object of its own.
-        own, adapter = type(self), self.make_adapter()
-        if "_found" not in vars(own) or own._found[0] is not adapter:
-            own._found = adapter, list(self._looked_for())
+        own = type(self)
+        of = (
+            *(self.make_adapter(), self.make_schema(), self.make_samples(), self.make_context()),
+            *(self.make_not_admitted(), self.make_values()),
+        )
+        if "_found" not in vars(own) or own._found[0] != of:
+            own._found = of, list(self._looked_for())
         return own._found[1]
 
     def _looked_for(self) -> Iterator[tuple[str, bool | None, bool]]:
@@ -247,17 +251,14 @@ class AdapterContract:
         return len(set(answers)) > 1 if len(answers) > 1 else None
 
     def _tried(self, path: str, values: Sequence[Any], *, last: bool = False) -> tuple[bool, int]:
-        """Whether one of the samples is another ask with another of the values, and how many were taken until then."""
+        """Whether one of the samples is another ask with another of the values, and how many were taken."""
         samples = self.make_samples()
         taken = 0
         for sample in samples:
-            first: bytes | None = None
-            for has, body in variants(sample, path, values, samples, last=last):
-                answer = self._said(body)
-                taken += has and answer is not None
-                if first is not None and answer not in (None, first):
-                    return True, taken
-                first = first or answer
+            said = [(has, self._said(body)) for has, body in variants(sample, path, values, samples, last=last)]
+            taken += sum(has and answer is not None for has, answer in said)
+            if len({answer for _, answer in said} - {None}) > 1:
+                return True, taken
         return False, taken
 
     def _said(self, body: Any) -> bytes | None:
