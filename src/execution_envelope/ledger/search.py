@@ -41,7 +41,7 @@ from execution_envelope.ledger.projection_session import Session
 from execution_envelope.query import Query
 
 #: Envelopes that may match and are looked at in one call; then it answers with what it has.
-LOOK: Final = 12_000
+LOOK: Final = 4000
 #: Where a page is expected among so many of all, these are looked at first: it is quicker than many runs.
 DENSE: Final = 2000
 #: So many shapes, each of each tenant, are read as runs of their own: more of them where all that is read matches.
