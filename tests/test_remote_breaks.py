@@ -237,11 +237,11 @@ def test_what_came_too_late_is_not_stored(behind: Any, server: Served, ledger: R
 def test_while_the_server_is_away_nothing_is_acknowledged_and_relaxed_waits(
     behind: Any, server: Served, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(remote_store, "TIMEOUT", 1.0)
     with closing(RemoteLedger(server.url)) as ledger:
         sealed, told = sealed_ask(), queue.SimpleQueue[Outcome]()
         ledger.commit(admission_of(sealed))
         server.stop()
+        monkeypatch.setattr(remote_store, "TIMEOUT", 1.0)
         with pytest.raises(LedgerUnavailable):
             ledger.commit(commit_of(sealed, 2, lifecycle.Ready("0")))
         with pytest.raises(LedgerUnavailable):

@@ -14,7 +14,17 @@ import hypothesis.strategies as st
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from execution_envelope import Admission, AdmissionController, Decision, Grant, NotLive, Record, Rule, Subject
+from execution_envelope import (
+    Admission,
+    AdmissionController,
+    Decision,
+    Grant,
+    NotLive,
+    Record,
+    Rule,
+    Subject,
+    Violation,
+)
 from execution_envelope.budgets import Budget, Budgets
 from execution_envelope.ledger import Ledger, MemoryLedger, SqliteLedger, verify
 from execution_envelope.lifecycle import Late, Review, Revocation, Revoked, ended
@@ -99,8 +109,13 @@ class Reviewed(RuleBasedStateMachine):
 
     @rule(number=st.integers(0, 9))
     def grant(self, number: int) -> None:
-        if self.pick(number).record.bound is not None:
-            self.run(self.pick(number).grant(Grant({"memory": "1GiB"})))
+        handle = self.pick(number)
+        if handle.record.bound is None:
+            return
+        try:
+            self.run(handle.grant(Grant({"memory": "1GiB"})))
+        except Violation:  # with others beyond what it is part of
+            assert handle.envelope.correlation.part_of is not None
 
     @rule(
         controller=st.integers(0, 1),
