@@ -300,8 +300,8 @@ class Journal:
             (fact for fact in (*facts[:1], *(e.data for e in record.events[:1])) if isinstance(fact, Sealed)), None
         )
         mode = self.mode(record.envelope, None if sealed is None else sealed.key)
-        # What says of itself that it was acknowledged after the disk is: a budget was asked, and had no room.
-        said = sealed is not None and sealed.window_ms is None
+        # An opening that says it was acknowledged after the disk is: a budget was asked, and had no room.
+        said = any(isinstance(fact, Sealed) and fact.window_ms is None for fact in facts[:1])
         if mode.window_ms is not None and (said or any(fact.type in ORDERED for fact in facts)):
             return STRICT
         return mode
