@@ -767,6 +767,26 @@ async def test_parts_are_asked_for_before_what_they_are_part_of(ledger: Ledger) 
     assert (await controller.carry_out({})).unconfirmed == []
 
 
+async def test_parts_that_are_revoked_for_themselves_too_are_asked_for_first(ledger: Ledger) -> None:
+    controller = house(ledger)
+    top = await live(controller, "top")
+    part = await live(controller, "part", part_of=top.id, requested={})
+    for admission in (part, top):
+        await controller.revoke(admission.id, by=KIM, reason="no")
+    answered: list[str] = []
+
+    async def takes_a_while(record: Record, why: str) -> Stop:
+        if record.id == top.id:
+            assert answered == [part.id]
+        await anyio.sleep(0.02)
+        answered.append(record.id)
+        return Stop.unknown("busy")
+
+    found = await controller.carry_out({"node": takes_a_while})
+    assert answered == [part.id, top.id]
+    assert {answer.text for _, answer in found.unconfirmed} == {"busy"}
+
+
 async def test_parts_are_kept_when_what_they_are_part_of_is_kept(ledger: Ledger) -> None:
     controller = house(ledger)
     top = await live(controller, "top")

@@ -114,8 +114,8 @@ class Reviewed(RuleBasedStateMachine):
             return
         try:
             self.run(handle.grant(Grant({"memory": "1GiB"})))
-        except Violation:  # with others beyond what it is part of
-            assert handle.envelope.correlation.part_of is not None
+        except Violation:  # with others beyond what it is part of, or less than its own parts have
+            assert handle.envelope.correlation.part_of is not None or self.parts(handle.id)
 
     @rule(
         controller=st.integers(0, 1),
@@ -222,9 +222,11 @@ class Reviewed(RuleBasedStateMachine):
             else:
                 assert after.state == record.state
 
+    def parts(self, id: str) -> list[str]:
+        return [handle.id for handle in self.handles if handle.envelope.correlation.part_of == id]
+
     def open_parts(self, id: str) -> bool:
-        found = [handle.id for handle in self.handles if handle.envelope.correlation.part_of == id]
-        return any(self.newest(part).is_open or self.open_parts(part) for part in found)
+        return any(self.newest(part).is_open or self.open_parts(part) for part in self.parts(id))
 
     @invariant()
     def what_must_hold(self) -> None:

@@ -182,13 +182,19 @@ class Reviewing:
         tree = await read_tree(self._journal, id, whole=False)
         # The parts before what they are part of; that in any case: with it may end what nobody else can stop.
         for depth, part in reversed(list(tree.walk())):
-            if part.state not in LIVE or part.id in round_.asked:
+            if part.state not in LIVE:
                 continue
-            round_.asked.add(part.id)
-            newest = await self._journal.read(part.id)  # walking a tree may remember less than the record
-            if depth:
-                await self._note(newest, of_parent(record, asked), by)
-            await self._ask(await self._journal.read(part.id), round_, result, by)
+            if (answered := round_.asked.get(part.id)) is not None:
+                await answered.wait()  # its own turn came first; what it is part of is asked for after it nevertheless
+                continue
+            answered = round_.asked[part.id] = anyio.Event()
+            try:
+                newest = await self._journal.read(part.id)  # walking a tree may remember less than the record
+                if depth:
+                    await self._note(newest, of_parent(record, asked), by)
+                await self._ask(await self._journal.read(part.id), round_, result, by)
+            finally:
+                answered.set()
 
     async def _take_back(self, record: Record, by: str) -> None:
         """A part is not to be revoked any more when what it is part of is not."""
@@ -246,7 +252,8 @@ class _Round:
 
     def __init__(self, revokers: Revokers) -> None:
         self.revokers = revokers
-        self.asked = set[str]()
+        #: id -> set as soon as its owner was asked.
+        self.asked: dict[str, anyio.Event] = {}
         self._silent = set[str]()
 
     async def ask(self, owner: str, record: Record, reason: str) -> Stop:

@@ -7,13 +7,14 @@ import signal
 import sqlite3
 import ssl
 import subprocess
-import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import httpx
 from click.testing import CliRunner
+from forked import Forked
 
 from execution_envelope.cli import cli
 from proving_ground import procfs
@@ -29,7 +30,7 @@ NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 class Backend:
     """Starts `python -m proving_ground` on a free port; `start` returns when it answers."""
 
-    def __init__(self, data: Path, url: str, process: "subprocess.Popen[str]") -> None:
+    def __init__(self, data: Path, url: str, process: Forked) -> None:
         self.data = data
         self.url = url
         self.process = process
@@ -38,17 +39,10 @@ class Backend:
     @classmethod
     def start(cls, data: Path, *, script: Path | None = None, **env: str) -> "Backend":
         """`env` are settings such as NODE_MEMORY="600MiB"; `script` runs instead of the module."""
-        program = [str(script)] if script else ["-m", "proving_ground"]
+        program = str(script) if script else "proving_ground.__main__"
         inherited = {"PATH": os.environ.get("PATH", os.defpath), "PYTHONPATH": str(SOURCE)}
         ours = {"DATA": str(data), "PORT": "0", "RETRY_SECONDS": "0.2", "POLICY": str(OPERATORS)}
-        with (data.parent / f"{data.name}.stderr").open("ab") as stderr:
-            process = subprocess.Popen(
-                [sys.executable, *program],
-                env={**inherited, **ours, **env},
-                stdout=subprocess.PIPE,
-                stderr=stderr,
-                text=True,
-            )
+        process = Forked([program], env={**inherited, **ours, **env}, stderr=data.parent / f"{data.name}.stderr")
         return cls(data, _url(process), process)
 
     def token(self, subject: str) -> str:
@@ -79,10 +73,14 @@ class Backend:
             "POLICY": str(policy),
             "EXECUTION_ENVELOPE_CONTROLLER": "proving_ground.admission:controller",
         }
-        command = [sys.executable, "-m", "execution_envelope.cli", *words]
-        ran = subprocess.run(command, env=env, capture_output=True, text=True)
-        assert ran.returncode == code, ran.stdout + ran.stderr
-        return ran.stdout + ran.stderr
+        with tempfile.TemporaryDirectory() as folder:
+            ran = Forked(["execution_envelope.cli", *words], env=env, stderr=Path(folder) / "stderr")
+            with ran.stdout:
+                printed = ran.stdout.read()
+            ended = ran.wait()
+            printed += (Path(folder) / "stderr").read_text()
+        assert ended == code, printed
+        return printed
 
     def client(self, subject: str = "dana") -> Any:
         """The real SDK client."""
@@ -113,14 +111,13 @@ class Backend:
                 self.process.wait(20)
             except subprocess.TimeoutExpired:
                 self.kill9()
-        if self.process.stdout:
-            self.process.stdout.close()
+        self.process.stdout.close()
         for pid, _ in self.engines():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
 
-def until(condition: Any, seconds: float = 20) -> Any:
+def until(condition: Any, seconds: float = 60) -> Any:
     """The first true value of a function called again and again."""
     end = time.monotonic() + seconds
     while not (value := condition()):
@@ -130,9 +127,8 @@ def until(condition: Any, seconds: float = 20) -> Any:
     return value
 
 
-def _url(process: "subprocess.Popen[str]") -> str:
+def _url(process: Forked) -> str:
     """Read what it prints up to the line that says where it serves."""
-    assert process.stdout is not None
     for line in iter(process.stdout.readline, ""):
         if line.startswith("serving on "):
             break
