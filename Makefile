@@ -7,8 +7,8 @@ DATA ?= .data
 REVIEW = tests/console $(wildcard $(addsuffix *.py,$(addprefix tests/test_,\
 	accounting cli_review docs explain query remote replay reviewing search simulation)))
 PIP = -m pip --disable-pip-version-check --quiet install --no-compile
-# Engines run at a low priority: beside tests that do not, their own tests would wait for them.
-BESIDE = nice -n 15
+# What computes all the time steps back behind what waits for engines; Ray runs those at 15.
+BESIDE = nice -n 19
 
 # The pip that comes with Python takes minutes to find out what it installs.
 define environment
@@ -45,11 +45,12 @@ test-review: $(VENV)/.test $(VENV)/.browser
 test-backend: $(VENV)/.test $(VENV)/.browser
 	$(VENV)/bin/python -m pytest tests/proving_ground
 
-# Writers killed by the thousand, and every fault on every event loop: about an hour. See docs/soak.md.
+# Writers killed by the thousand, every fault on every event loop, and many more examples. See docs/soak.md.
 soak: $(VENV)/.test
 	SOAK=1 ROUNDS=$(or $(ROUNDS),1500) SEED=$(SEED) $(VENV)/bin/python -m pytest -s tests/test_crash.py \
 		tests/test_balances.py tests/test_budget_rush.py tests/test_fault_sweep.py \
 		tests/test_write_modes.py tests/test_idempotency_race.py
+	SOAK=1 $(VENV)/bin/python -m pytest tests/test_bench.py $(shell grep -rl "strategies import.*examples" tests)
 
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check

@@ -33,7 +33,7 @@ MAX_FACTS: Final = 4
 OWNERS: Final = ("gone", "alive", "silent")
 
 
-async def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+async def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
     """Wait for what happens in another thread or process, which has no event to wait for."""
     with anyio.fail_after(seconds):
         while not condition():  # noqa: ASYNC110

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -14,6 +15,12 @@ settings.register_profile(
     "house", print_blob=True, deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("house")
+
+
+def examples(few: int) -> int:
+    """How many of a property that takes long: twenty times as many in a soak."""
+    return few * 20 if "SOAK" in os.environ else few
+
 
 texts = st.text(max_size=40) | st.sampled_from(["", '\x00\n\t"\\', "🌲é\u2028", "[redacted:", "a" * 2000])
 names = st.from_regex(r"[A-Za-z0-9_][A-Za-z0-9_.:/-]{0,12}", fullmatch=True)

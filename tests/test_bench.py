@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,9 +15,9 @@ from bench.__main__ import MEASURES, main
 from bench.table import GOALS, PAGE, RESULTS
 
 ROOT = Path(__file__).parent.parent
-#: What starts servers of its own takes longer than a smoke test should.
-SLOW = {"append_postgres_16", *(name for name in GOALS if name.endswith("_postgres"))}
-QUICK = [name for name in GOALS if name not in SLOW]
+#: What starts servers of its own takes longer than a smoke test should: for a soak.
+SLOW = {name for name in GOALS if name.startswith(("http_", "inference_")) or "postgres" in name}
+QUICK = [name for name in GOALS if name not in SLOW or "SOAK" in os.environ]
 
 
 def test_every_row_is_measured_by_one_measurement():

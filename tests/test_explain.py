@@ -15,7 +15,7 @@ import anyio
 import msgspec
 import pytest
 from click.testing import CliRunner
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, invariant
 
@@ -447,6 +447,7 @@ class Explained(Handles):
 
 
 TestExplained = Explained.TestCase
+TestExplained.settings = settings(max_examples=strategies.examples(30))
 
 _text = strategies.texts
 _resources = st.dictionaries(strategies.resources, strategies.amounts, max_size=3)

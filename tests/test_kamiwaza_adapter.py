@@ -17,6 +17,7 @@ from execution_envelope.adapters.kamiwaza import CLIENT_DEFAULTS, NOT_ADMITTED, 
 from execution_envelope.envelope import Ask, Requested, SealedEnvelope, seal
 from execution_envelope.ledger import MemoryLedger
 from execution_envelope.resources import Quantity
+from tests.strategies import examples
 
 DANA = Subject("user", "dana")
 MODEL, CONFIG, FILE = (str(uuid.UUID(int=n)) for n in (1, 2, 3))
@@ -354,13 +355,13 @@ SHAPED = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(50), deadline=None)
 @given(SHAPED)
 def test_any_json_is_sealed_or_refused(sent: Any) -> None:
     _seal_or_refuse(sent)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(50), deadline=None)
 @given(st.dictionaries(st.sampled_from([*body(), "context", "env", "gpu_floor"]), SHAPED, max_size=10))
 def test_any_body_for_a_model_is_sealed_or_refused(sent: dict[str, Any]) -> None:
     _seal_or_refuse({**sent, "m_id": MODEL})

@@ -51,6 +51,7 @@ from execution_envelope.lifecycle import (
 )
 from execution_envelope.testing import START, ask
 from tests import strategies
+from tests.strategies import examples
 
 assert strategies  # it loads the settings
 TYPES = {str(data.__struct_config__.tag): data for data in get_args(EventData)}
@@ -332,9 +333,13 @@ class HandlesOnSqlite(Handles):
 
 
 TestHandlesInMemory = Handles.TestCase
-TestHandlesInMemory.settings = settings(max_examples=150, stateful_step_count=40, deadline=None, print_blob=True)
+TestHandlesInMemory.settings = settings(
+    max_examples=examples(60), stateful_step_count=40, deadline=None, print_blob=True
+)
 TestHandlesOnSqlite = HandlesOnSqlite.TestCase
-TestHandlesOnSqlite.settings = settings(max_examples=25, stateful_step_count=30, deadline=None, print_blob=True)
+TestHandlesOnSqlite.settings = settings(
+    max_examples=examples(12), stateful_step_count=30, deadline=None, print_blob=True
+)
 
 
 def record_of(*facts: EventData) -> Record:

@@ -60,6 +60,7 @@ from execution_envelope.record import Record
 from execution_envelope.resources import MAX_AMOUNT, Quantity, per_replica
 from execution_envelope.testing import START, ask
 from tests import naive, strategies
+from tests.strategies import examples
 
 # What a projection shows, and what it should
 
@@ -557,7 +558,11 @@ class ProjectingOnSqlite(Projecting):
 
 
 TestProjectingInMemory = Projecting.TestCase
-TestProjectingInMemory.settings = settings(max_examples=60, stateful_step_count=40, deadline=None, print_blob=True)
+TestProjectingInMemory.settings = settings(
+    max_examples=examples(30), stateful_step_count=40, deadline=None, print_blob=True
+)
 TestProjectingOnSqlite = ProjectingOnSqlite.TestCase
-TestProjectingOnSqlite.settings = settings(max_examples=60, stateful_step_count=40, deadline=None, print_blob=True)
+TestProjectingOnSqlite.settings = settings(
+    max_examples=examples(30), stateful_step_count=40, deadline=None, print_blob=True
+)
 assert ASKED not in OPEN

@@ -31,6 +31,7 @@ from execution_envelope.lifecycle import Late, Review, Revocation, Revoked, ende
 from execution_envelope.reconciliation import Liveness
 from execution_envelope.reviewer import PART_OF, Finding, ReviewerDeclaration, Stop
 from execution_envelope.testing import ask
+from tests.strategies import examples
 
 PEOPLE = {name: Subject("user", name, tenant="acme") for name in ("kim", "leo")}
 FINDINGS = {
@@ -277,6 +278,10 @@ class ReviewedOnSqlite(Reviewed):
 
 
 TestReviewedInMemory = Reviewed.TestCase
-TestReviewedInMemory.settings = settings(max_examples=80, stateful_step_count=30, deadline=None, print_blob=True)
+TestReviewedInMemory.settings = settings(
+    max_examples=examples(30), stateful_step_count=30, deadline=None, print_blob=True
+)
 TestReviewedOnSqlite = ReviewedOnSqlite.TestCase
-TestReviewedOnSqlite.settings = settings(max_examples=15, stateful_step_count=25, deadline=None, print_blob=True)
+TestReviewedOnSqlite.settings = settings(
+    max_examples=examples(8), stateful_step_count=25, deadline=None, print_blob=True
+)

@@ -17,6 +17,7 @@ from execution_envelope.ledger.projection import Changes, ProjectedEnvelope, dam
 from execution_envelope.ledger.projection_sqlite import SqliteSession
 from execution_envelope.ledger.projection_store import Session, Store
 from execution_envelope.query import Query, quoted
+from tests.strategies import examples
 
 NOW = datetime(2026, 5, 20, 12, tzinfo=UTC)
 WORDS = ["acme", "Acme", "a%b", "a_b", "a'b", 'a"b', "a\\b", "é", "É", "\0x", "\ufffdx", "", "--", "x' OR '1'='1", "🌲"]
@@ -145,7 +146,7 @@ def pages(store: Store, query: Query | None, limit: int, tenants: frozenset[str]
 class SearchContract:
     """The same pages, whatever the database."""
 
-    examples = 150
+    examples = examples(60)
 
     def session(self) -> Session:
         raise NotImplementedError

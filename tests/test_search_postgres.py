@@ -12,10 +12,11 @@ from execution_envelope.ledger.projection_postgres import PostgresSession
 from execution_envelope.ledger.projection_store import Session
 from tests import test_search as common
 from tests.postgres import Server
+from tests.strategies import examples
 
 
 class TestPostgresSearch(common.SearchContract):
-    examples = 80
+    examples = examples(30)
 
     @pytest.fixture(autouse=True)
     def _server(self, postgres: Server) -> None:

@@ -35,6 +35,7 @@ from execution_envelope.process import current
 from execution_envelope.testing import START, ask
 from execution_envelope.testing.commits import admission_of, budgeted, sealed_ask
 from tests import strategies
+from tests.strategies import examples
 from tests.test_ledgers import admission, child
 
 assert strategies  # it loads the settings
@@ -269,7 +270,7 @@ def test_a_deleted_row_is_found_and_named(tampered: Tampered, table: str) -> Non
 
 
 @given(st.data())
-@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(60), suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_edit_of_any_bytes_is_found(tampered: Tampered, data: st.DataObject) -> None:
     """Insert, drop or change a run of bytes anywhere in the log or in an envelope."""
     rows = tampered.rows("events_1")

@@ -31,6 +31,7 @@ from execution_envelope.review.candidate import Source
 from execution_envelope.review.replay import replay
 from execution_envelope.review.replay_result import encode
 from tests.console.test_access import Clock, token
+from tests.strategies import examples
 
 BUDGETS = Budgets(
     [
@@ -218,7 +219,7 @@ QUERIES = st.recursive(
 
 
 @given(QUERIES, st.integers(1, 8))
-@settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(40), deadline=None, suppress_health_check=list(HealthCheck))
 def test_every_filter_and_page_answers_alike(sides: tuple[Side, Side], where: str, limit: int) -> None:
     after: str | None = None
     for _ in range(20):
@@ -241,7 +242,7 @@ def test_every_filter_and_page_answers_alike(sides: tuple[Side, Side], where: st
     st.sampled_from((None, "acme", "globex")),
     st.sampled_from(("400d", "2026", "2026-05", "x")),
 )
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(25), deadline=None, suppress_health_check=list(HealthCheck))
 def test_every_sum_answers_alike(sides: tuple[Side, Side], by: list[str], tenant: str | None, since: str) -> None:
     more = {} if tenant is None else {"tenant": tenant}
     alike(sides, "GET", "/api/accounting", params={"by": by or ["kind"], "since": since, **more})
@@ -274,7 +275,7 @@ PAGED: dict[str, dict[str, st.SearchStrategy[Any]]] = {
 
 
 @given(st.data())
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(60), deadline=None, suppress_health_check=list(HealthCheck))
 def test_every_page_with_whatever_is_asked_of_it_answers_alike(sides: tuple[Side, Side], data: st.DataObject) -> None:
     path = data.draw(st.sampled_from(sorted(PAGED)))
     asked = {name: value for name, values in PAGED[path].items() if (value := data.draw(values)) != ""}

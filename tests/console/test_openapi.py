@@ -19,6 +19,7 @@ from schemathesis.specs.openapi.checks import (
 
 from execution_envelope.console.limits import RateLimits
 from tests.console.test_access import Clock, Server, token
+from tests.strategies import examples
 
 #: Everything that an answer may get wrong against the description.
 CHECKS = (not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance)
@@ -41,7 +42,7 @@ def test_every_answer_is_described(server: Server) -> None:
     for operation in operations:
 
         @given(case=operation.as_strategy())
-        @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+        @settings(max_examples=examples(20), deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
         def check(case: Any) -> None:
             case.call_and_validate(headers=allowed, checks=CHECKS)
 

@@ -23,6 +23,7 @@ from execution_envelope.console.pages import PAGES
 from execution_envelope.lifecycle import OPEN, TERMINAL
 from execution_envelope.review import Review
 from tests.console.world import BUDGETS, HOSTILE, World
+from tests.strategies import examples
 
 #: How heavy a page may be, in bytes, and style sheet and script together.
 MAX_PAGE = 60_000
@@ -321,7 +322,7 @@ HARD = st.text(st.characters(), max_size=300) | st.sampled_from(
 
 
 @given(HARD, HARD, HARD)
-@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(40), deadline=None, suppress_health_check=list(HealthCheck))
 def test_whatever_is_asked_is_answered_and_not_by_an_error(world: World, one: str, two: str, name: str) -> None:
     client = world.client("acme")
 

@@ -119,11 +119,12 @@ class Backend:
 
 def until(condition: Any, seconds: float = 60) -> Any:
     """The first true value of a function called again and again."""
-    end = time.monotonic() + seconds
+    end, pause = time.monotonic() + seconds, 0.02
     while not (value := condition()):
         if time.monotonic() > end:
             raise TimeoutError(f"not true within {seconds} s: {condition}")
-        time.sleep(0.05)
+        time.sleep(pause)
+        pause = min(pause * 1.3, 0.25)  # asking takes the time of what is waited for
     return value
 
 

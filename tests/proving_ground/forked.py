@@ -58,6 +58,8 @@ def _run(program: tuple[str, ...], env: dict[str, str], stdout: Connection, stde
     errors = os.open(stderr, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
     os.dup2(errors, 2)
     os.close(errors)
+    # As Python opens them at its start, for what they are now.
+    sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", buffering=1, closefd=False)
     sys.argv = [*program]
     if program[0].endswith(".py"):
         runpy.run_path(program[0], run_name="__main__")

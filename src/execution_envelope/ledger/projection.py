@@ -48,7 +48,7 @@ from execution_envelope.record import Record
 from execution_envelope.resources import Amount
 
 #: Of the rows, the roll-ups and the tables. A projection of another version is dropped and made again.
-VERSION: Final = 5
+VERSION: Final = 6
 #: Rows of one page, and characters of a cursor.
 MAX_PAGE: Final = 1000
 MAX_CURSOR: Final = 200

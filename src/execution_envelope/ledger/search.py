@@ -98,6 +98,14 @@ class _Way(Protocol):
         ...
 
 
+class _Fitting(Protocol):
+    """Tells which of those that are come upon match."""
+
+    def fitting(self, ids: Sequence[str]) -> list[str]:
+        """Those of the envelopes that fit, in the same order."""
+        ...
+
+
 class Search:
     """One search within one transaction."""
 
@@ -141,7 +149,7 @@ class Search:
                 wanted = demand.values if wanted is None else wanted & demand.values
         return wanted
 
-    def _ways(self, before: str, limit: int) -> Iterator[tuple[_Way, _Where | None, int]]:
+    def _ways(self, before: str, limit: int) -> Iterator[tuple[_Way, _Fitting | None, int]]:
         """How to come upon them: a way, what is still to be looked at (None when all that is come upon match), and how
         many to look at before the next way is taken from there on."""
         ids = [demand.values for demand in self._demands if isinstance(demand, Equal) and demand.field == "id"]
@@ -161,7 +169,7 @@ class Search:
             few = sum(number in said for _, number in counts) <= MAX_RUNS
             by = self._narrower(before, matching if few else everything)
             if by is not None:
-                yield by, where, LOOK
+                yield by, _ByShape(by, self._said(counts, by.demand), where), LOOK
                 return
         if where is None and matching * DENSE >= everything * limit:
             walk = self._walk(said, bounds)
@@ -200,17 +208,18 @@ class Search:
         else:
             rows = self._session.all("tenant_shape_counts", tenants=json.dumps(sorted(self._tenants)))
             counts = {(tenant, number): count for tenant, number, count in rows if count > 0}
-        said: dict[int, bool | None] = {}
-        demands = self._demands
-        if self._tenants is not None:
-            # The way is over these tenants alone.
-            demands = tuple(d for d in demands if not (isinstance(d, Equal) and d.field == "tenant"))
-        condition = All(demands)
-        for number in {number for _, number in counts}:
-            one = condition.of_shape(self._shapes.of[number])
-            if one is not False:
-                said[number] = one
-        return counts, said
+        # Where there are tenants, the way is over these alone.
+        met = (
+            [] if self._tenants is None else [d for d in self._demands if isinstance(d, Equal) and d.field == "tenant"]
+        )
+        return counts, self._said(counts, *met)
+
+    def _said(self, counts: Iterable[tuple[str, int]], *met: Condition) -> dict[int, bool | None]:
+        """Of each shape whether all of it matches; None where it depends. Demands that are met in any case are left
+        out, and so are shapes of which nothing matches."""
+        condition = All(tuple(demand for demand in self._demands if all(demand is not one for one in met)))
+        said = {number: condition.of_shape(self._shapes.of[number]) for number in {number for _, number in counts}}
+        return {number: one for number, one in said.items() if one is not False}
 
     def _bounds(self, before: str) -> Mapping[bool, tuple[str, str]]:
         """Before which id and from which on, of shapes whose ids are in the order of time, and of others."""
@@ -223,20 +232,17 @@ class Search:
                     top = min(top, id_from(demand.end, CLOSE + 1))
         return {True: (top, floor), False: (before, "")}
 
-    def _narrower(self, before: str, most: int) -> _Way | None:
+    def _narrower(self, before: str, most: int) -> _Few | None:
         """A way over fewer envelopes than that, where they are of one project or subject."""
-        best: tuple[int, str, str] | None = None
+        best: tuple[int, Equal] | None = None
         for demand in self._demands:
-            if isinstance(demand, Equal) and demand.field in ("project", "subject") and len(demand.values) == 1:
-                (value,) = demand.values
-                if not value:
+            if isinstance(demand, Equal) and demand.field in ("project", "subject") and demand.values != {""}:
+                if len(demand.values) != 1:
                     continue
-                query = f"entries_of_{demand.field}"
-                walk = _Walk(self._session, query, {"value": value}, before, "")
-                count = len(walk.take(min(most, LOOK)))
+                count = len(_Few(self._session, demand, before).take(min(most, LOOK)))
                 if count < most and (best is None or count < best[0]):
-                    best = (count, query, value)
-        return None if best is None else _Walk(self._session, best[1], {"value": best[2]}, before, "")
+                    best = count, demand
+        return None if best is None else _Few(self._session, best[1], before)
 
     def _where(self) -> _Where:
         where = _Where(self._session, self._shapes)
@@ -275,6 +281,41 @@ class _Walk:
         if ids:
             self.before = ids[-1]
         return ids
+
+
+class _Few:
+    """Ids of those that have the one value that is demanded, with their shapes, which are in the same index."""
+
+    def __init__(self, session: Session, demand: Equal, before: str) -> None:
+        self.demand = demand
+        #: Of those that were taken.
+        self.shapes: dict[str, int] = {}
+        self._session = session
+        self._before = before
+
+    def take(self, count: int) -> list[str]:
+        (value,) = self.demand.values
+        query = f"entries_of_{self.demand.field}"
+        rows = self._session.all(query, value=value, before=self._before, limit=count)
+        self.shapes.update(rows)
+        ids = [id for id, _ in rows]
+        if ids:
+            self._before = ids[-1]
+        return ids
+
+
+class _ByShape:
+    """Tells by the shape, and looks only where that depends."""
+
+    def __init__(self, few: _Few, said: Mapping[int, bool | None], where: _Where) -> None:
+        self._few = few
+        self._said = said
+        self._where = where
+
+    def fitting(self, ids: Sequence[str]) -> list[str]:
+        said = {id: self._said.get(self._few.shapes[id], False) for id in ids}
+        fit = set(self._where.fitting([id for id in ids if said[id] is None]))
+        return [id for id in ids if said[id] or id in fit]
 
 
 @dataclass(slots=True)
@@ -353,6 +394,7 @@ class _Where:
         self._session = session
         self._shapes = shapes
         self._values: dict[str, Any] = {}
+        self._columns = {"id"}
         self.sql = ""
 
     def fitting(self, ids: Sequence[str]) -> list[str]:
@@ -360,8 +402,11 @@ class _Where:
         if not ids:
             return []
         values = self._values | {"ids": json.dumps(ids)}
-        fitting = {id for (id,) in self._session.found(self._filled("fitting", where=self.sql), values)}
+        fitting = {id for (id,) in self._session.found(self._looking(), values)}
         return [id for id in ids if id in fitting]
+
+    def _looking(self) -> str:
+        return self._session.template("fitting").format(columns=", ".join(sorted(self._columns)), where=self.sql)
 
     def compiled(self, condition: Condition) -> str:
         """The SQL; it is true or false of every row, never null."""
@@ -402,7 +447,7 @@ class _Where:
 
     def _of_shapes(self, condition: Condition) -> str:
         numbers = [number for number, shape in self._shapes.of.items() if condition.of_shape(shape)]
-        return self._filled("where_shape", value=self._value(json.dumps(numbers)))
+        return self._filled("where_shape", column="shape", value=self._value(json.dumps(numbers)))
 
     def _compared(self, measure: Measure, op: str, bound: int | Measure) -> str:
         one = self._amount(measure)
@@ -421,4 +466,6 @@ class _Where:
         return self._filled("value", name=name)
 
     def _filled(self, query: str, **pieces: str) -> str:
+        if "column" in pieces:
+            self._columns.add(pieces["column"])
         return self._session.template(query).format(**pieces)

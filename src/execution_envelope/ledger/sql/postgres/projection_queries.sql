@@ -111,13 +111,13 @@ SELECT id FROM projection_entries WHERE id < %(before)s AND id >= %(floor)s ORDE
 
 -- name: entries_of_project
 -- The pairs are compared and ordered as a whole, so that no other index will do.
-SELECT id FROM projection_entries
-WHERE (project, id) < (%(value)s, %(before)s) AND (project, id) >= (%(value)s, %(floor)s)
+SELECT id, shape FROM projection_entries
+WHERE (project, id) < (%(value)s, %(before)s) AND (project, id) >= (%(value)s, '')
 ORDER BY project DESC, id DESC LIMIT %(limit)s
 
 -- name: entries_of_subject
-SELECT id FROM projection_entries
-WHERE (subject, id) < (%(value)s, %(before)s) AND (subject, id) >= (%(value)s, %(floor)s)
+SELECT id, shape FROM projection_entries
+WHERE (subject, id) < (%(value)s, %(before)s) AND (subject, id) >= (%(value)s, '')
 ORDER BY subject DESC, id DESC LIMIT %(limit)s
 
 -- name: entries_of_shapes
@@ -148,11 +148,11 @@ SELECT created FROM projection_entries WHERE id = %(id)s
 -- name: fitting
 -- By id and nothing else: what is materialized is not planned together.
 WITH few AS MATERIALIZED (
-    SELECT * FROM projection_entries WHERE id IN (SELECT json_array_elements_text(%(ids)s::json)))
+    SELECT {columns} FROM projection_entries WHERE id IN (SELECT json_array_elements_text(%(ids)s::json)))
 SELECT e.id FROM few AS e WHERE {where}
 
 -- name: where_shape
-e.shape IN (SELECT json_array_elements_text({value}::json)::bigint)
+e.{column} IN (SELECT json_array_elements_text({value}::json)::bigint)
 
 -- name: where_equal
 e.{column} IN (SELECT json_array_elements_text({value}::json))

@@ -55,8 +55,8 @@ CREATE TABLE projection_entries (
 CREATE INDEX projection_by_shape ON projection_entries (shape, id);
 CREATE INDEX projection_by_tenant ON projection_entries (tenant, id);
 CREATE INDEX projection_by_tenant_shape ON projection_entries (tenant, shape, id);
-CREATE INDEX projection_by_project ON projection_entries (project, id);
-CREATE INDEX projection_by_subject ON projection_entries (subject, id);
+CREATE INDEX projection_by_project ON projection_entries (project, id, shape);
+CREATE INDEX projection_by_subject ON projection_entries (subject, id, shape);
 
 -- Open envelopes, those that coverage counts, and those with an end other than completed.
 CREATE TABLE projection_terms (

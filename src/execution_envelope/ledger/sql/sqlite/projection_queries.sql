@@ -103,12 +103,12 @@ SELECT tenant, shape, count FROM projection_tenant_shapes WHERE tenant IN (SELEC
 SELECT id FROM projection_entries WHERE id < :before AND id >= :floor ORDER BY id DESC LIMIT :limit
 
 -- name: entries_of_project
-SELECT id FROM projection_entries INDEXED BY projection_by_project
-WHERE project = :value AND id < :before AND id >= :floor ORDER BY id DESC LIMIT :limit
+SELECT id, shape FROM projection_entries INDEXED BY projection_by_project
+WHERE project = :value AND id < :before ORDER BY id DESC LIMIT :limit
 
 -- name: entries_of_subject
-SELECT id FROM projection_entries INDEXED BY projection_by_subject
-WHERE subject = :value AND id < :before AND id >= :floor ORDER BY id DESC LIMIT :limit
+SELECT id, shape FROM projection_entries INDEXED BY projection_by_subject
+WHERE subject = :value AND id < :before ORDER BY id DESC LIMIT :limit
 
 -- name: entries_of_shapes
 SELECT j.key, (SELECT json_group_array(id) FROM (
@@ -142,7 +142,7 @@ SELECT created FROM projection_entries WHERE id = :id
 SELECT e.id FROM json_each(:ids) AS j CROSS JOIN projection_entries AS e ON e.id = j.value WHERE {where}
 
 -- name: where_shape
-+e.shape IN (SELECT value FROM json_each({value}))
++e.{column} IN (SELECT value FROM json_each({value}))
 
 -- name: where_equal
 +e.{column} IN (SELECT value FROM json_each({value}))
