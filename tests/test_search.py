@@ -111,7 +111,14 @@ queries = st.recursive(
         inner.map("not {}".format),
     ),
     max_leaves=6,
-) | st.lists(terms(), min_size=2, max_size=4).map(" and ".join)
+)
+queries |= st.lists(terms(), min_size=2, max_size=4).map(" and ".join)
+# What has an index of its own.
+of_one = st.sampled_from(
+    [f"{name}={quoted(word)}" for name in ("project", "subject") for word in WORDS if "\0" not in word]
+)
+flags = st.sampled_from(sorted(FLAGS)).map("not {}".format)
+queries |= st.builds("{} and {}".format, of_one, terms() | flags)
 
 
 def fill(store: Store, rows: Sequence[ProjectedEnvelope]) -> None:
