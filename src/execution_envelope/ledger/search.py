@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import ceil, log
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, TypeGuard
 
 import msgspec
 
@@ -41,7 +41,7 @@ from execution_envelope.ledger.projection_session import Session
 from execution_envelope.query import Query
 
 #: Envelopes that may match and are looked at in one call; then it answers with what it has.
-LOOK: Final = 4000
+LOOK: Final = 3000
 #: Where a page is expected among so many of all, these are looked at first: it is quicker than many runs.
 DENSE: Final = 2000
 #: So many shapes, each of each tenant, are read as runs of their own: more of them where all that is read matches.
@@ -234,18 +234,12 @@ class Search:
 
     def _narrower(self, before: str, most: int) -> _Few | None:
         """A way over fewer envelopes than that, where they are of one project or subject."""
-        best: tuple[int, Equal] | None = None
-        for demand in self._demands:
-            if isinstance(demand, Equal) and demand.field in ("project", "subject") and demand.values != {""}:
-                if len(demand.values) != 1:
-                    continue
-                count = len(_Few(self._session, demand, before).take(min(most, LOOK)))
-                if count < most and (best is None or count < best[0]):
-                    best = count, demand
-        return None if best is None else _Few(self._session, best[1], before)
+        ways = [_Few(self._session, demand, before, min(most, LOOK)) for demand in self._demands if _indexed(demand)]
+        best = min(ways, key=lambda way: way.ready, default=None)
+        return best if best is not None and best.ready < most else None
 
     def _where(self) -> _Where:
-        where = _Where(self._session, self._shapes)
+        where = _Where(self._session, self._shapes, next((one for one in self._demands if _indexed(one)), None))
         parts = [where.compiled(self._condition)]
         if self._tenants is not None:
             parts.append(where.equal("tenant", self._tenants))
@@ -283,25 +277,47 @@ class _Walk:
         return ids
 
 
-class _Few:
-    """Ids of those that have the one value that is demanded, with their shapes, which are in the same index."""
+def _indexed(demand: Condition) -> TypeGuard[Equal]:
+    """Whether one value is demanded by which there is an index."""
+    return (
+        isinstance(demand, Equal)
+        and demand.field in ("project", "subject")
+        and len(demand.values) == 1
+        and "" not in demand.values
+    )
 
-    def __init__(self, session: Session, demand: Equal, before: str) -> None:
+
+class _Few:
+    """Ids of those that have the one value that is demanded, with their shapes, which are in the same index. The first
+    are read at once."""
+
+    def __init__(self, session: Session, demand: Equal, before: str, first: int) -> None:
         self.demand = demand
-        #: Of those that were taken.
+        #: Of those that were read.
         self.shapes: dict[str, int] = {}
         self._session = session
         self._before = before
+        self._ids: list[str] = []
+        self._read(first)
+
+    @property
+    def ready(self) -> int:
+        """How many are read and not taken."""
+        return len(self._ids)
 
     def take(self, count: int) -> list[str]:
+        if self.ready < count:
+            self._read(count - self.ready)
+        taken, self._ids = self._ids[:count], self._ids[count:]
+        return taken
+
+    def _read(self, count: int) -> None:
         (value,) = self.demand.values
-        query = f"entries_of_{self.demand.field}"
-        rows = self._session.all(query, value=value, before=self._before, limit=count)
+        rows = self._session.all(f"entries_of_{self.demand.field}", value=value, before=self._before, limit=count)
         self.shapes.update(rows)
-        ids = [id for id, _ in rows]
-        if ids:
-            self._before = ids[-1]
-        return ids
+        self._ids += [id for id, _ in rows]
+        if rows:
+            self._before = rows[-1][0]
 
 
 class _ByShape:
@@ -388,11 +404,15 @@ class _Merged:
 
 
 class _Where:
-    """A condition in SQL of the database's own, and the values in it: these are never part of the text."""
+    """A condition in SQL of the database's own, and the values in it: these are never part of the text.
 
-    def __init__(self, session: Session, shapes: Shapes) -> None:
+    `demand` is a part of it by which there is an index: it is asked first.
+    """
+
+    def __init__(self, session: Session, shapes: Shapes, demand: Equal | None) -> None:
         self._session = session
         self._shapes = shapes
+        self._demand = demand
         self._values: dict[str, Any] = {}
         self._columns = {"id"}
         self.sql = ""
@@ -401,12 +421,17 @@ class _Where:
         """Those of the envelopes that fit, in the same order."""
         if not ids:
             return []
-        values = self._values | {"ids": json.dumps(ids)}
-        fitting = {id for (id,) in self._session.found(self._looking(), values)}
+        looking = self._looking()
+        fitting = {id for (id,) in self._session.found(looking, self._values | {"ids": json.dumps(ids)})}
         return [id for id in ids if id in fitting]
 
     def _looking(self) -> str:
-        return self._session.template("fitting").format(columns=", ".join(sorted(self._columns)), where=self.sql)
+        columns = ", ".join(sorted(self._columns))
+        if self._demand is None:
+            return self._session.template("fitting").format(columns=columns, where=self.sql)
+        template = self._session.template(f"fitting_of_{self._demand.field}")
+        (value,) = self._demand.values
+        return template.format(columns=columns, where=self.sql, value=self._value(value))
 
     def compiled(self, condition: Condition) -> str:
         """The SQL; it is true or false of every row, never null."""

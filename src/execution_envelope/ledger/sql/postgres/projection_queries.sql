@@ -151,6 +151,19 @@ WITH few AS MATERIALIZED (
     SELECT {columns} FROM projection_entries WHERE id IN (SELECT json_array_elements_text(%(ids)s::json)))
 SELECT e.id FROM few AS e WHERE {where}
 
+-- name: fitting_of_project
+-- By id within those of the project: of the others no more is read than the index.
+WITH few AS MATERIALIZED (
+    SELECT {columns} FROM projection_entries
+    WHERE project = {value} AND id IN (SELECT json_array_elements_text(%(ids)s::json)))
+SELECT e.id FROM few AS e WHERE {where}
+
+-- name: fitting_of_subject
+WITH few AS MATERIALIZED (
+    SELECT {columns} FROM projection_entries
+    WHERE subject = {value} AND id IN (SELECT json_array_elements_text(%(ids)s::json)))
+SELECT e.id FROM few AS e WHERE {where}
+
 -- name: where_shape
 e.{column} IN (SELECT json_array_elements_text({value}::json)::bigint)
 

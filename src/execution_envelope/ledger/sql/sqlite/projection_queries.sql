@@ -141,6 +141,15 @@ SELECT created FROM projection_entries WHERE id = :id
 -- By id and nothing else: the plus keeps other indexes out.
 SELECT e.id FROM json_each(:ids) AS j CROSS JOIN projection_entries AS e ON e.id = j.value WHERE {where}
 
+-- name: fitting_of_project
+-- By id within those of the project: of the others no more is read than the index.
+SELECT e.id FROM json_each(:ids) AS j CROSS JOIN projection_entries AS e INDEXED BY projection_by_project
+ON e.project = {value} AND e.id = j.value WHERE {where}
+
+-- name: fitting_of_subject
+SELECT e.id FROM json_each(:ids) AS j CROSS JOIN projection_entries AS e INDEXED BY projection_by_subject
+ON e.subject = {value} AND e.id = j.value WHERE {where}
+
 -- name: where_shape
 +e.{column} IN (SELECT value FROM json_each({value}))
 
