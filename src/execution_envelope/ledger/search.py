@@ -48,6 +48,8 @@ DENSE: Final = 2000
 #: Where there are more still, everything is looked at, or all that is of the tenants.
 MAX_SURE: Final = 2500
 MAX_RUNS: Final = 200
+#: Of so many conditions it is remembered what they say of shapes.
+MAX_TOLD: Final = 50
 #: How many are looked at first, and how many more each time after that.
 _FIRST: Final = 500
 _GROWTH: Final = 4
@@ -67,12 +69,22 @@ class Shapes:
         self.last = 0
         self.of: dict[int, Shape] = {}
         self.numbers: dict[bytes, int] = {}
+        self._told: dict[Condition, dict[int, bool | None]] = {}
 
     def learn(self, number: int, text: bytes) -> None:
         """One more, as it is stored."""
         self.of[number] = _decode(text)
         self.numbers[text] = number
         self.last = max(self.last, number)
+
+    def told(self, condition: Condition) -> Mapping[int, bool | None]:
+        """What is said of every shape. It is remembered: a page is looked at again and again."""
+        if condition not in self._told and len(self._told) >= MAX_TOLD:
+            self._told.clear()
+        told = self._told.setdefault(condition, {})
+        if len(told) < len(self.of):
+            told.update({number: condition.of_shape(one) for number, one in self.of.items() if number not in told})
+        return told
 
     def copy(self) -> Shapes:
         """Another one that may learn on its own."""
@@ -183,7 +195,7 @@ class Search:
                 _Run(number, *bounds[self._shapes.of[number].timed], tenant, count / matching)
                 for (tenant, number), count in shares.items()
             ]
-            yield _Merged(self._session, query, runs), where, LOOK
+            yield _Merged(self._session, query, runs, 0 if where is None else LOOK), where, LOOK
         elif self._tenants is None:
             yield self._walk(said, bounds), where or self._where(), LOOK
         else:
@@ -192,7 +204,7 @@ class Search:
             for (tenant, _), count in counts.items():
                 tenants[tenant] += count
             runs = [_Run(0, *timed, tenant, count / tenants.total()) for tenant, count in sorted(tenants.items())]
-            yield _Merged(self._session, "entries_of_tenants", runs), where or self._where(), LOOK
+            yield _Merged(self._session, "entries_of_tenants", runs, LOOK), where or self._where(), LOOK
 
     def _all_timed(self, said: Iterable[int]) -> bool:
         return all(self._shapes.of[number].timed for number in said)
@@ -218,8 +230,8 @@ class Search:
         """Of each shape whether all of it matches; None where it depends. Demands that are met in any case are left
         out, and so are shapes of which nothing matches."""
         condition = All(tuple(demand for demand in self._demands if all(demand is not one for one in met)))
-        said = {number: condition.of_shape(self._shapes.of[number]) for number in {number for _, number in counts}}
-        return {number: one for number, one in said.items() if one is not False}
+        told = self._shapes.told(condition)
+        return {number: told[number] for number in {number for _, number in counts} if told[number] is not False}
 
     def _bounds(self, before: str) -> Mapping[bool, tuple[str, str]]:
         """Before which id and from which on, of shapes whose ids are in the order of time, and of others."""
@@ -354,9 +366,11 @@ class _Run:
 class _Merged:
     """Many runs as one. Of each as much is read as will be taken of it where all are alike at all times, then more."""
 
-    def __init__(self, session: Session, query: str, runs: list[_Run]) -> None:
+    def __init__(self, session: Session, query: str, runs: list[_Run], ahead: int) -> None:
+        """So many are read `ahead`: each reading is a question to the database."""
         self._session = session
         self._query = query
+        self._ahead = ahead
         #: The one that has the newest comes first.
         self._runs = runs
         self._ready: list[str] = []
@@ -387,7 +401,7 @@ class _Merged:
         """Read more of those that have too little for so many ids of all."""
         by_size: dict[int, list[_Run]] = {}
         for run in runs:
-            expected = ceil(run.share * count)
+            expected = ceil(run.share * max(count, self._ahead))
             if not run.ended and (not run.ids or len(run.ids) < min(expected, run.size)):
                 at_least = max(expected, min(run.size * _GROWTH, _MAX_RUN), 1)
                 run.size = _GROWTH ** ceil(log(at_least, _GROWTH))
@@ -471,7 +485,7 @@ class _Where:
         return word.join(f"({self.compiled(one)})" for one in of) or empty
 
     def _of_shapes(self, condition: Condition) -> str:
-        numbers = [number for number, shape in self._shapes.of.items() if condition.of_shape(shape)]
+        numbers = [number for number, one in self._shapes.told(condition).items() if one]
         return self._filled("where_shape", column="shape", value=self._value(json.dumps(numbers)))
 
     def _compared(self, measure: Measure, op: str, bound: int | Measure) -> str:
