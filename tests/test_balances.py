@@ -39,7 +39,7 @@ from tests import rush
 from tests.rush import Child, Part, conserved
 
 SEED: Final = int(os.environ.get("SEED") or random.randrange(2**32))
-ROUNDS: Final = int(os.environ.get("ROUNDS") or (1000 if os.environ.get("SOAK") else 40))
+ROUNDS: Final = int(os.environ.get("ROUNDS") or (1000 if os.environ.get("SOAK") else 20))
 #: Rounds on one ledger, which is looked through as a whole behind them.
 LEDGER_ROUNDS: Final = 50
 

@@ -26,7 +26,7 @@ from tests import rush
 from tests.rush import PROCESSES, ROOM, Child, Part, Told, conserved
 
 SEED: Final = int(os.environ.get("SEED") or random.randrange(2**32))
-ROUNDS: Final = int(os.environ.get("ROUNDS") or (1000 if os.environ.get("SOAK") else 12))
+ROUNDS: Final = int(os.environ.get("ROUNDS") or (1000 if os.environ.get("SOAK") else 8))
 #: Rounds on one ledger.
 LEDGER_ROUNDS: Final = 50
 
