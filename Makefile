@@ -7,8 +7,6 @@ DATA ?= .data
 REVIEW = tests/console $(wildcard $(addsuffix *.py,$(addprefix tests/test_,\
 	accounting cli_review docs explain query remote replay reviewing search simulation)))
 PIP = -m pip --disable-pip-version-check --quiet install --no-compile
-# What computes all the time steps back behind what waits for engines; Ray runs those at 15.
-BESIDE = nice -n 19
 
 # The pip that comes with Python takes minutes to find out what it installs.
 define environment
@@ -27,20 +25,20 @@ tour: setup
 
 setup: $(VENV)/.run
 
-# Those of the backend wait for engines most of the time, so the others run beside them. Each says what it found at its
-# end.
+# Those of the backend wait for engines most of the time, so the others run beside them, and step back: the further, the
+# less there is of them. Ray runs engines at 15. Each says what it found at its end.
 test:
 	@$(MAKE) --no-print-directory -j5 --output-sync=target test-oldest lint test-backend test-review test-core
 
 test-oldest: $(OLDEST)/.test
-	$(BESIDE) $(OLDEST)/bin/python -m pytest tests/test_fastapi.py tests/test_fastapi_live.py
+	nice -n 19 $(OLDEST)/bin/python -m pytest tests/test_fastapi.py tests/test_fastapi_live.py
 
 test-core: $(VENV)/.test $(VENV)/.browser
-	$(BESIDE) $(VENV)/bin/python -m pytest tests --ignore tests/proving_ground $(addprefix --ignore ,$(REVIEW))
+	nice -n 15 $(VENV)/bin/python -m pytest tests --ignore tests/proving_ground $(addprefix --ignore ,$(REVIEW))
 
 # Looking back: the console in a browser, the ledger over HTTP, replay, searches, and the pages that are followed.
 test-review: $(VENV)/.test $(VENV)/.browser
-	$(BESIDE) $(VENV)/bin/python -m pytest $(REVIEW)
+	nice -n 17 $(VENV)/bin/python -m pytest $(REVIEW)
 
 test-backend: $(VENV)/.test $(VENV)/.browser
 	$(VENV)/bin/python -m pytest tests/proving_ground
@@ -55,7 +53,7 @@ soak: $(VENV)/.test
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
-	$(BESIDE) $(VENV)/bin/mypy
+	nice -n 19 $(VENV)/bin/mypy
 
 # The pages that are drawn from the code, and all pages as a site in build/docs.
 docs: $(VENV)/.test
