@@ -4,17 +4,18 @@ VENV ?= .venv
 OLDEST ?= .venv-oldest
 PORT ?= 8787
 DATA ?= .data
+FAULTS = $(patsubst %,tests/test_%.py,crash balances budget_rush fault_sweep write_modes idempotency_race)
 REVIEW = tests/console $(wildcard $(addsuffix *.py,$(addprefix tests/test_,\
 	accounting cli_review docs explain query remote replay reviewing search simulation)))
 PIP = -m pip --disable-pip-version-check --quiet install --no-compile
 
-# The pip that comes with Python takes minutes to find out what it installs.
+# The pip that comes with Python takes minutes to find out what it installs; it does where there is no other.
 define environment
 	$(PYTHON) -m venv $(1)
-	$(1)/bin/python $(PIP) -c constraints.txt --upgrade pip
+	-$(1)/bin/python $(PIP) -c constraints.txt --upgrade pip
 endef
 
-.PHONY: run tour test test-oldest test-core test-review test-backend soak setup chromium lint docs bench bench-docs clean
+.PHONY: run tour test test-oldest test-core test-faults test-review test-backend soak setup chromium lint docs bench bench-docs clean
 
 run: setup
 	@PORT=$(PORT) DATA=$(DATA) $(VENV)/bin/python -m proving_ground
@@ -25,35 +26,37 @@ tour: setup
 
 setup: $(VENV)/.run
 
-# Those of the backend wait for engines most of the time, so the others run beside them, and step back: the further, the
-# less there is of them. Ray runs engines at 15. Each says what it found at its end.
+# Those of the backend wait for engines most of the time, so the others run beside them, and step back a little. Each
+# says what it found at its end.
 test:
-	@$(MAKE) --no-print-directory -j5 --output-sync=target test-oldest lint test-backend test-review test-core
+	@$(MAKE) --no-print-directory -j6 --output-sync=target test-oldest lint test-backend test-review test-core test-faults
 
 test-oldest: $(OLDEST)/.test
-	nice -n 19 $(OLDEST)/bin/python -m pytest tests/test_fastapi.py tests/test_fastapi_live.py
+	nice -n 9 $(OLDEST)/bin/python -m pytest tests/test_fastapi.py tests/test_fastapi_live.py
 
 test-core: $(VENV)/.test $(VENV)/.browser
-	nice -n 15 $(VENV)/bin/python -m pytest tests --ignore tests/proving_ground $(addprefix --ignore ,$(REVIEW))
+	nice -n 5 $(VENV)/bin/python -m pytest tests --ignore tests/proving_ground $(addprefix --ignore ,$(REVIEW) $(FAULTS))
+
+# What is killed, fails, hangs or comes all at once; `soak` does more of it.
+test-faults: $(VENV)/.test
+	nice -n 5 $(VENV)/bin/python -m pytest $(FAULTS)
 
 # Looking back: the console in a browser, the ledger over HTTP, replay, searches, and the pages that are followed.
 test-review: $(VENV)/.test $(VENV)/.browser
-	nice -n 17 $(VENV)/bin/python -m pytest $(REVIEW)
+	nice -n 7 $(VENV)/bin/python -m pytest $(REVIEW)
 
 test-backend: $(VENV)/.test $(VENV)/.browser
 	$(VENV)/bin/python -m pytest tests/proving_ground
 
 # Writers killed by the thousand, every fault on every event loop, and many more examples. See docs/soak.md.
 soak: $(VENV)/.test
-	SOAK=1 ROUNDS=$(or $(ROUNDS),1500) SEED=$(SEED) $(VENV)/bin/python -m pytest -s tests/test_crash.py \
-		tests/test_balances.py tests/test_budget_rush.py tests/test_fault_sweep.py \
-		tests/test_write_modes.py tests/test_idempotency_race.py
-	SOAK=1 $(VENV)/bin/python -m pytest tests/test_bench.py $(shell grep -rl "strategies import.*examples" tests)
+	SOAK=1 ROUNDS=$(or $(ROUNDS),1500) SEED=$(SEED) $(VENV)/bin/python -m pytest -s $(FAULTS)
+	SOAK=1 $(VENV)/bin/python -m pytest tests/test_bench.py $(shell grep -rlE "examples ?= ?[a-z.]*examples" tests)
 
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
-	nice -n 19 $(VENV)/bin/mypy
+	nice -n 9 $(VENV)/bin/mypy
 
 # The pages that are drawn from the code, and all pages as a site in build/docs.
 docs: $(VENV)/.test

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -18,6 +19,11 @@ ROOT = Path(__file__).parent.parent
 #: What starts servers of its own takes longer than a smoke test should: for a soak.
 SLOW = {name for name in GOALS if name.startswith(("http_", "inference_")) or "postgres" in name}
 QUICK = [name for name in GOALS if name not in SLOW or "SOAK" in os.environ]
+
+
+@pytest.mark.parametrize("module", sorted(path.stem for path in (ROOT / "bench").glob("*.py")))
+def test_every_module_is_one_that_can_be_imported(module):
+    importlib.import_module(f"bench.{module}")
 
 
 def test_every_row_is_measured_by_one_measurement():

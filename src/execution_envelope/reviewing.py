@@ -185,7 +185,11 @@ class Reviewing:
             if part.state not in LIVE:
                 continue
             if (answered := round_.asked.get(part.id)) is not None:
-                await answered.wait()  # its own turn came first; what it is part of is asked for after it nevertheless
+                if depth:  # its own turn came first; what it is part of is asked for after it nevertheless
+                    await answered.wait()
+                    asked = (await self._journal.read(id)).revoking
+                    if asked is None:
+                        return
                 continue
             answered = round_.asked[part.id] = anyio.Event()
             try:
@@ -252,7 +256,7 @@ class _Round:
 
     def __init__(self, revokers: Revokers) -> None:
         self.revokers = revokers
-        #: id -> set as soon as its owner was asked.
+        #: Those whose turn has come, each set when it is over.
         self.asked: dict[str, anyio.Event] = {}
         self._silent = set[str]()
 

@@ -317,7 +317,7 @@ def test_every_answer_is_described(tmp_path: Path) -> None:
     for operation in ours:
 
         @given(case=operation.as_strategy())
-        @settings(max_examples=examples(12), deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+        @settings(max_examples=examples(25), deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
         def check(case: Any) -> None:
             if "reference" in (case.path_parameters or {}) and len(str(case.path_parameters["reference"])) % 2:
                 case.path_parameters["reference"] = id

@@ -42,7 +42,7 @@ def test_every_answer_is_described(server: Server) -> None:
     for operation in operations:
 
         @given(case=operation.as_strategy())
-        @settings(max_examples=examples(20), deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+        @settings(max_examples=examples(40), deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
         def check(case: Any) -> None:
             case.call_and_validate(headers=allowed, checks=CHECKS)
 

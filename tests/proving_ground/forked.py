@@ -23,7 +23,8 @@ class Forked:
     def __init__(self, program: Sequence[str], *, env: Mapping[str, str], stderr: Path) -> None:
         """`program` is a module with a `main`, or the path of a script; and its arguments."""
         reader, writer = _CONTEXT.Pipe(duplex=False)
-        self._process = _CONTEXT.Process(target=_run, args=(tuple(program), dict(env), writer, stderr))
+        # One that is left when the tests end is ended with them.
+        self._process = _CONTEXT.Process(target=_run, args=(tuple(program), dict(env), writer, stderr), daemon=True)
         self._process.start()
         writer.close()
         self.stdout: IO[str] = os.fdopen(os.dup(reader.fileno()))

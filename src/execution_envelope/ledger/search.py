@@ -48,8 +48,8 @@ DENSE: Final = 2000
 #: Where there are more still, everything is looked at, or all that is of the tenants.
 MAX_SURE: Final = 2500
 MAX_RUNS: Final = 200
-#: Of so many conditions it is remembered what they say of shapes.
-MAX_TOLD: Final = 50
+#: Of conditions it is remembered what they say of shapes, so many answers together.
+MAX_TOLD: Final = 200_000
 #: How many are looked at first, and how many more each time after that.
 _FIRST: Final = 500
 _GROWTH: Final = 4
@@ -79,7 +79,7 @@ class Shapes:
 
     def told(self, condition: Condition) -> Mapping[int, bool | None]:
         """What is said of every shape. It is remembered: a page is looked at again and again."""
-        if condition not in self._told and len(self._told) >= MAX_TOLD:
+        if condition not in self._told and sum(map(len, self._told.values())) >= MAX_TOLD:
             self._told.clear()
         told = self._told.setdefault(condition, {})
         if len(told) < len(self.of):
@@ -179,7 +179,7 @@ class Search:
         everything = self._session.all("count")[0][0]
         if self._tenants is None and where is not None:
             few = sum(number in said for _, number in counts) <= MAX_RUNS
-            by = self._narrower(before, matching if few else everything)
+            by = self._narrower(before, min(matching, LOOK) if few else everything)
             if by is not None:
                 yield by, _ByShape(by, self._said(counts, by.demand), where), LOOK
                 return
@@ -230,8 +230,12 @@ class Search:
         """Of each shape whether all of it matches; None where it depends. Demands that are met in any case are left
         out, and so are shapes of which nothing matches."""
         condition = All(tuple(demand for demand in self._demands if all(demand is not one for one in met)))
-        told = self._shapes.told(condition)
-        return {number: told[number] for number in {number for _, number in counts} if told[number] is not False}
+        numbers = {number for _, number in counts}
+        if self._tenants is None:
+            told = self._shapes.told(condition)
+        else:  # how long it takes, too, says nothing of others
+            told = {number: condition.of_shape(self._shapes.of[number]) for number in numbers}
+        return {number: told[number] for number in numbers if told[number] is not False}
 
     def _bounds(self, before: str) -> Mapping[bool, tuple[str, str]]:
         """Before which id and from which on, of shapes whose ids are in the order of time, and of others."""
@@ -395,6 +399,7 @@ class _Merged:
             more.sort(reverse=True)
             self._ready += more
         taken, self._ready = self._ready[:count], self._ready[count:]
+        self._ahead = max(0, self._ahead - count)
         return taken
 
     def _read(self, runs: Iterable[_Run], count: int) -> None:
@@ -429,17 +434,18 @@ class _Where:
         self._demand = demand
         self._values: dict[str, Any] = {}
         self._columns = {"id"}
+        self._looking = ""
         self.sql = ""
 
     def fitting(self, ids: Sequence[str]) -> list[str]:
         """Those of the envelopes that fit, in the same order."""
         if not ids:
             return []
-        looking = self._looking()
-        fitting = {id for (id,) in self._session.found(looking, self._values | {"ids": json.dumps(ids)})}
+        self._looking = self._looking or self._looking_at()
+        fitting = {id for (id,) in self._session.found(self._looking, self._values | {"ids": json.dumps(ids)})}
         return [id for id in ids if id in fitting]
 
-    def _looking(self) -> str:
+    def _looking_at(self) -> str:
         columns = ", ".join(sorted(self._columns))
         if self._demand is None:
             return self._session.template("fitting").format(columns=columns, where=self.sql)

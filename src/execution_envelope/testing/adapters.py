@@ -235,6 +235,7 @@ class AdapterContract:
         return own._found[1]
 
     def _looked_for(self) -> Iterator[tuple[str, bool | None, bool]]:
+        self._known: dict[str, bytes | None] = {}
         for path, values in self._fields().values.items():
             changes, taken = self._tried(path, values)
             later, of_two = self._tried(path, values, last=True)
@@ -264,11 +265,10 @@ class AdapterContract:
     def _said(self, body: Any) -> bytes | None:
         """All that is sealed of a request but the digest of its body; None when it is refused."""
         # Adapters are pure, and many a field is left out of the same sample.
-        known: dict[str, bytes | None] = vars(self).setdefault("_known", {})
         key = repr(body)
-        if key not in known:
-            known[key] = self._sealed_but_body(body)
-        return known[key]
+        if key not in self._known:
+            self._known[key] = self._sealed_but_body(body)
+        return self._known[key]
 
     def _sealed_but_body(self, body: Any) -> bytes | None:
         try:

@@ -152,16 +152,16 @@ WITH few AS MATERIALIZED (
 SELECT e.id FROM few AS e WHERE {where}
 
 -- name: fitting_of_project
--- By id within those of the project: of the others no more is read than the index.
+-- One id after the other, within those of the project: of the others no more is read than the index.
 WITH few AS MATERIALIZED (
-    SELECT {columns} FROM projection_entries
-    WHERE project = {value} AND id IN (SELECT json_array_elements_text(%(ids)s::json)))
+    SELECT f.* FROM json_array_elements_text(%(ids)s::json) AS j (wanted) CROSS JOIN LATERAL (
+        SELECT {columns} FROM projection_entries WHERE project = {value} AND id = j.wanted OFFSET 0) AS f)
 SELECT e.id FROM few AS e WHERE {where}
 
 -- name: fitting_of_subject
 WITH few AS MATERIALIZED (
-    SELECT {columns} FROM projection_entries
-    WHERE subject = {value} AND id IN (SELECT json_array_elements_text(%(ids)s::json)))
+    SELECT f.* FROM json_array_elements_text(%(ids)s::json) AS j (wanted) CROSS JOIN LATERAL (
+        SELECT {columns} FROM projection_entries WHERE subject = {value} AND id = j.wanted OFFSET 0) AS f)
 SELECT e.id FROM few AS e WHERE {where}
 
 -- name: where_shape
