@@ -7,6 +7,7 @@ DATA ?= .data
 FAULTS = $(patsubst %,tests/test_%.py,crash balances budget_rush fault_sweep write_modes idempotency_race)
 REVIEW = tests/console $(wildcard $(addsuffix *.py,$(addprefix tests/test_,\
 	accounting cli_review docs explain query remote replay reviewing search simulation)))
+# Nothing is compiled that is not imported.
 PIP = -m pip --disable-pip-version-check --quiet install --no-compile
 
 # The pip that comes with Python takes minutes to find out what it installs; it does where there is no other.

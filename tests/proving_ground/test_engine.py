@@ -83,7 +83,7 @@ def test_the_grant_is_enforced_and_read_back(tmp_path: Path) -> None:
     _run(test)
 
 
-@pytest.mark.parametrize(("context", "share"), [(512, 0.9), (2048, 0.25), (8192, 0.05)])
+@pytest.mark.parametrize(("context", "share"), [(512, 0.9), (2048, 0.5), (8192, 0.1)])
 def test_an_engine_survives_in_exactly_what_it_needs(tmp_path: Path, context: int, share: float) -> None:
     """Its context filled to a share, which takes a core a second per 150 tokens, and all connections of the proxy."""
 
